@@ -1,0 +1,87 @@
+"""Fidelity of a student to its AR teacher under the same noise, with honest intervals.
+
+match_j       share of windows whose j-th student token equals the AR teacher's coupled token
+block_match   share of windows with all k equal
+student_nll   the AR teacher's −log p of the student's tokens; teacher_nll: of the teacher's own. Two-sided: a student
+              that is *likelier* under the teacher than the teacher itself has collapsed towards modes
+target_nll    −log p_j of the teacher's coupled token under the student: the training loss on held-out data
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kforcing.model import PushForwardLM
+from kforcing.rollout import ARTeacher
+from kforcing.staircase import ar_block_logits
+
+
+@dataclass(frozen=True)
+class WindowScores:
+    """Per window and offset, all (B, W, K)."""
+
+    match: Tensor
+    student_nll: Tensor
+    teacher_nll: Tensor
+    target_nll: Tensor
+
+
+@torch.inference_mode()
+def window_scores(
+    student: PushForwardLM, teacher: PreTrainedModel, context_BN: Tensor, anchors_BW: Tensor, noise_BWK: Tensor
+) -> WindowScores:
+    """Run student and AR teacher on the same windows and noise, at the student's lowest temperature ≥ 1 if it has one.
+
+    Args:
+        student: of k ≥ K.
+        teacher: the AR model.
+        context_BN: int64; anchors_BW: int64; noise_BWK: uniforms in [0, 1).
+    """
+    low, high = student.config.noise.temperature_min, student.config.noise.temperature_max
+    temperature_B = torch.full((len(context_BN),), min(max(1.0, low), high), device=context_BN.device)
+    logits = student.window_logits(context_BN, anchors_BW, noise_BWK, temperature_B=temperature_B).float()
+    mine = logits.argmax(dim=-1)
+    theirs = ARTeacher(teacher).rollout(context_BN, anchors_BW, noise_BWK, temperature_B)
+    return WindowScores(
+        match=mine == theirs,
+        student_nll=_nll(ar_block_logits(teacher, context_BN, anchors_BW, mine), mine),
+        teacher_nll=_nll(ar_block_logits(teacher, context_BN, anchors_BW, theirs), theirs),
+        target_nll=_nll(logits, theirs),
+    )
+
+
+def _nll(logits_BWKV: Tensor, tokens_BWK: Tensor) -> Tensor:
+    return -logits_BWKV.log_softmax(dim=-1).gather(-1, tokens_BWK[..., None]).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and its 95% interval."""
+
+    value: float
+    lo: float
+    hi: float
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.value:{spec}} [{self.lo:{spec}}, {self.hi:{spec}}]"
+
+
+def cluster_bootstrap(sums_CM: np.ndarray, counts_C: np.ndarray, draws: int, seed: int) -> list[Interval]:
+    """Means of M figures with percentile bootstrap intervals over clusters (documents, not tokens).
+
+    Args:
+        sums_CM: sum of each figure over the windows of each cluster.
+        counts_C: windows of each cluster.
+        draws: resamples; each draws as many clusters as there are, with replacement.
+    """
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(0, len(counts_C), (draws, len(counts_C)))
+    means = sums_CM[picks].sum(1) / counts_C[picks].sum(1)[:, None]
+    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    value = sums_CM.sum(0) / counts_C.sum()
+    return [Interval(float(v), float(a), float(b)) for v, a, b in zip(value, low, high, strict=True)]

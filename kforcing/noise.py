@@ -1,0 +1,90 @@
+"""Counter-based noise: every z is a pure function of (key, sequence, window, offset).
+
+No generator is shared or advanced. A retried rollout, another batch size or another number of workers therefore
+reproduces the same z, rollouts ship token ids instead of noise, and AR and push-forward decoding can be compared
+under the same draws. The generator is Philox4x32-10 (Salmon et al., *Parallel Random Numbers: As Easy as 1, 2, 3*,
+SC 2011), written in int64 torch arithmetic so that CPU and GPU give the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_LOW = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+def derive_key(seed: int, *stream: str | int) -> int:
+    """A 63-bit key for a named noise stream, for example ``derive_key(seed, "rollout", "k2", epoch)``.
+
+    Different seeds or stream names give unrelated keys; the result fits a signed 64-bit column.
+    """
+    text = "\x1f".join([str(seed), *map(str, stream)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Four 32-bit words from a 128-bit counter and a 64-bit key, elementwise.
+
+    Args:
+        counter: four broadcastable int64 tensors, each holding values in [0, 2**32).
+        key: two broadcastable int64 tensors, each holding values in [0, 2**32).
+    Returns:
+        Four int64 tensors of the broadcast shape with values in [0, 2**32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # int64 products wrap, but the bits are those of the unsigned product.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (p1 >> 32) & _LOW ^ c1 ^ k0, p1 & _LOW, (p0 >> 32) & _LOW ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def uniform(key: Tensor | int, sequence: Tensor, window: Tensor | int, offset: Tensor) -> Tensor:
+    """z in the open interval (0, 1) for each (sequence, window, offset), broadcast together.
+
+    Args:
+        key: int64 tensor or int from `derive_key`.
+        sequence: int64 sequence ids.
+        window: int64 position of the window's last context token in [0, 2**32); serving, which numbers tokens by
+            absolute position, uses 0.
+        offset: int64 index inside the window (training) or absolute position (serving), in [0, 2**32).
+    Returns:
+        float64 tensor of the broadcast shape; values are (n + 1/2) / 2**52, so never exactly 0 or 1.
+    """
+    device = offset.device
+    key = torch.as_tensor(key, dtype=torch.int64, device=device)
+    window = torch.as_tensor(window, dtype=torch.int64, device=device)
+    counter = (sequence & _LOW, (sequence >> 32) & _LOW, window, offset)
+    words = philox4x32(counter, (key & _LOW, (key >> 32) & _LOW))
+    n = (words[0] << 20) | (words[1] >> 12)
+    return (n.to(torch.float64) + 0.5) * 2.0**-52
+
+
+def window_noise(key: Tensor | int, sequence_B: Tensor, anchors_BW: Tensor, k: int) -> Tensor:
+    """Noise of the windows of a batch: (B,) ids and (B, W) anchors give (B, W, k) float64 in (0, 1)."""
+    offsets_K = torch.arange(k, device=anchors_BW.device)
+    if isinstance(key, Tensor):
+        key = key[:, None, None]
+    return uniform(key, sequence_B[:, None, None], anchors_BW[:, :, None], offsets_K)
+
+
+def sample_anchors(key: Tensor | int, sequence_B: Tensor, n_context: int, n_windows: int) -> Tensor:
+    """`n_windows` different anchors in [0, n_context) for each sequence, sorted: (B,) → (B, W) int64.
+
+    The anchor is the position of the last context token that a window sees. Raises ValueError when a sequence has
+    fewer positions than windows are asked for.
+    """
+    if not 1 <= n_windows <= n_context:
+        raise ValueError(f"{n_windows} windows asked of a sequence with {n_context} positions; need 1 to {n_context}")
+    if isinstance(key, Tensor):
+        key = key[:, None]
+    order_BN = uniform(key, sequence_B[:, None], _LOW, torch.arange(n_context, device=sequence_B.device))
+    return order_BN.argsort(dim=1, stable=True)[:, :n_windows].sort(dim=1).values

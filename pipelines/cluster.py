@@ -1,0 +1,100 @@
+"""Attach to a Ray cluster or start an embedded one, and refuse what its resources cannot run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipelines.config import Config, ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+_QUIET = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+def attached() -> bool:
+    """Whether this process was told of a running cluster (`RAY_ADDRESS`, as under `ray job submit`)."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+@contextmanager
+def connected(config: Config) -> Iterator[None]:
+    """Start the embedded Ray, or attach to the cluster in `RAY_ADDRESS`, after checking that the run fits.
+
+    Raises ConfigError when the run's pools do not fit. SIGTERM (a stopped job) becomes SystemExit, so that the run
+    ends like any other interruption: the next start resumes it.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    if not attached():
+        preflight(config, {"CPU": float(os.cpu_count() or 1), "GPU": float(_local_gpus())}, "this machine")
+    import ray
+
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if attached():
+        ray.init(runtime_env={"env_vars": _QUIET}, **quiet)
+        preflight(config, ray.cluster_resources(), "the cluster")
+    else:
+        ray.init(address="local", include_dashboard=False, **quiet)
+    _quieten()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM; run the same command to continue"))
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _quieten() -> None:
+    """Keep Ray's own lines out of the terminal; its log files keep everything."""
+    import ray.data
+    import ray.train.torch  # noqa: F401  (importing configures the loggers)
+
+    for name in ("ray", "ray.data", "ray.train"):
+        for handler in logging.getLogger(name).handlers:
+            if type(handler).__name__ in ("StreamHandler", "PlainRayHandler"):
+                handler.setLevel(logging.ERROR)
+
+
+def _local_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def preflight(config: Config, have: dict[str, float], where: str) -> None:
+    """Raise ConfigError unless train workers, rollout actors and one reading task fit side by side.
+
+    Ray would otherwise wait for ever: train workers that hold every CPU starve the data they wait for, and an actor
+    pool that holds every CPU starves its own input.
+    """
+    stages = {"teacher": config.teacher.train} if config.teacher.path is None else {}
+    stages |= {f"k{k}": config.stage(f"k{k}").train for k in config.ks()}
+    for name, train in stages.items():
+        rollout = config.stage(name).rollout
+        pools = {
+            f"train.workers={train.workers}": (train.workers, train.cpus_per_worker, train.gpus_per_worker),
+            f"rollout.actors={rollout.actors}": (rollout.actors, rollout.cpus_per_actor, rollout.gpus_per_actor),
+            "1 reading task": (1, 1.0, 0.0),
+        }
+        for kind, index in (("CPU", 1), ("GPU", 2)):
+            need = {label: pool[0] * pool[index] for label, pool in pools.items() if pool[0] * pool[index]}
+            if sum(need.values()) > have.get(kind, 0.0) + 1e-9:
+                parts = " + ".join(f"{amount:g} for {label}" for label, amount in need.items())
+                raise ConfigError(
+                    f"stage {name} needs {sum(need.values()):g} {kind}s ({parts}), {where} has {have.get(kind, 0.0):g}: "
+                    f"Ray would wait for ever. Lower train.workers, train.{kind.lower()}s_per_worker, rollout.actors or "
+                    f"rollout.{kind.lower()}s_per_actor, or use a larger cluster"
+                )

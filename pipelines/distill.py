@@ -1,0 +1,49 @@
+"""Distil an AR language model into a push-forward model, stage by stage.
+
+    corpus ─► token blocks ─► AR teacher ─► PFLM(1) ─► PFLM(2) ─► PFLM(4) … ─► evaluation ─► report
+                                  each stage: rollouts by the frozen teacher ─► training ─► next stage's teacher
+
+    python pipelines/distill.py [--recipe NAME | --config FILE] [section.field=value …]
+
+Without arguments: recipe `quickstart` on an embedded Ray. Run the same command again to continue an interrupted run;
+finished stages are skipped. `--help` lists every field.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from pipelines.cluster import connected  # noqa: E402
+from pipelines.config import Config, ConfigError  # noqa: E402
+from pipelines.options import read_command_line  # noqa: E402
+from pipelines.pipeline import Pipeline  # noqa: E402
+from pipelines.stages import locked  # noqa: E402
+
+
+def distill(config: Config) -> Path:
+    """Run the whole pipeline and return the path of its report."""
+    started = time.monotonic()
+    with locked(config), connected(config), Pipeline(config) as pipeline:
+        prepared = pipeline.prepare()
+        teacher = pipeline.teacher(prepared)
+        student = None
+        for k in config.ks():
+            student = pipeline.student(k, prepared, teacher, previous=student)
+        return pipeline.report(prepared, teacher, seconds=time.monotonic() - started)
+
+
+def main() -> None:
+    """Read the command line, run, and turn mistakes into one clear line."""
+    try:
+        report = distill(read_command_line(__doc__ or ""))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    print(f"report  {report}")
+
+
+if __name__ == "__main__":
+    main()

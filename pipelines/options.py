@@ -1,0 +1,156 @@
+"""The command line, and every check that can be made before a cluster starts."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from pipelines.config import Config, ConfigError, TrainConfig, apply, describe_fields, load_file
+from pipelines.corpus import check_source, is_remote
+from pipelines.prepare import load_tokenizer
+from pipelines.recipes import RECIPES, recipe
+from pipelines.stages import claim
+
+
+def read_command_line(description: str, words: list[str] | None = None) -> Config:
+    """`[--recipe NAME | --config FILE] [section.field=value …]` → a validated config. Raises ConfigError."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"recipes: {', '.join(RECIPES)}\n\nfields:\n{describe_fields()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--recipe", metavar="NAME", help="starting point (default: quickstart)")
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON with `recipe` and sections of fields")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    options = parser.parse_args(words)
+    tree = load_file(options.config) if options.config else {}
+    named = tree.pop("recipe", None)
+    config = apply(recipe(options.recipe or named or "quickstart"), tree, options.overrides)
+    validate(config)
+    return config
+
+
+def validate(config: Config) -> None:
+    """Raise ConfigError for anything that cannot work, with the value, the reason and the remedy."""
+    claim(config)
+    _check_choices("targets", config.targets, ("self", "ar"))
+    k = config.student.k
+    if k < 1 or k & (k - 1):
+        raise ConfigError(
+            f"student.k={k} is not reachable by doubling from 1 (each stage's teacher makes two passes); choose 1, 2, 4, 8 …"
+        )
+    known = [f"k{k}" for k in config.ks()]
+    for name in config.stages:
+        if name not in known:
+            raise ConfigError(f"stages.{name}: this run has the stages {', '.join(known)}")
+    if config.teacher.path is None:
+        _check_train("teacher.train", config.teacher.train)
+    for name in known:
+        stage = config.stage(name)
+        _check_choices("targets", stage.targets, ("self", "ar"))
+        _check_train(f"{name}: train", stage.train)
+        if not 1 <= stage.rollout.windows <= config.data.block:
+            raise ConfigError(
+                f"rollout.windows={stage.rollout.windows}: a block of data.block={config.data.block} tokens has 1 to "
+                f"{config.data.block} windows"
+            )
+        for field in ("actors", "batch", "cache_epochs", "steps_per_chunk"):
+            _check_positive(f"rollout.{field}", getattr(stage.rollout, field))
+    _check_data(config)
+    _check_teacher(config)
+
+
+def _check_choices(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value}: choose one of {', '.join(map(str, choices))}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if value <= 0:
+        raise ConfigError(f"{name}={value} must be positive")
+
+
+def _check_train(section: str, train: TrainConfig) -> None:
+    _check_choices(f"{section}.zero_stage", train.zero_stage, (1, 2, 3))
+    _check_choices(f"{section}.precision", train.precision, ("fp32", "bf16"))
+    _check_choices(f"{section}.schedule", train.schedule, ("constant", "cosine"))
+    _check_choices(f"{section}.warm_start", train.warm_start, ("previous", "teacher"))
+    for field in ("steps", "batch", "micro_batch", "lr", "workers", "checkpoint_every", "log_every"):
+        _check_positive(f"{section}.{field}", getattr(train, field))
+    if not 0 <= train.ema < 1:
+        raise ConfigError(f"{section}.ema={train.ema}: the decay must be in [0, 1); 0 switches the average off")
+    if train.batch % (train.workers * train.micro_batch):
+        raise ConfigError(
+            f"{section}.batch={train.batch} cannot be dealt to {train.workers} ZeRO workers in micro-batches of "
+            f"{train.micro_batch}: batch must be a multiple of workers × micro_batch = {train.workers * train.micro_batch}"
+        )
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    check_source(data)
+    if not 0 < data.heldout_fraction < 1:
+        raise ConfigError(f"data.heldout_fraction={data.heldout_fraction} must lie between 0 and 1")
+    for field in ("block", "docs_per_shard"):
+        _check_positive(f"data.{field}", getattr(data, field))
+    if config.eval.prompt_tokens > data.block:
+        raise ConfigError(f"eval.prompt_tokens={config.eval.prompt_tokens} exceeds data.block={data.block}")
+
+
+def _check_teacher(config: Config) -> None:
+    teacher = config.teacher
+    if teacher.path is None:
+        positions, vocabulary = teacher.max_positions, None
+        if teacher.hidden % teacher.heads or teacher.hidden // teacher.heads % 2:
+            raise ConfigError(
+                f"teacher.hidden={teacher.hidden} must be an even multiple of teacher.heads={teacher.heads} (rotary halves)"
+            )
+    else:
+        positions, vocabulary = _limits(teacher.path, teacher.gguf_file)
+    path = teacher.path or config.tokenizer.path
+    if path is not None:
+        try:
+            size = len(load_tokenizer(path, teacher.gguf_file))
+        except Exception as error:
+            raise ConfigError(
+                f"no tokenizer in {path}: {_first_line(error)}; give one beside the teacher's weights"
+            ) from None
+        if vocabulary is not None and size > vocabulary:
+            raise ConfigError(
+                f"teacher.path={path}: its tokenizer has {size} tokens and its model {vocabulary}; ids beyond the model's "
+                "vocabulary would be read out of bounds. Use the tokenizer the model was trained with"
+            )
+    elif config.tokenizer.vocab_size < 257:
+        raise ConfigError(f"tokenizer.vocab_size={config.tokenizer.vocab_size}: 256 bytes and <|endoftext|> need 257")
+    longest = config.data.block + config.student.k
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"data.block={config.data.block} + student.k={config.student.k} exceeds the teacher's {positions} positions; "
+            "use shorter blocks"
+        )
+    decoded = config.eval.prompt_tokens + config.eval.new_tokens + config.student.k
+    if positions is not None and decoded > positions:
+        raise ConfigError(
+            f"eval.prompt_tokens + eval.new_tokens + student.k = {decoded} exceeds the teacher's {positions} positions"
+        )
+
+
+def _limits(path: str, gguf_file: str | None) -> tuple[int | None, int | None]:
+    """(longest context, vocabulary) of a Hugging Face model, from its config alone."""
+    try:
+        extra = {"gguf_file": gguf_file} if gguf_file else {}
+        config = AutoConfig.from_pretrained(path, **extra)
+    except Exception as error:
+        kind = "folder" if Path(path).exists() or is_remote(path) or path.startswith((".", "/")) else "hub id"
+        raise ConfigError(
+            f"teacher.path={path}: no causal LM there ({kind}; {_first_line(error)}). Give a folder with config.json and "
+            "weights, or a hub id this machine can reach"
+        ) from None
+    return getattr(config, "max_position_embeddings", None), getattr(config, "vocab_size", None)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

@@ -1,0 +1,165 @@
+"""`report.json` for programs, `report.md` with plots and samples for people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from pipelines.stages import write_json
+from pipelines.tracking import LOG
+
+Record = dict[str, Any]
+
+
+def write_report(root: Path, report: Record) -> Path:
+    """Write `report.json`, the plots and `report.md`; returns the latter."""
+    write_json(root / "report.json", report)
+    plot_match(report["stages"], root / "match.png")
+    plot_training(training_log(root), root / "training.png")
+    (root / "report.md").write_text(markdown(report))
+    return root / "report.md"
+
+
+def training_log(root: Path) -> dict[str, list[Record]]:
+    """The run's training records by stage; of a step seen twice (resumed runs) the later one, of a
+    stage that was run anew with another config only the last run."""
+    stages: dict[str, dict[int, Record]] = {}
+    prints: dict[str, str] = {}
+    for line in (root / LOG).read_text().splitlines():
+        record = json.loads(line)
+        if (
+            record.get("event") == "stage_started"
+            and prints.setdefault(record["stage"], record["fingerprint"]) != record["fingerprint"]
+        ):
+            prints[record["stage"]] = record["fingerprint"]
+            stages.pop(record["stage"], None)
+        elif record.get("event") == "train":
+            stages.setdefault(record["stage"], {})[record["step"]] = record
+    return {name: [records[step] for step in sorted(records)] for name, records in stages.items()}
+
+
+def ratio(figure: Record, digits: int = 3) -> str:
+    """A figure with its 95% interval."""
+    return f"{figure['value']:.{digits}f} [{figure['lo']:.{digits}f}, {figure['hi']:.{digits}f}]"
+
+
+def table(stages: list[Record]) -> str:
+    """The fidelity table: a row a student and offset."""
+    lines = [
+        "| student | offset | match | block match | teacher NLL of student's tokens | of its own | target NLL |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for s in stages:
+        for j in range(s["k"]):
+            first = j == 0
+            lines.append(
+                f"| {s['name'] if first else ''} | {j + 1} | {ratio(s['match'][j])} | "
+                f"{ratio(s['block_match']) if first else ''} | {ratio(s['student_nll'][j], 2)} | "
+                f"{ratio(s['teacher_nll'][j], 2)} | {ratio(s['target_nll'][j], 2)} |"
+            )
+    return "\n".join(lines)
+
+
+def cost_table(costs: list[Record]) -> str:
+    """What each stage cost: steps, seconds, throughput, waiting, memory."""
+    lines = [
+        "| stage | steps | seconds | train tokens/s | data wait | rollout rows/s | rollout actor peak MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for c in costs:
+        rate = f"{1 / c['rollout_s']:.1f}" if c.get("rollout_s") else "–"
+        memory = f"{c['rollout_rss_mb']:.0f}" if c.get("rollout_rss_mb") else "–"
+        lines.append(
+            f"| {c['name']} | {c['steps']} | {c['seconds']:.0f} | {c['tokens_per_s']:,.0f} | {c['data_wait']:.0%} | {rate} | "
+            f"{memory} |"
+        )
+    return "\n".join(lines)
+
+
+def markdown(report: Record) -> str:
+    """The report for people."""
+    samples = []
+    for number, record in enumerate(report["samples"], 1):
+        samples.append(f"**Prompt {number}.** {quote(record['prompt'])}\n")
+        samples += [f"* *{name}*: {quote(text)}" for name, text in record.items() if name != "prompt"]
+        samples.append("")
+    corpus = report["corpus"]
+    return f"""# {report["recipe"]}: AR → {" → ".join(f"k={s['k']}" for s in report["stages"])}
+
+Corpus: {corpus["train"]["tokens"]:,} train tokens of {corpus["train"]["documents"]} documents, \
+{corpus["heldout"]["tokens"]:,} held-out tokens of {corpus["heldout"]["documents"]}. \
+Whole run: {report["seconds"]:.0f} s.
+
+## Fidelity on held-out windows, under the same noise
+
+{table(report["stages"])}
+
+Brackets hold 95% intervals, bootstrapped over documents. *Match* is the share of windows whose token equals the AR
+teacher's coupled token; *block match* needs all k. The teacher's NLL is two-sided: a student whose tokens are likelier
+than the teacher's own has moved towards modes.
+
+![match by offset](match.png)
+
+## Training
+
+{cost_table(report["costs"])}
+
+![training](training.png)
+
+## The same prompts, the same noise
+
+Every model reads the same uniform noise at the same position; where a student agrees with its teacher token for token,
+the text is the same.
+
+{chr(10).join(samples)}
+## Look further
+
+* MLflow: `{report["mlflow"]}`
+* Load a student: `PushForwardLM.from_pretrained("{report["stages"][-1]["path"]}")`
+"""
+
+
+def quote(text: str) -> str:
+    """Text on one line that Markdown leaves alone."""
+    one_line = " ".join(text.split())
+    for sign in "\\`*_[]<>#|":
+        one_line = one_line.replace(sign, "\\" + sign)
+    return one_line
+
+
+def plot_match(stages: list[Record], path: Path) -> None:
+    """Match by offset, one line a student, with intervals."""
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for s in stages:
+        values = [m["value"] for m in s["match"]]
+        low = [max(0.0, m["value"] - m["lo"]) for m in s["match"]]
+        high = [max(0.0, m["hi"] - m["value"]) for m in s["match"]]
+        axes.errorbar(range(1, s["k"] + 1), values, yerr=[low, high], marker="o", capsize=3, label=s["name"])
+    axes.set(xlabel="offset in the block", ylabel="match with the AR teacher", ylim=(0, 1))
+    axes.set_xticks(range(1, max(s["k"] for s in stages) + 1))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_training(log: dict[str, list[Record]], path: Path) -> None:
+    """Training loss and block match by step, one line a stage."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for name, records in log.items():
+        steps = [r["step"] for r in records]
+        left.plot(steps, [r["loss"] for r in records], label=name)
+        right.plot(steps, [r["block_match"] for r in records], label=name)
+    left.set(xlabel="step", ylabel="loss (nats a token)")
+    right.set(xlabel="step", ylabel="block match with the stage's targets", ylim=(0, 1))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,238 @@
+"""Rollouts: the frozen teacher of a stage turns token blocks into training targets, on its own actors.
+
+    chunk numbers ─► read rows (tasks) ─► RolloutActor pool (teacher) ─► train workers, or Parquet when cached
+          (Ray Data: every arrow is bounded; a slow consumer stops the producer)
+
+A *chunk* is the rows that one train worker consumes in a few optimiser steps. Which rows those are is a function of
+the step numbers alone (`StepPlan`), so a stage is one streaming execution whatever its number of epochs, and
+resuming at step s is starting the plan at s.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import AutoModelForCausalLM
+
+from kforcing.model import PushForwardLM
+from kforcing.noise import derive_key, sample_anchors, uniform, window_noise
+from kforcing.rollout import ARTeacher, StudentTeacher, Teacher
+from pipelines.config import NoiseConfig, RolloutConfig, TrainConfig
+from pipelines.stages import Stage
+from pipelines.store import MANIFEST, TokenStore, fixed_list, open_store, to_numpy, write_manifest, write_shard
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Which row positions belong to which step and worker: step s takes positions [s·batch, (s + 1)·batch)."""
+
+    batch: int
+    workers: int
+    steps: int
+    start: int
+    steps_per_chunk: int
+
+    @property
+    def chunks(self) -> int:
+        """Chunks from `start` to the end, `workers` of them for every `steps_per_chunk` steps."""
+        return -(-(self.steps - self.start) // self.steps_per_chunk) * self.workers
+
+    @property
+    def rows_per_worker(self) -> int:
+        """Rows a worker consumes in a step."""
+        return self.batch // self.workers
+
+    def positions(self, chunk: int) -> np.ndarray:
+        """Row positions of a chunk: worker chunk % workers, the steps of group chunk // workers."""
+        group, worker = divmod(chunk, self.workers)
+        first = self.start + group * self.steps_per_chunk
+        steps = np.arange(first, min(first + self.steps_per_chunk, self.steps))
+        rows = np.arange(self.rows_per_worker) + worker * self.rows_per_worker
+        return (steps[:, None] * self.batch + rows).reshape(-1)
+
+    @classmethod
+    def of(cls, train: TrainConfig, rollout: RolloutConfig, start: int) -> StepPlan:
+        """The plan of a stage's training from step `start` on."""
+        return cls(train.batch, train.workers, train.steps, start, rollout.steps_per_chunk)
+
+
+@dataclass(frozen=True)
+class RolloutJob:
+    """What a rollout actor needs to know: all of it, so that any actor anywhere makes the same rows."""
+
+    teacher: str
+    """Folder of the teacher: a `PushForwardLM`, or a Hugging Face causal LM when `ar`."""
+    ar: bool
+    k: int
+    """Target tokens of a window."""
+    windows: int
+    seed: int
+    stage: str
+    """Names the noise stream, with the epoch."""
+    noise: NoiseConfig
+    batch: int
+
+
+def load_ar(folder: str, **extra: Any) -> Any:
+    """A causal LM in float32 with sdpa attention."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa", **extra).eval()
+
+
+def pick_device() -> torch.device:
+    """The GPU Ray gave this process, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class RolloutActor:
+    """Holds the frozen teacher; called by Ray Data with rows of tokens, returns them with anchors and targets."""
+
+    def __init__(self, job: RolloutJob):
+        torch.set_num_threads(1 if not torch.cuda.is_available() else torch.get_num_threads())
+        self.job = job
+        self.device = pick_device()
+        self.teacher: Teacher
+        if job.ar:
+            self.teacher = ARTeacher(load_ar(job.teacher).to(self.device))
+        else:
+            self.teacher = StudentTeacher(PushForwardLM.from_pretrained(job.teacher).to(self.device))
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        started = time.monotonic()
+        parts = [self._roll_out(table.slice(i, self.job.batch)) for i in range(0, len(table), self.job.batch)]
+        rolled = pa.concat_tables(parts)
+        seconds = (time.monotonic() - started) / len(rolled)
+        rolled = rolled.append_column("rollout_s", pa.array(np.full(len(rolled), seconds)))
+        return rolled.append_column("rollout_rss_mb", pa.array(np.full(len(rolled), peak_rss_mb())))
+
+    def _roll_out(self, rows: pa.Table) -> pa.Table:
+        job = self.job
+        epochs = rows["epoch"].to_numpy()
+        keys = np.array([derive_key(job.seed, job.stage, "noise", e) for e in epochs])
+        anchor_keys = np.array([derive_key(job.seed, job.stage, "anchors", e) for e in epochs])
+        seq = torch.from_numpy(rows["seq"].to_numpy().copy())
+        tokens = torch.from_numpy(to_numpy(rows["tokens"]).astype(np.int64))
+        anchors = sample_anchors(torch.from_numpy(anchor_keys), seq, tokens.shape[1], job.windows)
+        noise = window_noise(torch.from_numpy(keys), seq, anchors, job.k)
+        temperature = draw_temperature(torch.from_numpy(anchor_keys), seq, job.noise)
+        targets = self.teacher.rollout(*(x.to(self.device) for x in (tokens, anchors, noise, temperature)))
+        columns = {
+            "anchors": fixed_list(anchors.numpy().astype(np.int32)),
+            "targets": fixed_list(targets.cpu().numpy().reshape(len(seq), -1).astype(np.int32)),
+            "noise_key": pa.array(keys),
+            "temperature": pa.array(temperature.numpy()),
+        }
+        for name, column in columns.items():
+            rows = rows.append_column(name, column)
+        return rows
+
+
+def draw_temperature(keys_B: torch.Tensor, seq_B: torch.Tensor, noise: NoiseConfig) -> torch.Tensor:
+    """One temperature a sequence, uniform in the student's range: (B,) float32."""
+    u = uniform(keys_B, seq_B, 0xFFFFFFFE, torch.zeros_like(seq_B)).float()
+    return noise.temperature_min + u * (noise.temperature_max - noise.temperature_min)
+
+
+@dataclass(frozen=True)
+class ReadChunk:
+    """Chunk numbers to rows of a store; runs in reading tasks."""
+
+    store: str
+    seed: int
+    plan: StepPlan
+
+    def __call__(self, chunks: pa.Table) -> pa.Table:
+        positions = np.concatenate([self.plan.positions(int(c)) for c in chunks["id"].to_numpy()])
+        return open_store(self.store, self.seed).read(positions)
+
+
+def training_rows(store: str, seed: int, plan: StepPlan, job: RolloutJob | None, rollout: RolloutConfig) -> Any:
+    """The streaming dataset of a stage: a block a chunk, in order, rolled out by the actor pool when there is a job."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    dataset = ray.data.range(plan.chunks, override_num_blocks=plan.chunks).map_batches(
+        ReadChunk(store, seed, plan), batch_format="pyarrow", batch_size=1
+    )
+    return dataset if job is None else _rolled_out(dataset, job, rollout, plan.rows_per_worker * plan.steps_per_chunk)
+
+
+def _rolled_out(dataset: Any, job: RolloutJob, rollout: RolloutConfig, rows: int) -> Any:
+    """A dataset of token rows through the pool of rollout actors, `rows` of them a call."""
+    import ray.data
+
+    return dataset.map_batches(
+        RolloutActor,
+        fn_constructor_args=(job,),
+        batch_format="pyarrow",
+        batch_size=rows,
+        num_cpus=rollout.cpus_per_actor,
+        num_gpus=rollout.gpus_per_actor or None,
+        compute=ray.data.ActorPoolStrategy(size=rollout.actors, max_tasks_in_flight_per_actor=4),
+    )
+
+
+def cache_rollouts(
+    stage: Stage, store: str, seed: int, train: TrainConfig, rollout: RolloutConfig, job: RolloutJob, say: Callable
+) -> str:
+    """Write the rollouts of `steps · batch / cache_epochs` rows to Parquet, once; returns the store's folder.
+
+    Shards are written atomically under names that follow from their rows, and an interrupted run goes on with the
+    missing ones.
+    """
+    folder = stage.folder / "rollouts"
+    folder.mkdir(exist_ok=True)
+    if (folder / MANIFEST).is_file():
+        return str(folder)
+    per_epoch = TokenStore(store, seed).rows_per_epoch
+    rows = min(per_epoch, -(-train.steps * train.batch // rollout.cache_epochs))
+    # One shard for every `batch` rows: a plan of one worker and one step a chunk numbers them.
+    plan = StepPlan(train.batch, 1, -(-rows // train.batch), 0, 1)
+    entries = [{"file": f.name, "rows": pq.ParquetFile(f).metadata.num_rows} for f in folder.glob("*.parquet")]
+    done = {entry["file"] for entry in entries}
+    missing = [i for i in range(plan.chunks) if f"{_shard_name(i)}.parquet" not in done]
+    for entry in _write_shards(missing, folder, ReadChunk(store, seed, plan), job, rollout) if missing else ():
+        entries.append(entry)
+        say(f"{stage.name}  cached rollouts  {len(entries)}/{plan.chunks} shards")
+    write_manifest(folder, entries)
+    return str(folder)
+
+
+def _shard_name(chunk: int) -> str:
+    return f"rollout-{chunk:08d}"
+
+
+def _write_shards(chunks: list[int], folder: Path, read: ReadChunk, job: RolloutJob, rollout: RolloutConfig) -> Any:
+    import ray.data
+
+    batch = read.plan.batch
+
+    def write(table: pa.Table) -> pa.Table:
+        shards = []
+        for start in range(0, len(table), batch):
+            rows = table.slice(start, batch)
+            name = _shard_name(rows["position"][0].as_py() // batch)
+            shards.append(write_shard(folder, name, rows.drop_columns(["position", "epoch"])))
+        return pa.Table.from_pylist(shards)
+
+    rows = ray.data.from_items([{"id": i} for i in chunks], override_num_blocks=len(chunks)).map_batches(
+        read, batch_format="pyarrow", batch_size=1
+    )
+    return (
+        _rolled_out(rows, job, rollout, batch).map_batches(write, batch_format="pyarrow", batch_size=batch).iter_rows()
+    )

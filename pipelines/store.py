@@ -1,0 +1,107 @@
+"""Token blocks and rollouts on disk: Parquet shards of small row groups, readable by position.
+
+A run reads rows by *position*: 0, 1, 2, … over all epochs. The row at a position is a pure function of (store, seed,
+position), so the order does not depend on workers, batch sizes or restarts, and an interrupted stage continues at the
+exact row. Row groups are shuffled anew each epoch and read through interleaved lanes, so neighbours in a batch come
+from different row groups while every lane reads sequentially.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kforcing.noise import derive_key
+
+ROWS_PER_GROUP = 64
+LANES = 16
+MANIFEST = "manifest.json"
+
+
+def fixed_list(values: np.ndarray) -> pa.FixedSizeListArray:
+    """A 2-D array as an Arrow column of fixed-size lists."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+
+
+def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of fixed-size lists as a 2-D array, or a plain column as a 1-D one."""
+    if pa.types.is_fixed_size_list(column.type):
+        flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return flat.reshape(len(column), column.type.list_size)
+    return column.to_numpy()
+
+
+def write_shard(folder: Path, name: str, table: pa.Table) -> dict[str, Any]:
+    """Write one shard atomically; the returned entry goes into the store's manifest."""
+    final = folder / f"{name}.parquet"
+    partial = folder / f".{name}.partial"
+    pq.write_table(table, partial, row_group_size=ROWS_PER_GROUP, compression="zstd")
+    partial.rename(final)
+    return {"file": final.name, "rows": len(table)}
+
+
+def write_manifest(folder: Path, shards: list[dict[str, Any]], **facts: Any) -> None:
+    """Mark a store as complete. Shards are listed by name: file names are content hashes, so the order is stable."""
+    record = {"rows": sum(s["rows"] for s in shards), **facts, "shards": sorted(shards, key=lambda s: s["file"])}
+    partial = folder / f".{MANIFEST}.partial"
+    partial.write_text(json.dumps(record, indent=1))
+    partial.rename(folder / MANIFEST)
+
+
+class TokenStore:
+    """Random access to a finished store."""
+
+    def __init__(self, folder: str | Path, seed: int):
+        self.folder = Path(folder)
+        self.manifest = json.loads((self.folder / MANIFEST).read_text())
+        self.seed = seed
+        self.groups = [
+            (shard["file"], index, min(ROWS_PER_GROUP, shard["rows"] - index * ROWS_PER_GROUP))
+            for shard in self.manifest["shards"]
+            for index in range(-(-shard["rows"] // ROWS_PER_GROUP))
+        ]
+        self.lanes = min(LANES, len(self.groups))
+        self._read_group = functools.lru_cache(maxsize=2 * LANES)(self._read_group_uncached)
+        self._epoch_order = functools.lru_cache(maxsize=2)(self._epoch_order_uncached)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of one epoch; fewer than `LANES` rows may stay out of an epoch, different ones each time."""
+        return self.manifest["rows"] // self.lanes * self.lanes
+
+    def _epoch_order_uncached(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        order = np.random.default_rng(derive_key(self.seed, "order", epoch)).permutation(len(self.groups))
+        ends = np.cumsum([self.groups[g][2] for g in order])
+        return order, ends
+
+    def _read_group_uncached(self, group: int) -> pa.Table:
+        file, index, _ = self.groups[group]
+        return pq.ParquetFile(self.folder / file).read_row_group(index)
+
+    def locate(self, position: int) -> tuple[int, int, int]:
+        """Position → (epoch, row group, row inside it)."""
+        epoch, offset = divmod(position, self.rows_per_epoch)
+        order, ends = self._epoch_order(epoch)
+        row = offset % self.lanes * (self.rows_per_epoch // self.lanes) + offset // self.lanes
+        rank = int(np.searchsorted(ends, row, side="right"))
+        group = int(order[rank])
+        return epoch, group, row - int(ends[rank]) + self.groups[group][2]
+
+    def read(self, positions: np.ndarray) -> pa.Table:
+        """The rows at the given positions, in that order, with columns `position` and `epoch` added."""
+        places = [self.locate(int(p)) for p in positions]
+        table = pa.concat_tables([self._read_group(group).slice(row, 1) for _, group, row in places]).combine_chunks()
+        table = table.append_column("position", pa.array(positions, pa.int64()))
+        return table.append_column("epoch", pa.array([epoch for epoch, _, _ in places], pa.int64()))
+
+
+@functools.lru_cache(maxsize=4)
+def open_store(folder: str, seed: int) -> TokenStore:
+    """A `TokenStore`, opened once a process."""
+    return TokenStore(folder, seed)

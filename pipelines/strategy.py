@@ -1,0 +1,162 @@
+"""DeepSpeed, and nothing else of the pipeline: engine, moving average, checkpoints, whole weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipelines.config import ConfigError, TrainConfig
+from pipelines.stages import write_json
+
+LATEST = "latest.json"
+
+
+def _import_deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if not torch.cuda.is_available():
+        # The shared-memory collective is compiled at first use; gloo alone needs neither compiler nor ninja.
+        from deepspeed import ops
+
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("ERROR")
+    return deepspeed
+
+
+def engine_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed config of a stage."""
+    return {
+        "train_batch_size": train.batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": train.batch // (train.micro_batch * world_size),
+        "gradient_clipping": train.clip,
+        "zero_optimization": {"stage": train.zero_stage},
+        "bf16": {"enabled": train.precision == "bf16"},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": train.lr,
+                "betas": [train.beta1, train.beta2],
+                "eps": train.eps,
+                "weight_decay": train.weight_decay,
+                "torch_adam": True,
+            },
+        },
+        "steps_per_print": 10**9,
+    }
+
+
+def build_engine(module: nn.Module, train: TrainConfig) -> Any:
+    """Wrap a module in a DeepSpeed engine on the process group that is already up."""
+    deepspeed = _import_deepspeed()
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    engine, *_ = deepspeed.initialize(
+        model=module, model_parameters=list(module.parameters()), config=engine_config(train, dist.get_world_size())
+    )
+    return engine
+
+
+def set_lr(engine: Any, lr: float) -> None:
+    """Set the learning rate of the next update."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _partition(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter: its ZeRO-3 partition, or the whole of it."""
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+class MovingAverage:
+    """Exponential moving average of the weights in float32, sharded over ranks.
+
+    Under ZeRO 3 each rank averages its own partitions; below that, parameters are dealt out to ranks round-robin.
+    """
+
+    def __init__(self, engine: Any, decay: float):
+        self.decay = decay
+        named = list(engine.module.named_parameters())
+        sharded = any(hasattr(p, "ds_tensor") for _, p in named)
+        rank, world = dist.get_rank(), dist.get_world_size()
+        self.parameters = {n: p for i, (n, p) in enumerate(named) if sharded or i % world == rank}
+        self.average = {n: _partition(p).detach().float().clone() for n, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the current weights; early steps move faster, by min(decay, (1 + step) / (10 + step))."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in self.parameters.items():
+            self.average[name].lerp_(_partition(parameter).float(), weight)
+
+
+def save_checkpoint(engine: Any, average: MovingAverage | None, folder: Path, step: int) -> None:
+    """Write a checkpoint from all ranks; `latest.json` then names it atomically, and older ones go."""
+    tag = f"step-{step:08d}"
+    engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    if average:
+        save_file(average.average, folder / tag / f"average-{dist.get_rank()}.safetensors")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        write_json(folder / LATEST, {"tag": tag, "step": step, "world_size": dist.get_world_size()})
+        for old in folder.glob("step-*"):
+            if old.name != tag:
+                shutil.rmtree(old)
+    dist.barrier()
+
+
+def latest_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """`{"tag", "step", "world_size"}` of the newest complete checkpoint, or None."""
+    file = folder / LATEST
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def load_checkpoint(engine: Any, average: MovingAverage | None, folder: Path) -> int:
+    """Resume weights, optimiser and average from the newest checkpoint; returns the step to continue at."""
+    latest = latest_checkpoint(folder)
+    if latest is None:
+        return 0
+    if latest["world_size"] != dist.get_world_size():
+        raise ConfigError(
+            f"{folder} was written by {latest['world_size']} workers and cannot be read by {dist.get_world_size()}: "
+            f"resume with train.workers={latest['world_size']}, or delete that folder to restart the stage"
+        )
+    loaded, _ = engine.load_checkpoint(str(folder), tag=latest["tag"])
+    assert loaded is not None, f"DeepSpeed found no checkpoint {latest['tag']} in {folder}"
+    if average:
+        average.average.update(load_file(folder / latest["tag"] / f"average-{dist.get_rank()}.safetensors"))
+    return latest["step"]
+
+
+@torch.no_grad()
+def whole_weights(engine: Any, average: MovingAverage | None) -> dict[str, Tensor]:
+    """All weights in float32 on rank 0's CPU (the average's when there is one), gathered one at a time.
+
+    Collective: every rank must call it. Ranks other than 0 get an empty dictionary.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    weights = {}
+    for index, (name, parameter) in enumerate(engine.module.named_parameters()):
+        part = average.average.get(name) if average else _partition(parameter).float()
+        if hasattr(parameter, "ds_tensor"):
+            assert part is not None
+            parts = [torch.empty_like(part) for _ in range(world)]
+            dist.all_gather(parts, part)
+            whole = torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
+        elif average:
+            whole = torch.empty(parameter.shape, device=parameter.device) if part is None else part
+            dist.broadcast(whole, src=index % world)
+        else:
+            whole = part
+        if rank == 0:
+            weights[name] = whole.cpu().clone()
+    return weights

@@ -1,0 +1,293 @@
+"""The one seam for tracking: a JSONL log always, MLflow as far as it can be reached, progress lines for people.
+
+MLflow runs in the driver alone. Train workers hand their metrics to the `Relay` actor without waiting; a thread of the
+driver drains it. So a slow, dead or unreachable tracking server delays that thread and nothing else, and sqlite is
+only ever written from one process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from pipelines.config import Config, _leaves
+from pipelines.prepare import Prepared
+
+_RETRY_AFTER_S = 30.0
+LOG = "log.jsonl"
+
+
+@ray.remote(num_cpus=0)
+class Relay:
+    """A mailbox between train workers and the driver."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def put(self, record: dict[str, Any]) -> None:
+        """Leave a record."""
+        self.records.append(record)
+
+    def drain(self) -> list[dict[str, Any]]:
+        """Take all records."""
+        taken, self.records = self.records, []
+        return taken
+
+
+def default_uri(config: Config) -> str:
+    """`tracking.uri`, else `MLFLOW_TRACKING_URI`, else sqlite beside the run directory."""
+    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{config.root.parent}/mlflow.db"
+
+
+class Tracker:
+    """A parent run for the pipeline and a child run for each stage, with the same metric keys in every child."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.uri = default_uri(config)
+        self.log = config.root / LOG
+        self.relay = Relay.remote()
+        self.client: Any = None
+        self.parent: str | None = None
+        self.child: str | None = None
+        self.tokens_before = 0
+        self._quiet_until = 0.0
+        self._state = config.root / "mlflow.json"
+        if self.uri != "off":
+            self._safely(self._connect)
+
+    def write(self, **record: Any) -> None:
+        """Append a record to the run's JSONL log."""
+        with open(self.log, "a") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+
+    def _safely(self, call: Callable[[], Any]) -> Any:
+        """Run an MLflow call; a failure is said once, and MLflow is left alone for a while."""
+        if time.monotonic() < self._quiet_until:
+            return None
+        try:
+            return call()
+        except Exception as error:
+            self._quiet_until = time.monotonic() + _RETRY_AFTER_S
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
+            text = f"tracking to {self.uri} failed, training goes on ({type(error).__name__}: {reason}); see {self.log}"
+            print(f"warning  {text}", file=sys.stderr, flush=True)
+            self.write(event="tracking_failed", error=text)
+            return None
+
+    def _connect(self) -> None:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        import logging
+
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        from mlflow import MlflowClient
+
+        client = MlflowClient(self.uri, registry_uri=self.uri)
+        found = client.get_experiment_by_name(self.config.tracking.experiment)
+        if found is None:
+            artifacts = None if "://" in self.uri and not self.uri.startswith("sqlite") else self._artifacts()
+            experiment = client.create_experiment(self.config.tracking.experiment, artifact_location=artifacts)
+        else:
+            experiment = found.experiment_id
+        state = json.loads(self._state.read_text()) if self._state.is_file() else {}
+        if state.get("uri") != self.uri:
+            run = client.create_run(experiment, run_name=f"{self.config.recipe} {self.config.root.name}")
+            state = {"uri": self.uri, "experiment": experiment, "parent": run.info.run_id, "children": {}}
+            self._state.write_text(json.dumps(state))
+        else:
+            client.update_run(state["parent"], status="RUNNING")
+        self.client, self.parent, self.experiment = client, state["parent"], experiment
+
+    def _artifacts(self) -> str:
+        return (self.config.root.parent / "mlartifacts").absolute().as_uri()
+
+    def _mlflow(self, call: Callable[[Any], Any]) -> Any:
+        if self.uri == "off":
+            return None
+        if self.client is None:
+            self._safely(self._connect)
+        return self._safely(lambda: call(self.client)) if self.client is not None else None
+
+    def params(self, config: Config, prepared: Prepared) -> None:
+        """Record the whole config and the dataset on the parent run."""
+        values = {path: str(value)[:500] for path, value in _leaves(_as_tree(config))}
+        self.write(event="config", **values)
+
+        def log(client: Any) -> None:
+            from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+            logged = client.get_run(self.parent).data.params
+            fresh = [Param(path, value) for path, value in values.items() if path not in logged]
+            for start in range(0, len(fresh), 100):
+                client.log_batch(self.parent, params=fresh[start : start + 100])
+            facts = prepared.facts()
+            for split in ("train", "heldout"):
+                dataset = Dataset(
+                    name=f"{config.data.source}:{split}"[:500],
+                    digest=prepared.id,
+                    source_type="local",
+                    source=json.dumps({"uri": str(prepared.split(split))}),
+                    profile=json.dumps(facts[split]),
+                )
+                client.log_inputs(self.parent, [DatasetInput(dataset, [InputTag("mlflow.data.context", split)])])
+
+        self._mlflow(log)
+
+    @contextmanager
+    def stage(self, name: str, fingerprint: str, **params: Any) -> Iterator[None]:
+        """A child run; metrics sent to the relay while it is open are logged to it and printed."""
+        self.write(event="stage_started", stage=name, fingerprint=fingerprint)
+        self.child = self._mlflow(lambda client: self._start_child(client, name, fingerprint, params))
+        done = threading.Event()
+        pump = threading.Thread(target=self._pump, args=(done,), daemon=True)
+        pump.start()
+        status = "FAILED"
+        try:
+            yield
+            status = "FINISHED"
+        except (KeyboardInterrupt, SystemExit):
+            status = "KILLED"
+            raise
+        finally:
+            done.set()
+            pump.join(timeout=30)
+            self.write(event="stage_ended", stage=name, status=status)
+            child = self.child
+            if child:
+                self._mlflow(lambda client: client.set_terminated(child, status))
+            self.child = None
+
+    def _start_child(self, client: Any, name: str, fingerprint: str, params: dict[str, Any]) -> str:
+        from mlflow.entities import Param
+        from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+        state = json.loads(self._state.read_text())
+        key = f"{name}-{fingerprint}"
+        if key in state["children"]:
+            client.update_run(state["children"][key], status="RUNNING")
+            return state["children"][key]
+        tags = {MLFLOW_PARENT_RUN_ID: self.parent, "stage": name, "fingerprint": fingerprint}
+        run = client.create_run(state["experiment"], tags=tags, run_name=name)
+        client.log_batch(run.info.run_id, params=[Param(p, str(v)[:500]) for p, v in params.items()])
+        state["children"][key] = run.info.run_id
+        self._state.write_text(json.dumps(state))
+        return run.info.run_id
+
+    def _pump(self, done: threading.Event) -> None:
+        while True:
+            last = done.wait(0.5)
+            for record in ray.get(self.relay.drain.remote()):
+                self.write(event="train", **record)
+                print(progress_line(record), flush=True)
+                self.metrics(flatten(record), record["step"])
+            if last:
+                return
+
+    def metrics(self, values: dict[str, float], step: int = 0) -> None:
+        """Log metrics to the open child run, or to the parent when none is open."""
+        run = self.child or self.parent
+        if run is None:
+            return
+
+        def log(client: Any) -> None:
+            from mlflow.entities import Metric
+
+            now = int(time.time() * 1000)
+            client.log_batch(run, metrics=[Metric(name, float(v), now, step) for name, v in values.items()])
+
+        self._mlflow(log)
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Copy a file to the open child run, or to the parent when none is open."""
+        run = self.child or self.parent
+        if run is not None:
+            self._mlflow(lambda client: client.log_artifact(run, str(path), folder))
+
+    def register(self, folder: Path, k: int) -> None:
+        """Register a finished student as a version of the run's model, with alias `k<k>`."""
+        run = self.child or self.parent
+        if run is None:
+            return
+        name = self.config.tracking.model_name or f"kforcing-{self.config.recipe}"
+
+        def log(client: Any) -> None:
+            from mlflow.exceptions import MlflowException
+
+            for file in model_files(folder):
+                client.log_artifact(run, str(file), "model")
+            try:
+                client.create_registered_model(name, description="Push-forward students; alias k<k> is the newest of k")
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            source = client.get_run(run).info.artifact_uri.rstrip("/") + "/model"
+            version = client.create_model_version(name, source, run_id=run, tags={"k": str(k)})
+            client.set_registered_model_alias(name, f"k{k}", version.version)
+
+        self._mlflow(log)
+
+    def finish(self, status: str) -> None:
+        """End the parent run."""
+        if self.parent:
+            self._mlflow(lambda client: client.set_terminated(self.parent, status))
+
+    def ui_command(self) -> str:
+        """How to look at the runs."""
+        if self.uri == "off":
+            return "tracking is off"
+        return f"mlflow ui --backend-store-uri {self.uri}" if "sqlite" in self.uri else f"open {self.uri}"
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a saved model in a stage's folder: weights, configs and tokenizer, not its working files."""
+    names = (
+        "config.json",
+        "generation_config.json",
+        "model*.safetensors*",
+        "tokenizer*",
+        "special_tokens_map.json",
+        "vocab*",
+        "merges*",
+    )
+    return sorted({f for pattern in names for f in folder.glob(pattern)})
+
+
+def _as_tree(config: Config) -> dict[str, Any]:
+    import dataclasses
+
+    return dataclasses.asdict(config)
+
+
+def flatten(record: dict[str, Any]) -> dict[str, float]:
+    """A worker's record as MLflow metrics; lists become `name_1`, `name_2`, …"""
+    flat: dict[str, float] = {}
+    for key, value in record.items():
+        if key in ("tokens_seen", "step", "steps", "stage"):
+            continue
+        if isinstance(value, list):
+            flat |= {f"train/{key}_{j + 1}": v for j, v in enumerate(value)}
+        else:
+            flat[f"train/{key}"] = value
+    return flat | {"tokens_seen": record["tokens_seen"]}
+
+
+def progress_line(record: dict[str, Any]) -> str:
+    """One readable line: step, loss, match, tokens/s, data wait, ETA."""
+    match = " ".join(f"{m:.2f}" for m in record["match"])
+    minutes, seconds = divmod(int(record["eta_s"]), 60)
+    return (
+        f"{record['stage']:<8} step {record['step']}/{record['steps']}  loss {record['loss']:.3f}  match {match}  "
+        f"{record['tokens_per_s']:,.0f} tokens/s  data wait {record['data_wait']:.0%}  ETA {minutes}:{seconds:02d}"
+    )
