@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kforcing.noise import derive_key, uniform
-from kforcing.staircase import lm_head, staircase_states
+from kforcing.staircase import embeddings, head, lm_head, staircase_states
 
 FORMAT_VERSION = 1
 
@@ -94,7 +94,8 @@ class PushForwardLM(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = backbone
-        self.noise_encoder = NoiseEncoder(backbone.get_input_embeddings().embedding_dim, config.noise)
+        width = embeddings(backbone).weight.shape[1]
+        self.noise_encoder = NoiseEncoder(width, config.noise)
 
     @property
     def k(self) -> int:
@@ -107,7 +108,7 @@ class PushForwardLM(nn.Module):
         check_backbone(backbone)
         student = cls(PushForwardConfig(k, backbone.config.to_dict(), noise or NoiseConfig()), backbone)
         # Hints should look like tokens to the first layer: match the scale of the token embeddings.
-        scale = backbone.get_input_embeddings().weight.float().std().item()
+        scale = embeddings(backbone).weight.float().std().item()
         with torch.no_grad():
             probe = torch.linspace(0, 1, 257)[:-1]
             spread = student.noise_encoder(probe, torch.ones_like(probe)).std().item()
@@ -148,7 +149,7 @@ class PushForwardLM(nn.Module):
             temperature_B = torch.ones(len(context_BN), device=context_BN.device)
         block = self.noise_encoder(noise_BWK, temperature_B[:, None, None].expand_as(noise_BWK))
         if prefix_BWP is not None and prefix_BWP.shape[2]:
-            prefix = self.backbone.get_input_embeddings()(prefix_BWP)
+            prefix = embeddings(self.backbone)(prefix_BWP)
             block = torch.cat([prefix, block.to(prefix.dtype)], dim=2)
         _, states_BWLD = staircase_states(self.backbone, context_BN, anchors_BW, block)
         return lm_head(self.backbone, states_BWLD[:, :, -K:])
@@ -251,7 +252,8 @@ def check_backbone(backbone: PreTrainedModel) -> None:
 
     Soft-capped or scaled logits would silently be lost by the shared head of the hints.
     """
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=next(backbone.parameters()).device)
+    vocabulary = head(backbone).weight.shape[0]
+    ids = torch.linspace(0, vocabulary - 1, 8, device=next(backbone.parameters()).device).long()[None]
     with torch.no_grad():
         whole = backbone(input_ids=ids, use_cache=False).logits
         parts = lm_head(backbone, backbone.base_model(input_ids=ids, use_cache=False).last_hidden_state)

@@ -11,6 +11,8 @@ Shapes: B batch, N context, W windows, P committed tokens, K hints, L = P + K bl
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -50,7 +52,7 @@ def staircase_states(
     """
     B, N = context_BN.shape
     W, L = block_BWLD.shape[1:3]
-    embeds = backbone.get_input_embeddings()(context_BN)
+    embeds = embeddings(backbone)(context_BN)
     positions = torch.arange(N, device=context_BN.device).expand(B, N)
     mask = None
     if W * L:
@@ -64,10 +66,19 @@ def staircase_states(
     return states[:, :N], states[:, N:].unflatten(1, (W, L))
 
 
+def embeddings(backbone: PreTrainedModel) -> nn.Embedding:
+    """The token embedding of a backbone."""
+    return cast(nn.Embedding, backbone.get_input_embeddings())
+
+
+def head(backbone: PreTrainedModel) -> nn.Linear:
+    """The LM head of a backbone, shared by context and hints."""
+    return cast(nn.Linear, backbone.get_output_embeddings())
+
+
 def lm_head(backbone: PreTrainedModel, states: Tensor) -> Tensor:
     """Logits of hidden states: (..., D) → (..., V)."""
-    head: nn.Module = backbone.get_output_embeddings()
-    return head(states)
+    return head(backbone)(states)
 
 
 def ar_logits(backbone: PreTrainedModel, context_BN: Tensor, anchors_BW: Tensor, prefix_BWP: Tensor) -> Tensor:
@@ -75,9 +86,7 @@ def ar_logits(backbone: PreTrainedModel, context_BN: Tensor, anchors_BW: Tensor,
 
     `prefix_BWP` may be empty (P = 0): then the distribution is that of the token after the anchor.
     """
-    context_BND, block_BWPD = staircase_states(
-        backbone, context_BN, anchors_BW, backbone.get_input_embeddings()(prefix_BWP)
-    )
+    context_BND, block_BWPD = staircase_states(backbone, context_BN, anchors_BW, embeddings(backbone)(prefix_BWP))
     if prefix_BWP.shape[2]:
         states_BWD = block_BWPD[:, :, -1]
     else:
@@ -88,8 +97,6 @@ def ar_logits(backbone: PreTrainedModel, context_BN: Tensor, anchors_BW: Tensor,
 def ar_block_logits(backbone: PreTrainedModel, context_BN: Tensor, anchors_BW: Tensor, tokens_BWK: Tensor) -> Tensor:
     """The AR model's logits for every token of given blocks, teacher-forced in one pass: (B, W, K, V) float32."""
     prefix_BWP = tokens_BWK[..., :-1]
-    context_BND, block_BWPD = staircase_states(
-        backbone, context_BN, anchors_BW, backbone.get_input_embeddings()(prefix_BWP)
-    )
+    context_BND, block_BWPD = staircase_states(backbone, context_BN, anchors_BW, embeddings(backbone)(prefix_BWP))
     first_BWD = context_BND.gather(1, anchors_BW[..., None].expand(-1, -1, context_BND.shape[-1]))
     return lm_head(backbone, torch.cat([first_BWD[:, :, None], block_BWPD], dim=2)).float()

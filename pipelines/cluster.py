@@ -14,13 +14,16 @@ from pipelines.config import Config, ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 
-_QUIET = {
+_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
+    # glibc otherwise returns every large tensor's pages to the kernel and faults them in again (7% of a training step).
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
 }
 
 
@@ -36,7 +39,7 @@ def connected(config: Config) -> Iterator[None]:
     Raises ConfigError when the run's pools do not fit. SIGTERM (a stopped job) becomes SystemExit, so that the run
     ends like any other interruption: the next start resumes it.
     """
-    for name, value in _QUIET.items():
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     if not attached():
@@ -45,7 +48,7 @@ def connected(config: Config) -> Iterator[None]:
 
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if attached():
-        ray.init(runtime_env={"env_vars": _QUIET}, **quiet)
+        ray.init(runtime_env={"env_vars": _ENVIRONMENT}, **quiet)
         preflight(config, ray.cluster_resources(), "the cluster")
     else:
         ray.init(address="local", include_dashboard=False, **quiet)

@@ -10,6 +10,8 @@ import ast
 import dataclasses
 import difflib
 import hashlib
+import inspect
+import itertools
 import json
 import types
 import typing
@@ -300,7 +302,7 @@ def override(config: Any, path: str, value: Any, whole: str | None = None) -> An
         raise ConfigError(f"{whole}={value}: {error}") from None
 
 
-def _first_field(kind: type) -> str:
+def _first_field(kind: Any) -> str:
     return dataclasses.fields(kind)[0].name
 
 
@@ -378,22 +380,18 @@ def _material(part: Any) -> Any:
     return part
 
 
-def describe_fields() -> str:
-    """Every `section.field`, its default and its docstring, read from this file: the text of `--help`."""
-    classes = {n.name: n for n in ast.parse(Path(__file__).read_text()).body if isinstance(n, ast.ClassDef)}
-    lines: list[str] = []
-
-    def walk(cls: str, prefix: str) -> None:
-        body = classes[cls].body
-        for statement, after in zip(body, body[1:], strict=False):
-            if not isinstance(statement, ast.AnnAssign):
-                continue
-            name, kind = ast.unparse(statement.target), ast.unparse(statement.annotation)
-            doc = " ".join(ast.literal_eval(after.value).split())  # type: ignore[attr-defined]
-            if kind in classes:
-                walk(kind, f"{prefix}{name}.")
-            else:
-                lines.append(f"  {prefix}{name}  [{kind}]  {doc}")
-
-    walk("Config", "")
+def describe_fields(cls: type = Config, prefix: str = "") -> str:
+    """Every `section.field`, its type and its docstring, read from the source: the text of `--help`."""
+    body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
+    kinds = typing.get_type_hints(cls)
+    lines = []
+    for statement, after in itertools.pairwise(body):
+        if not isinstance(statement, ast.AnnAssign):
+            continue
+        name = ast.unparse(statement.target)
+        if dataclasses.is_dataclass(kinds[name]):
+            lines.append(describe_fields(kinds[name], f"{prefix}{name}."))
+        else:
+            doc = " ".join(ast.literal_eval(after.value).split())
+            lines.append(f"  {prefix}{name}  [{ast.unparse(statement.annotation)}]  {doc}")
     return "\n".join(lines)

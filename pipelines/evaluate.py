@@ -47,6 +47,7 @@ class EvalActor:
         self.student = PushForwardLM.from_pretrained(job.student).to(self.device)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
+        """Rows of tokens → one row of sums a block."""
         return pa.concat_tables(
             [self._score(rows.slice(i, self.job.batch)) for i in range(0, len(rows), self.job.batch)]
         )
@@ -88,7 +89,7 @@ def evaluate_student(stage: Stage, prepared: Prepared, job: EvalJob, config: Eva
             compute=ray.data.ActorPoolStrategy(size=config.actors),
         )
     )
-    table = pa.concat_tables([b for b in scored.iter_batches(batch_format="pyarrow", batch_size=None)])
+    table = pa.concat_tables(list(scored.iter_batches(batch_format="pyarrow", batch_size=None)))
     figures = summarise(table, job, config)
     stage.finish(figures=figures)
     return figures
@@ -135,10 +136,10 @@ def continue_prompts(job: SampleJob) -> list[dict[str, str]]:
     records = []
     for row, tokens in enumerate(to_numpy(prompts["tokens"])):
         prompt = torch.from_numpy(tokens[: job.config.prompt_tokens].astype(np.int64)).to(device)[None]
-        record = {"prompt": tokenizer.decode(prompt[0])}
+        record = {"prompt": str(tokenizer.decode(prompt[0]))}
         for name, decoder in decoders.items():
             new = decoder.generate(prompt, max_new_tokens=job.config.new_tokens, seed=job.seed + row)[0]
-            record[name] = tokenizer.decode(new)
+            record[name] = str(tokenizer.decode(new))
         records.append(record)
     return records
 

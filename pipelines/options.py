@@ -103,13 +103,14 @@ def _check_data(config: Config) -> None:
 def _check_teacher(config: Config) -> None:
     teacher = config.teacher
     if teacher.path is None:
-        positions, vocabulary = teacher.max_positions, None
+        limits: tuple[int | None, int | None] = (teacher.max_positions, None)
         if teacher.hidden % teacher.heads or teacher.hidden // teacher.heads % 2:
             raise ConfigError(
                 f"teacher.hidden={teacher.hidden} must be an even multiple of teacher.heads={teacher.heads} (rotary halves)"
             )
     else:
-        positions, vocabulary = _limits(teacher.path, teacher.gguf_file)
+        limits = _limits(teacher.path, teacher.gguf_file)
+    positions, vocabulary = limits
     path = teacher.path or config.tokenizer.path
     if path is not None:
         try:

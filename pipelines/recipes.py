@@ -36,11 +36,13 @@ def smoke() -> Config:
 
 def quickstart() -> Config:
     """A readable result in 20 minutes on two cores and no GPU: 0.9 M parameters on the State of the Union."""
-    train = TrainConfig(steps=800, batch=16, micro_batch=8, lr=2e-3, ema=0.99)
+    train = TrainConfig(steps=1000, batch=16, micro_batch=8, lr=2e-3, ema=0.99)
     return Config(
         "quickstart",
         teacher=TeacherConfig(train=TrainConfig(steps=1000, batch=32, micro_batch=16, lr=3e-3, ema=0.99)),
+        data=DataConfig(heldout_fraction=0.1),
         train=train,
+        stages={"k1": {"train.steps": 1200}, "k4": {"train.steps": 700}},
     )
 
 

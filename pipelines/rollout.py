@@ -111,6 +111,7 @@ class RolloutActor:
             self.teacher = StudentTeacher(PushForwardLM.from_pretrained(job.teacher).to(self.device))
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        """Rows of tokens → the same rows with anchors, targets, noise key, temperature and the cost of making them."""
         started = time.monotonic()
         parts = [self._roll_out(table.slice(i, self.job.batch)) for i in range(0, len(table), self.job.batch)]
         rolled = pa.concat_tables(parts)
@@ -155,6 +156,7 @@ class ReadChunk:
     plan: StepPlan
 
     def __call__(self, chunks: pa.Table) -> pa.Table:
+        """A column `id` of chunk numbers → their rows."""
         positions = np.concatenate([self.plan.positions(int(c)) for c in chunks["id"].to_numpy()])
         return open_store(self.store, self.seed).read(positions)
 

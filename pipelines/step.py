@@ -11,6 +11,7 @@ Then neither the number of ranks, nor accumulation, nor ranks with different num
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,24 +29,34 @@ from pipelines.store import to_numpy
 
 
 @dataclass(frozen=True)
-class WindowBatch:
-    """Rows of a micro-batch. AR training uses `tokens_BN` alone; windows come from the rollout actors."""
+class TokenBatch:
+    """Token blocks of a micro-batch, for AR training."""
 
     tokens_BN: Tensor
-    anchors_BW: Tensor | None = None
-    noise_BWK: Tensor | None = None
-    temperature_B: Tensor | None = None
-    targets_BWK: Tensor | None = None
 
     @property
     def target_tokens(self) -> int:
         """Tokens the loss is summed over."""
-        if self.targets_BWK is not None:
-            return self.targets_BWK.numel()
         return self.tokens_BN.shape[0] * (self.tokens_BN.shape[1] - 1)
 
 
-def to_batch(table: pa.Table, device: torch.device | str) -> WindowBatch:
+@dataclass(frozen=True)
+class WindowBatch:
+    """Rolled-out windows of a micro-batch, for student training."""
+
+    tokens_BN: Tensor
+    anchors_BW: Tensor
+    noise_BWK: Tensor
+    temperature_B: Tensor
+    targets_BWK: Tensor
+
+    @property
+    def target_tokens(self) -> int:
+        """Tokens the loss is summed over."""
+        return self.targets_BWK.numel()
+
+
+def to_batch(table: pa.Table, device: torch.device | str) -> TokenBatch | WindowBatch:
     """Rows of a token store or of rollouts, as tensors; the noise is recomputed from its key."""
 
     def column(name: str, dtype: Any = np.int64) -> Tensor:
@@ -53,7 +64,7 @@ def to_batch(table: pa.Table, device: torch.device | str) -> WindowBatch:
 
     tokens = column("tokens")
     if "targets" not in table.column_names:
-        return WindowBatch(tokens)
+        return TokenBatch(tokens)
     anchors = column("anchors")
     targets = column("targets").unflatten(1, (anchors.shape[1], -1))
     noise = window_noise(column("noise_key"), column("seq"), anchors, targets.shape[2])
@@ -68,6 +79,7 @@ class StudentStep(nn.Module):
         self.model = model
 
     def forward(self, batch: WindowBatch) -> LossSums:
+        """Sums of the hard-target loss over the windows."""
         logits = self.model.window_logits(
             batch.tokens_BN, batch.anchors_BW, batch.noise_BWK, temperature_B=batch.temperature_B
         )
@@ -81,11 +93,12 @@ class ARStep(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: WindowBatch) -> LossSums:
+    def forward(self, batch: TokenBatch) -> LossSums:
+        """Sums of the next-token loss over the blocks."""
         return next_token_loss(self.model, batch.tokens_BN)
 
 
-def optimizer_step(engine: Any, micro_batches: list[WindowBatch]) -> LossSums:
+def optimizer_step(engine: Any, micro_batches: Sequence[TokenBatch | WindowBatch]) -> LossSums:
     """Forward, backward and update over accumulated micro-batches; returns this rank's sums."""
     tokens = torch.tensor(float(sum(b.target_tokens for b in micro_batches)), device=engine.device)
     dist.all_reduce(tokens)

@@ -146,7 +146,7 @@ def whole_weights(engine: Any, average: MovingAverage | None) -> dict[str, Tenso
     rank, world = dist.get_rank(), dist.get_world_size()
     weights = {}
     for index, (name, parameter) in enumerate(engine.module.named_parameters()):
-        part = average.average.get(name) if average else _partition(parameter).float()
+        part: Tensor | None = average.average.get(name) if average else _partition(parameter).float()
         if hasattr(parameter, "ds_tensor"):
             assert part is not None
             parts = [torch.empty_like(part) for _ in range(world)]
@@ -156,6 +156,7 @@ def whole_weights(engine: Any, average: MovingAverage | None) -> dict[str, Tenso
             whole = torch.empty(parameter.shape, device=parameter.device) if part is None else part
             dist.broadcast(whole, src=index % world)
         else:
+            assert part is not None
             whole = part
         if rank == 0:
             weights[name] = whole.cpu().clone()

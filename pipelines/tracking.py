@@ -26,7 +26,6 @@ _RETRY_AFTER_S = 30.0
 LOG = "log.jsonl"
 
 
-@ray.remote(num_cpus=0)
 class Relay:
     """A mailbox between train workers and the driver."""
 
@@ -55,7 +54,7 @@ class Tracker:
         self.config = config
         self.uri = default_uri(config)
         self.log = config.root / LOG
-        self.relay = Relay.remote()
+        self.relay = ray.remote(num_cpus=0)(Relay).remote()
         self.client: Any = None
         self.parent: str | None = None
         self.child: str | None = None

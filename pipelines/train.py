@@ -241,7 +241,7 @@ class Progress:
 
 def export(job: TrainJob, weights: dict[str, torch.Tensor]) -> None:
     """Write the stage's model: weights first, `config.json` last, so that a folder with one is complete."""
-    model = job.init.build().model
+    model: Any = job.init.build().model
     parameters = dict(model.named_parameters())
     assert {f"model.{name}" for name in parameters} == set(weights), "engine and model disagree on parameter names"
     with torch.no_grad():

@@ -1,0 +1,1 @@
+"""Distribution: Ray Data, Ray Train, DeepSpeed and MLflow around the mathematics in `kforcing`."""

@@ -1,0 +1,69 @@
+import math
+
+import hypothesis.strategies as st
+import torch
+from hypothesis import given, settings
+from scipy import stats
+
+from kforcing.coupling import inverse_cdf
+from kforcing.noise import derive_key, uniform
+
+
+def logits(*probabilities):
+    return torch.tensor([math.log(p) if p else -math.inf for p in probabilities])
+
+
+def draw(p, z):
+    return inverse_cdf(logits(*p).expand(len(z), -1), torch.tensor(z, dtype=torch.float64)).tolist()
+
+
+def test_tokens_fill_their_bins_in_vocabulary_order():
+    assert draw([0.5, 0.25, 0.25], [0.1, 0.49, 0.51, 0.74, 0.76, 0.99]) == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_tie_takes_the_lower_token():
+    even = torch.zeros(2, 4)  # steps at exactly 1/4, 1/2, 3/4
+    assert inverse_cdf(even, torch.tensor([0.5, 0.75])).tolist() == [1, 2]
+    above = torch.tensor([math.nextafter(0.5, 1), math.nextafter(0.75, 1)], dtype=torch.float64)
+    assert inverse_cdf(even, above).tolist() == [2, 3]
+
+
+def test_zero_noise_takes_the_first_possible_token():
+    assert draw([0.0, 0.0, 1.0, 0.0], [0.0]) == [2]
+    assert draw([0.3, 0.7], [0.0]) == [0]
+
+
+def test_noise_near_one_takes_the_last_possible_token():
+    nearly = math.nextafter(1.0, 0)
+    assert draw([0.3, 0.7, 0.0, 0.0], [nearly]) == [1]
+    many = torch.randn(64, 50_000, generator=torch.Generator().manual_seed(0))
+    assert inverse_cdf(many, torch.full((64,), nearly, dtype=torch.float64)).max() < 50_000
+
+
+def test_impossible_tokens_are_never_drawn():
+    z = (torch.arange(1000, dtype=torch.float64) / 1000).tolist()
+    assert set(draw([0.0, 0.4, 0.0, 0.6, 0.0], z)) == {1, 3}
+
+
+def test_temperature_sharpens():
+    z = torch.tensor([0.4, 0.4])
+    two = logits(0.3, 0.7).expand(2, 2)
+    assert inverse_cdf(two, z, torch.tensor([1.0, 0.5])).tolist() == [1, 1]
+    assert inverse_cdf(two, torch.tensor([0.2, 0.2]), torch.tensor([1.0, 0.5])).tolist() == [0, 1]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0.01, 1), min_size=2, max_size=12), st.integers(0, 1000))
+def test_result_is_the_formula(weights, seed):
+    p = torch.tensor(weights, dtype=torch.float64)
+    z = uniform(derive_key(seed), torch.arange(50), 0, torch.zeros(50, dtype=torch.int64))
+    cdf = p.log().softmax(0).cumsum(0)
+    expected = [int((cdf >= min(float(x), float(cdf[-1]))).nonzero()[0]) for x in z]
+    assert inverse_cdf(p.log().expand(50, -1), z).tolist() == expected
+
+
+def test_draws_follow_the_distribution():
+    p = torch.tensor([0.05, 0.2, 0.02, 0.4, 0.13, 0.2])
+    z = uniform(derive_key(5), torch.arange(20_000), 0, torch.zeros(20_000, dtype=torch.int64))
+    counts = torch.bincount(inverse_cdf(p.log().expand(20_000, -1), z), minlength=6)
+    assert stats.chisquare(counts.numpy(), (p / p.sum() * 20_000).numpy()).pvalue > 1e-3

@@ -1,0 +1,76 @@
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch.nn.functional import one_hot
+
+from kforcing import NoiseConfig
+from kforcing.metrics import cluster_bootstrap, window_scores
+from kforcing.noise import derive_key, sample_anchors, window_noise
+from kforcing.rollout import ARTeacher
+from tests.conftest import VOCAB, make_backbone
+
+
+class UnrolledTeacher:
+    """The ideal student: its hints know the teacher's own coupled tokens."""
+
+    config = SimpleNamespace(noise=NoiseConfig())
+
+    def __init__(self, backbone):
+        self.teacher = ARTeacher(backbone)
+
+    def window_logits(self, context, anchors, noise, temperature_B):
+        return one_hot(self.teacher.rollout(context, anchors, noise, temperature_B), VOCAB).float() * 100
+
+
+def windows():
+    context = torch.randint(0, VOCAB, (4, 12), generator=torch.Generator().manual_seed(0))
+    seq = torch.arange(4)
+    anchors = sample_anchors(derive_key(0), seq, 12, 6)
+    return context, anchors, window_noise(derive_key(1), seq, anchors, 3)
+
+
+def test_the_unrolled_teacher_as_student_is_perfect():
+    backbone = make_backbone()
+    scores = window_scores(UnrolledTeacher(backbone), backbone, *windows())
+    assert scores.match.all()
+    torch.testing.assert_close(scores.student_nll, scores.teacher_nll)
+    assert scores.target_nll.max() < 1e-6
+
+
+def test_a_student_that_repeats_one_token_is_scored_as_such():
+    backbone = make_backbone()
+    stuck = UnrolledTeacher(backbone)
+    stuck.window_logits = lambda context, anchors, noise, temperature_B: one_hot(
+        torch.full(noise.shape, 5), VOCAB
+    ).float()
+    context, anchors, noise = windows()
+    scores = window_scores(stuck, backbone, context, anchors, noise)
+    own = ARTeacher(backbone).rollout(context, anchors, noise, torch.ones(4))
+    assert torch.equal(scores.match, own == 5)
+    row = torch.cat([context[2, : anchors[2, 4] + 1], torch.tensor([5, 5, 5])])[None]
+    with torch.no_grad():
+        expected = -backbone(input_ids=row).logits[0].log_softmax(-1)[-4:-1, 5]
+    torch.testing.assert_close(scores.student_nll[2, 4], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bootstrap_value_is_the_ratio_and_the_interval_is_over_clusters():
+    sums, counts = np.array([[8.0], [1.0], [3.0]]), np.array([10.0, 5.0, 5.0])
+    (figure,) = cluster_bootstrap(sums, counts, draws=2000, seed=0)
+    assert figure.value == 0.6
+    assert figure.lo == 0.2  # the worst cluster three times
+    assert figure.hi == 0.8
+    same = cluster_bootstrap(sums, counts, draws=2000, seed=0)
+    assert same == [figure]
+
+
+def test_intervals_cover_the_truth():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(500):
+        rates = rng.beta(6, 4, 60)
+        counts = rng.integers(20, 60, 60).astype(float)
+        sums = rng.binomial(counts.astype(int), rates)[:, None].astype(float)
+        (figure,) = cluster_bootstrap(sums, counts, draws=300, seed=trial)
+        covered += figure.lo <= 0.6 <= figure.hi
+    assert 0.91 <= covered / 500 <= 0.98

@@ -1,0 +1,113 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.cluster import preflight
+from pipelines.config import ConfigError, apply
+from pipelines.options import read_command_line
+from pipelines.recipes import recipe
+from tests.conftest import make_backbone
+
+
+def read(tmp_path, *words):
+    return read_command_line("", ["--recipe", "smoke", f"output_dir={tmp_path}/run", *words])
+
+
+def test_a_good_line_gives_a_config(tmp_path):
+    assert read(tmp_path, "train.steps=8").train.steps == 8
+
+
+def test_a_config_file_names_its_recipe(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"recipe: smoke\noutput_dir: {tmp_path}/run\ntrain:\n  steps: 5\n")
+    config = read_command_line("", ["--config", str(file), "train.lr=1"])
+    assert (config.recipe, config.train.steps, config.train.lr) == ("smoke", 5, 1.0)
+    with pytest.raises(ConfigError, match=r"gone\.yaml does not exist"):
+        read_command_line("", ["--config", "gone.yaml"])
+
+
+@pytest.fixture
+def files(tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    pq.write_table(pa.table({"id": ["a"], "text": ["hello"]}), folder / "good.parquet")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "empty.parquet")
+    (folder / "bad.jsonl").write_text("not json\n")
+    (folder / "body.jsonl").write_text(json.dumps({"body": "x"}) + "\n")
+    (folder / "blank.txt").write_text("\n\n")
+    (folder / "words.txt").write_text("some words\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.source={files}/none.parquet"], "no .parquet, .jsonl, .json or .txt file there"),
+        (["data.source={files}"], "mixes file types"),
+        (["data.source={files}/empty.parquet"], "holds no documents"),
+        (["data.source={files}/blank.txt"], "holds no documents"),
+        (["data.source={files}/bad.jsonl"], "is not JSON lines"),
+        (["data.source={files}/body.jsonl"], "data.text_column=text is not in .*its columns are body"),
+        (["data.source={files}/good.parquet", "data.text_column=body"], "its columns are id, text"),
+        (["data.source={files}/good.parquet", "data.id_column=key"], "data.id_column=key is not in"),
+        (["data.source={files}/words.txt", "data.id_column=key"], "text files have no columns"),
+        (["data.heldout_fraction=1.5"], "must lie between 0 and 1"),
+        (["student.k=3"], "not reachable by doubling"),
+        (["targets=both"], "targets=both: choose one of self, ar"),
+        (["stages.k8.train.steps=3"], "this run has the stages k1, k2, k4"),
+        (["stages.k2.targets=both"], "targets=both"),
+        (["train.zero_stage=4"], "choose one of 1, 2, 3"),
+        (["train.workers=3"], "batch=8 cannot be dealt to 3 ZeRO workers"),
+        (["train.workers=0"], "workers=0 must be positive"),
+        (["train.precision=fp8"], "choose one of fp32, bf16"),
+        (["train.ema=1.0"], r"must be in \[0, 1\)"),
+        (["train.steps=0"], "must be positive"),
+        (["rollout.windows=33"], "has 1 to 32 windows"),
+        (["tokenizer.vocab_size=100"], "need 257"),
+        (["teacher.heads=5"], "even multiple of teacher.heads=5"),
+        (["teacher.max_positions=33"], "exceeds the teacher's 33 positions"),
+        (["eval.prompt_tokens=40"], "exceeds data.block=32"),
+        (["eval.new_tokens=600"], "exceeds the teacher's 512 positions"),
+        (["teacher.path={files}"], "no causal LM there"),
+        (["output_dir=s3://bucket/run"], "not a URI"),
+        (["output_dir={files}"], "is not a run directory"),
+    ],
+)
+def test_bad_input_is_one_clear_error_before_any_cluster(tmp_path, files, words, message):
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, *(w.replace("{files}", str(files)) for w in words))
+
+
+def test_a_run_directory_of_another_recipe_is_refused(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text('{"recipe": "quickstart"}')
+    with pytest.raises(ConfigError, match="belongs to a run of recipe 'quickstart', not 'smoke'"):
+        read(tmp_path)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path / "model"
+    make_backbone().save_pretrained(folder)
+    with pytest.raises(ConfigError, match="no tokenizer in"):
+        read(tmp_path, f"teacher.path={folder}")
+    vocab = {f"t{i}": i for i in range(30)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="t0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t1").save_pretrained(folder)
+    with pytest.raises(ConfigError, match="its tokenizer has 30 tokens and its model 23"):
+        read(tmp_path, f"teacher.path={folder}")
+
+
+def test_preflight_says_which_pool_is_too_large():
+    config = apply(recipe("smoke"), {}, ["train.cpus_per_worker=1"])
+    with pytest.raises(ConfigError, match=r"needs 3\.5 CPUs \(2 for train\.workers=2 \+ 0\.5 for rollout\.actors=1"):
+        preflight(config, {"CPU": 2.0}, "this machine")
+    preflight(config, {"CPU": 4.0}, "this machine")
+    gpu = apply(recipe("smoke"), {}, ["rollout.gpus_per_actor=1"])
+    with pytest.raises(ConfigError, match=r"needs 1 GPUs .* has 0"):
+        preflight(gpu, {"CPU": 8.0}, "the cluster")
