@@ -113,6 +113,8 @@ class TrainConfig:
     """Ray CPUs a train worker reserves."""
     gpus_per_worker: float = field(default=0.0, metadata=RUNTIME)
     """Ray GPUs a train worker reserves."""
+    label: str | None = field(default=None, metadata=RUNTIME)
+    """`key=value` label of the nodes train workers may use."""
     checkpoint_every: int = field(default=200, metadata=RUNTIME)
     """Steps between checkpoints an interrupted stage resumes from."""
     log_every: int = field(default=20, metadata=RUNTIME)
@@ -139,6 +141,8 @@ class RolloutConfig:
     """Ray CPUs a rollout actor reserves."""
     gpus_per_actor: float = field(default=0.0, metadata=RUNTIME)
     """Ray GPUs a rollout actor reserves."""
+    label: str | None = field(default=None, metadata=RUNTIME)
+    """`key=value` label of the nodes rollout actors may use."""
     steps_per_chunk: int = field(default=4, metadata=RUNTIME)
     """Optimiser steps whose rows travel together from a rollout actor to a train worker."""
 
@@ -257,15 +261,16 @@ class Config:
     def stage(self, name: str) -> Config:
         """This config with the stage's exceptions applied to `train`, `rollout` and `targets`."""
         config = self
-        for path, value in _leaves(self.stages.get(name, {})):
+        for path, value in leaves(self.stages.get(name, {})):
             config = override(config, path, value)
         return config
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """A nested dictionary as (dotted path, value) pairs."""
     pairs = []
     for key, value in tree.items():
-        pairs += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+        pairs += leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
     return pairs
 
 
@@ -310,7 +315,7 @@ def _override_stages(config: Config, rest: str, value: Any, whole: str) -> dict[
     if not rest:
         if not isinstance(value, dict):
             raise ConfigError(f"{whole!r} is a section; write for example stages.k4.train.steps=2000")
-        for path, item in _leaves(value):
+        for path, item in leaves(value):
             config = override(config, f"stages.{path}", item)
         return config.stages
     name, _, path = rest.partition(".")
@@ -357,7 +362,7 @@ def load_file(path: str) -> dict[str, Any]:
 
 def apply(config: Config, tree: dict[str, Any], overrides: list[str]) -> Config:
     """Apply a config file's tree, then `section.field=value` words."""
-    for path, value in _leaves(tree):
+    for path, value in leaves(tree):
         config = override(config, path, value)
     for word in overrides:
         path, equals, value = word.partition("=")
@@ -378,6 +383,16 @@ def _material(part: Any) -> Any:
         fields = [f for f in dataclasses.fields(part) if not f.metadata.get("runtime")]
         return {f.name: _material(getattr(part, f.name)) for f in fields}
     return part
+
+
+def node_selector(label: str | None) -> dict[str, str] | None:
+    """`key=value` as Ray's label selector. Raises ConfigError when it is written otherwise."""
+    if label is None:
+        return None
+    key, equals, value = label.partition("=")
+    if not (key and equals and value):
+        raise ConfigError(f"label {label!r} must be written key=value, as given to `ray start --labels`")
+    return {key: value}
 
 
 def describe_fields(cls: type = Config, prefix: str = "") -> str:

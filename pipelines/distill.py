@@ -21,7 +21,7 @@ from pipelines.cluster import connected  # noqa: E402
 from pipelines.config import Config, ConfigError  # noqa: E402
 from pipelines.options import read_command_line  # noqa: E402
 from pipelines.pipeline import Pipeline  # noqa: E402
-from pipelines.stages import locked  # noqa: E402
+from pipelines.stages import StageError, locked  # noqa: E402
 
 
 def distill(config: Config) -> Path:
@@ -40,8 +40,10 @@ def main() -> None:
     """Read the command line, run, and turn mistakes into one clear line."""
     try:
         report = distill(read_command_line(__doc__ or ""))
-    except ConfigError as error:
+    except (ConfigError, StageError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; run the same command to continue")
     print(f"report  {report}")
 
 

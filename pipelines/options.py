@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from pipelines.config import Config, ConfigError, TrainConfig, apply, describe_fields, load_file
+from pipelines.config import Config, ConfigError, TrainConfig, apply, describe_fields, load_file, node_selector
 from pipelines.corpus import check_source, is_remote
 from pipelines.prepare import load_tokenizer
 from pipelines.recipes import RECIPES, recipe
@@ -57,6 +57,7 @@ def validate(config: Config) -> None:
                 f"rollout.windows={stage.rollout.windows}: a block of data.block={config.data.block} tokens has 1 to "
                 f"{config.data.block} windows"
             )
+        node_selector(stage.rollout.label)
         for field in ("actors", "batch", "cache_epochs", "steps_per_chunk"):
             _check_positive(f"rollout.{field}", getattr(stage.rollout, field))
     _check_data(config)
@@ -77,6 +78,7 @@ def _check_train(section: str, train: TrainConfig) -> None:
     _check_choices(f"{section}.zero_stage", train.zero_stage, (1, 2, 3))
     _check_choices(f"{section}.precision", train.precision, ("fp32", "bf16"))
     _check_choices(f"{section}.schedule", train.schedule, ("constant", "cosine"))
+    node_selector(train.label)
     _check_choices(f"{section}.warm_start", train.warm_start, ("previous", "teacher"))
     for field in ("steps", "batch", "micro_batch", "lr", "workers", "checkpoint_every", "log_every"):
         _check_positive(f"{section}.{field}", getattr(train, field))

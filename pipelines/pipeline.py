@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import ray
 
 from kforcing.model import check_backbone
 from pipelines.config import Config, fingerprint
@@ -17,7 +20,7 @@ from pipelines.report import training_log, write_report
 from pipelines.rollout import RolloutJob, cache_rollouts, load_ar, peak_rss_mb
 from pipelines.stages import Stage, open_stage
 from pipelines.tracking import Tracker, model_files
-from pipelines.train import AR, Grown, TrainJob, Wrapped, fit
+from pipelines.train import AR, Grown, Relay, TrainJob, Wrapped, fit
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Pipeline:
     def __init__(self, config: Config):
         self.config = config
         self.root = config.root
-        self.tracker = Tracker(config)
+        self.relay = ray.remote(num_cpus=0)(Relay).remote()
+        self.tracker = Tracker(config, lambda: ray.get(self.relay.drain.remote()))
         self.models: list[Model] = []
 
     def __enter__(self) -> Pipeline:
@@ -56,7 +60,7 @@ class Pipeline:
     def prepare(self) -> Prepared:
         """Corpus and tokenizer."""
         prepared = prepare(self.config, say)
-        self.tracker.params(self.config, prepared)
+        self.tracker.begin(self.config, prepared)
         return prepared
 
     def teacher(self, prepared: Prepared) -> Model:
@@ -69,7 +73,7 @@ class Pipeline:
         if stage.manifest:
             say("teacher  finished before, skipped")
         else:
-            with self.tracker.stage("teacher", name, path=config.path, k=0):
+            with self.tracker.stage("teacher", name, {"k": 0, **dataclasses.asdict(config)}):
                 if config.path:
                     self._copy_teacher(stage)
                 else:
@@ -78,8 +82,6 @@ class Pipeline:
         return self._model(stage, 0, {})
 
     def _copy_teacher(self, stage: Stage) -> None:
-        import ray
-
         config = self.config.teacher
         say(f"teacher  copying {config.path} in float32")
         extra = {"gguf_file": config.gguf_file} if config.gguf_file else {}
@@ -104,7 +106,9 @@ class Pipeline:
         if stage.manifest and scores.manifest:
             say(f"k{k}  finished before, skipped")
         else:
-            with self.tracker.stage(f"k{k}", name, k=k, targets=config.targets, windows=config.rollout.windows):
+            train, rollout = dataclasses.asdict(config.train), dataclasses.asdict(config.rollout)
+            params = {"k": k, "targets": config.targets, "train": train, "rollout": rollout}
+            with self.tracker.stage(f"k{k}", name, params):
                 if not stage.manifest:
                     self._train(stage, self._student_job(k, stage, config, prepared, teacher, previous))
                     self._finish(stage, prepared)
@@ -141,7 +145,7 @@ class Pipeline:
 
     def _train(self, stage: Stage, job: TrainJob) -> None:
         say(f"{stage.name}  training {job.train.steps} steps")
-        fit(job, self.tracker.relay)
+        fit(job, self.relay)
 
     def _finish(self, stage: Stage, prepared: Prepared) -> None:
         load_tokenizer(prepared.tokenizer).save_pretrained(stage.folder)

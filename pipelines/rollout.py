@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from kforcing.model import PushForwardLM
 from kforcing.noise import derive_key, sample_anchors, uniform, window_noise
 from kforcing.rollout import ARTeacher, StudentTeacher, Teacher
-from pipelines.config import NoiseConfig, RolloutConfig, TrainConfig
+from pipelines.config import NoiseConfig, RolloutConfig, TrainConfig, node_selector
 from pipelines.stages import Stage
 from pipelines.store import MANIFEST, TokenStore, fixed_list, open_store, to_numpy, write_manifest, write_shard
 
@@ -185,6 +185,7 @@ def _rolled_out(dataset: Any, job: RolloutJob, rollout: RolloutConfig, rows: int
         batch_size=rows,
         num_cpus=rollout.cpus_per_actor,
         num_gpus=rollout.gpus_per_actor or None,
+        label_selector=node_selector(rollout.label),
         compute=ray.data.ActorPoolStrategy(size=rollout.actors, max_tasks_in_flight_per_actor=4),
     )
 
@@ -208,10 +209,11 @@ def cache_rollouts(
     entries = [{"file": f.name, "rows": pq.ParquetFile(f).metadata.num_rows} for f in folder.glob("*.parquet")]
     done = {entry["file"] for entry in entries}
     missing = [i for i in range(plan.chunks) if f"{_shard_name(i)}.parquet" not in done]
+    started = time.monotonic()
     for entry in _write_shards(missing, folder, ReadChunk(store, seed, plan), job, rollout) if missing else ():
         entries.append(entry)
         say(f"{stage.name}  cached rollouts  {len(entries)}/{plan.chunks} shards")
-    write_manifest(folder, entries)
+    write_manifest(folder, entries, seconds=round(time.monotonic() - started, 2), written=len(missing))
     return str(folder)
 
 

@@ -20,6 +20,10 @@ from typing import Any
 from pipelines.config import Config, ConfigError
 
 
+class StageError(RuntimeError):
+    """A stage failed for good; what it finished is kept."""
+
+
 def write_json(path: Path, record: Any) -> None:
     """Write JSON atomically."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

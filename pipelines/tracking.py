@@ -7,7 +7,9 @@ only ever written from one process.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import os
 import sys
 import threading
@@ -17,29 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray
-
-from pipelines.config import Config, _leaves
+from pipelines.config import Config, leaves
 from pipelines.prepare import Prepared
+from pipelines.stages import write_json
 
 _RETRY_AFTER_S = 30.0
 LOG = "log.jsonl"
-
-
-class Relay:
-    """A mailbox between train workers and the driver."""
-
-    def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
-
-    def put(self, record: dict[str, Any]) -> None:
-        """Leave a record."""
-        self.records.append(record)
-
-    def drain(self) -> list[dict[str, Any]]:
-        """Take all records."""
-        taken, self.records = self.records, []
-        return taken
+Record = dict[str, Any]
 
 
 def default_uri(config: Config) -> str:
@@ -48,21 +34,35 @@ def default_uri(config: Config) -> str:
 
 
 class Tracker:
-    """A parent run for the pipeline and a child run for each stage, with the same metric keys in every child."""
+    """A parent run for the pipeline and a child run for each stage, with the same metric keys in every child.
 
-    def __init__(self, config: Config):
-        self.config = config
+    `drain` takes the records that train workers have left since the last call.
+    """
+
+    def __init__(self, config: Config, drain: Callable[[], list[Record]]):
+        self.config, self.drain = config, drain
         self.uri = default_uri(config)
         self.log = config.root / LOG
-        self.relay = ray.remote(num_cpus=0)(Relay).remote()
         self.client: Any = None
-        self.parent: str | None = None
+        self.prepared: Prepared | None = None
         self.child: str | None = None
-        self.tokens_before = 0
         self._quiet_until = 0.0
-        self._state = config.root / "mlflow.json"
-        if self.uri != "off":
-            self._safely(self._connect)
+        self._state_file = config.root / "mlflow.json"
+
+    @property
+    def _state(self) -> dict[str, Any]:
+        state = json.loads(self._state_file.read_text()) if self._state_file.is_file() else {}
+        return state if state.get("uri") == self.uri else {}
+
+    @property
+    def parent(self) -> str | None:
+        """Run id of the pipeline, None while MLflow has not been reached."""
+        return self._state.get("parent")
+
+    @property
+    def children(self) -> dict[str, str]:
+        """Run ids by `<stage>-<fingerprint>`."""
+        return self._state.get("children", {})
 
     def write(self, **record: Any) -> None:
         """Append a record to the run's JSONL log."""
@@ -83,72 +83,69 @@ class Tracker:
             self.write(event="tracking_failed", error=text)
             return None
 
-    def _connect(self) -> None:
+    def begin(self, config: Config, prepared: Prepared) -> None:
+        """Record the whole config and the dataset."""
+        self.config, self.prepared = config, prepared
+        self.write(event="config", **{path: str(value) for path, value in leaves(dataclasses.asdict(config))})
+        self._mlflow(lambda client: None)
+
+    def _mlflow(self, call: Callable[[Any], Any]) -> Any:
+        """Run a call with a connected client; None when MLflow is off or out of reach."""
+        if self.uri == "off":
+            return None
+        if self.client is None:
+            self.client = self._safely(self._connect)
+        return self._safely(lambda: call(self.client)) if self.client is not None else None
+
+    def _connect(self) -> Any:
+        """A client whose experiment and parent run exist."""
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        import logging
-
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.ERROR)
         from mlflow import MlflowClient
 
         client = MlflowClient(self.uri, registry_uri=self.uri)
+        if self.parent:
+            client.update_run(self.parent, status="RUNNING")
+            return client
         found = client.get_experiment_by_name(self.config.tracking.experiment)
-        if found is None:
-            artifacts = None if "://" in self.uri and not self.uri.startswith("sqlite") else self._artifacts()
-            experiment = client.create_experiment(self.config.tracking.experiment, artifact_location=artifacts)
-        else:
-            experiment = found.experiment_id
-        state = json.loads(self._state.read_text()) if self._state.is_file() else {}
-        if state.get("uri") != self.uri:
-            run = client.create_run(experiment, run_name=f"{self.config.recipe} {self.config.root.name}")
-            state = {"uri": self.uri, "experiment": experiment, "parent": run.info.run_id, "children": {}}
-            self._state.write_text(json.dumps(state))
-        else:
-            client.update_run(state["parent"], status="RUNNING")
-        self.client, self.parent, self.experiment = client, state["parent"], experiment
+        # A server places artifacts itself; sqlite would put them into the current directory.
+        place = (self.config.root.parent / "mlartifacts").absolute().as_uri() if self.uri.startswith("sqlite") else None
+        experiment = (
+            found.experiment_id
+            if found
+            else client.create_experiment(self.config.tracking.experiment, artifact_location=place)
+        )
+        run = client.create_run(experiment, run_name=f"{self.config.recipe} {self.config.root.name}").info.run_id
+        self._describe(client, run, dataclasses.asdict(self.config))
+        write_json(self._state_file, {"uri": self.uri, "experiment": experiment, "parent": run, "children": {}})
+        return client
 
-    def _artifacts(self) -> str:
-        return (self.config.root.parent / "mlartifacts").absolute().as_uri()
+    def _describe(self, client: Any, run: str, params: dict[str, Any]) -> None:
+        """Parameters and dataset inputs of a new run."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
-    def _mlflow(self, call: Callable[[Any], Any]) -> Any:
-        if self.uri == "off":
-            return None
-        if self.client is None:
-            self._safely(self._connect)
-        return self._safely(lambda: call(self.client)) if self.client is not None else None
-
-    def params(self, config: Config, prepared: Prepared) -> None:
-        """Record the whole config and the dataset on the parent run."""
-        values = {path: str(value)[:500] for path, value in _leaves(_as_tree(config))}
-        self.write(event="config", **values)
-
-        def log(client: Any) -> None:
-            from mlflow.entities import Dataset, DatasetInput, InputTag, Param
-
-            logged = client.get_run(self.parent).data.params
-            fresh = [Param(path, value) for path, value in values.items() if path not in logged]
-            for start in range(0, len(fresh), 100):
-                client.log_batch(self.parent, params=fresh[start : start + 100])
-            facts = prepared.facts()
-            for split in ("train", "heldout"):
-                dataset = Dataset(
-                    name=f"{config.data.source}:{split}"[:500],
-                    digest=prepared.id,
-                    source_type="local",
-                    source=json.dumps({"uri": str(prepared.split(split))}),
-                    profile=json.dumps(facts[split]),
-                )
-                client.log_inputs(self.parent, [DatasetInput(dataset, [InputTag("mlflow.data.context", split)])])
-
-        self._mlflow(log)
+        values = [Param(path, str(value)[:500]) for path, value in leaves(params)]
+        for start in range(0, len(values), 100):
+            client.log_batch(run, params=values[start : start + 100])
+        assert self.prepared is not None, "begin() comes first"
+        for split, facts in self.prepared.facts().items():
+            dataset = Dataset(
+                name=f"{self.config.data.source}:{split}"[-500:],
+                digest=self.prepared.id,
+                source_type="local",
+                source=json.dumps({"uri": str(self.prepared.split(split))}),
+                profile=json.dumps(facts),
+            )
+            client.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", split)])])
 
     @contextmanager
-    def stage(self, name: str, fingerprint: str, **params: Any) -> Iterator[None]:
-        """A child run; metrics sent to the relay while it is open are logged to it and printed."""
+    def stage(self, name: str, fingerprint: str, params: dict[str, Any]) -> Iterator[None]:
+        """A child run; records that workers leave while it is open are logged to it and printed."""
         self.write(event="stage_started", stage=name, fingerprint=fingerprint)
-        self.child = self._mlflow(lambda client: self._start_child(client, name, fingerprint, params))
+        self.child = self._mlflow(lambda client: self._open_child(client, name, fingerprint, params))
         done = threading.Event()
         pump = threading.Thread(target=self._pump, args=(done,), daemon=True)
         pump.start()
@@ -168,26 +165,24 @@ class Tracker:
                 self._mlflow(lambda client: client.set_terminated(child, status))
             self.child = None
 
-    def _start_child(self, client: Any, name: str, fingerprint: str, params: dict[str, Any]) -> str:
-        from mlflow.entities import Param
+    def _open_child(self, client: Any, name: str, fingerprint: str, params: dict[str, Any]) -> str:
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-        state = json.loads(self._state.read_text())
-        key = f"{name}-{fingerprint}"
+        state, key = self._state, f"{name}-{fingerprint}"
         if key in state["children"]:
             client.update_run(state["children"][key], status="RUNNING")
-            return state["children"][key]
-        tags = {MLFLOW_PARENT_RUN_ID: self.parent, "stage": name, "fingerprint": fingerprint}
-        run = client.create_run(state["experiment"], tags=tags, run_name=name)
-        client.log_batch(run.info.run_id, params=[Param(p, str(v)[:500]) for p, v in params.items()])
-        state["children"][key] = run.info.run_id
-        self._state.write_text(json.dumps(state))
-        return run.info.run_id
+        else:
+            tags = {MLFLOW_PARENT_RUN_ID: state["parent"], "stage": name, "fingerprint": fingerprint}
+            run = client.create_run(state["experiment"], tags=tags, run_name=name).info.run_id
+            self._describe(client, run, params)
+            state["children"][key] = run
+            write_json(self._state_file, state)
+        return state["children"][key]
 
     def _pump(self, done: threading.Event) -> None:
         while True:
             last = done.wait(0.5)
-            for record in ray.get(self.relay.drain.remote()):
+            for record in self.drain():
                 self.write(event="train", **record)
                 print(progress_line(record), flush=True)
                 self.metrics(flatten(record), record["step"])
@@ -239,8 +234,7 @@ class Tracker:
 
     def finish(self, status: str) -> None:
         """End the parent run."""
-        if self.parent:
-            self._mlflow(lambda client: client.set_terminated(self.parent, status))
+        self._mlflow(lambda client: client.set_terminated(self.parent, status))
 
     def ui_command(self) -> str:
         """How to look at the runs."""
@@ -261,12 +255,6 @@ def model_files(folder: Path) -> list[Path]:
         "merges*",
     )
     return sorted({f for pattern in names for f in folder.glob(pattern)})
-
-
-def _as_tree(config: Config) -> dict[str, Any]:
-    import dataclasses
-
-    return dataclasses.asdict(config)
 
 
 def flatten(record: dict[str, Any]) -> dict[str, float]:

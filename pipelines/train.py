@@ -24,8 +24,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kforcing.model import PushForwardLM
 from pipelines import strategy
-from pipelines.config import NoiseConfig, RolloutConfig, TeacherConfig, TrainConfig
+from pipelines.config import NoiseConfig, RolloutConfig, TeacherConfig, TrainConfig, node_selector
 from pipelines.rollout import RolloutJob, StepPlan, load_ar, peak_rss_mb, pick_device, training_rows
+from pipelines.stages import StageError
 from pipelines.step import ARStep, StudentStep, learning_rate, optimizer_step, reduce_sums, to_batch
 
 
@@ -103,7 +104,7 @@ class Grown:
 def fit(job: TrainJob, relay: Any) -> None:
     """Train a stage to its end and leave its model in the stage's folder. Resumes by itself."""
     from ray.data import ExecutionOptions
-    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
     def rows() -> Any:
@@ -119,11 +120,14 @@ def fit(job: TrainJob, relay: Any) -> None:
     # Ray Train resumes by run name from its own checkpoints; ours are in the stage's folder, so its record starts anew.
     record = Path(job.folder, "ray_train")
     shutil.rmtree(record, ignore_errors=True)
-    TorchTrainer(
+    trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "relay": relay},
         scaling_config=ScalingConfig(
-            num_workers=job.train.workers, use_gpu=job.train.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=job.train.workers,
+            use_gpu=job.train.gpus_per_worker > 0,
+            resources_per_worker=resources,
+            label_selector=node_selector(job.train.label),
         ),
         run_config=RunConfig(
             name=job.stage,
@@ -133,7 +137,14 @@ def fit(job: TrainJob, relay: Any) -> None:
         datasets={"train": rows},
         # Equal blocks, in order, without a preference for local ones: worker r gets every workers-th chunk.
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
-    ).fit()
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise StageError(
+            f"stage {job.stage} failed {job.train.max_failures + 1} times; the last error was\n{error}\n"
+            "Its last checkpoint is kept: once the cause is mended, the same command continues from it"
+        ) from error
 
 
 def _finished(job: TrainJob) -> bool:
@@ -183,6 +194,22 @@ def check_order(rows: pa.Table, step: int, batch: int) -> None:
             f"step {step} received row positions {positions.min()} to {positions.max()}, expected "
             f"[{step * batch}, {(step + 1) * batch}): Ray Data handed out blocks in another order than planned"
         )
+
+
+class Relay:
+    """A mailbox between train workers and the driver; runs as an actor."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def put(self, record: dict[str, Any]) -> None:
+        """Leave a record."""
+        self.records.append(record)
+
+    def drain(self) -> list[dict[str, Any]]:
+        """Take all records."""
+        taken, self.records = self.records, []
+        return taken
 
 
 class Progress:

@@ -1,0 +1,33 @@
+# make distill      corpus → AR teacher → k=1 → k=2 → k=4 → report, on this machine
+# make test         everything CI runs; make test-fast leaves out what starts a cluster
+# make check        lint, format, types
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup distill smoke ui benchmark check format test test-fast test-slow
+
+setup: .venv/.installed
+distill: setup ; $(BIN)/python pipelines/distill.py $(ARGS)
+smoke: setup ; $(BIN)/python pipelines/distill.py --recipe smoke $(ARGS)
+benchmark: setup ; $(BIN)/python pipelines/benchmark.py $(ARGS)
+ui: setup ; $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
+check: .venv/.dev ; $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+format: .venv/.dev ; $(BIN)/ruff format . && $(BIN)/ruff check --fix .
+test: .venv/.dev ; $(BIN)/pytest -m "not slow"
+test-fast: .venv/.dev ; $(BIN)/pytest -m "not slow and not cluster"
+test-slow: .venv/.slow ; $(BIN)/pytest -m slow
+
+# torch comes first and by exact version, so that no other requirement picks a build.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) infra/check_python.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+.venv/.dev: .venv/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+.venv/.slow: .venv/.dev
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[slow]'
+	touch $@

@@ -1,0 +1,175 @@
+"""Real DeepSpeed on two gloo ranks against one rank and against plain torch."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kforcing import NoiseConfig, PushForwardLM
+from kforcing.losses import LossSums, hard_target_loss
+from pipelines import strategy
+from pipelines.config import ConfigError, TrainConfig
+from pipelines.step import StudentStep, WindowBatch, learning_rate, optimizer_step, reduce_sums
+from tests.conftest import VOCAB, make_backbone
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.cluster
+TRAIN = TrainConfig(batch=8, micro_batch=2, lr=1e-2, clip=1.0, ema=0.9, workers=2)
+
+
+def step_module():
+    student = PushForwardLM.from_backbone(make_backbone(scale=2.0), k=2, noise=NoiseConfig(0.25, 8.0))
+    torch.manual_seed(1)
+    for parameter in student.noise_encoder.parameters():
+        parameter.data.normal_(0, 0.1)
+    return StudentStep(student).eval()
+
+
+def windows(step, rows, n_windows):
+    """Deterministic windows for global row numbers."""
+    g = [torch.Generator().manual_seed(1000 * step + row) for row in rows]
+    return WindowBatch(
+        torch.stack([torch.randint(0, VOCAB, (10,), generator=x) for x in g]),
+        torch.stack([torch.randperm(10, generator=x)[:n_windows] for x in g]),
+        torch.stack([torch.rand(n_windows, 2, generator=x) for x in g]),
+        torch.ones(len(rows)),
+        torch.stack([torch.randint(0, VOCAB, (n_windows, 2), generator=x) for x in g]),
+    )
+
+
+def even_micro_batches(step, rank, world):
+    """8 rows a step in micro-batches of 2, dealt to ranks."""
+    mine = range(rank * 8 // world, (rank + 1) * 8 // world)
+    return [windows(step, mine[i : i + 2], 3) for i in range(0, len(mine), 2)]
+
+
+def uneven_micro_batches(step, rank, world):
+    """The same 8 rows, but the first rank has 2 of them and the second 6 (in two micro-batches each)."""
+    parts = [[0], [1], [2, 3, 4], [5, 6, 7]]
+    return [windows(step, rows, 3) for rows in parts[rank * 4 // world : (rank + 1) * 4 // world]]
+
+
+def train(rank, world, out, zero_stage, deal, steps=3, resume_at=None, precision="fp32"):
+    config = dataclasses.replace(TRAIN, zero_stage=zero_stage, workers=world, precision=precision)
+    engine = strategy.build_engine(step_module(), config)
+    average = strategy.MovingAverage(engine, config.ema)
+    start = strategy.load_checkpoint(engine, average, out / "checkpoints")
+    assert start == (resume_at or 0)
+    losses = []
+    for step in range(start, steps):
+        strategy.set_lr(engine, learning_rate(step, 10, config.lr, 2, "cosine"))
+        sums = optimizer_step(engine, deal(step, rank, world))
+        average.update(step)
+        losses.append(reduce_sums(sums)["loss"])
+    strategy.save_checkpoint(engine, average, out / "checkpoints", steps)
+    weights = strategy.whole_weights(engine, average)
+    if rank == 0:
+        out.mkdir(exist_ok=True)
+        save_file({**weights, "losses": torch.tensor(losses)}, out / "weights.safetensors")
+
+
+def run(tmp_path, name, world, *args, **kwargs):
+    out = tmp_path / name
+    run_ranks(world, _Call(args, kwargs), out)
+    return load_file(out / "weights.safetensors")
+
+
+class _Call:
+    def __init__(self, args, kwargs):
+        self.args, self.kwargs = args, kwargs
+
+    def __call__(self, rank, world, out):
+        train(rank, world, out, *self.args, **self.kwargs)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Three steps of plain torch AdamW on the whole batch, with the moving average."""
+    module = step_module()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1, betas=(0.9, 0.999), eps=1e-6, weight_decay=0)
+    average = {n: p.detach().clone() for n, p in module.named_parameters()}
+    losses = []
+    for step in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, 10, TRAIN.lr, 2, "cosine")
+        sums = module(windows(step, range(8), 3))
+        optimizer.zero_grad()
+        (sums.loss / sums.tokens).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), TRAIN.clip)
+        optimizer.step()
+        losses.append(sums.loss.item() / sums.tokens)
+        weight = 1 - min(TRAIN.ema, (1 + step) / (10 + step))
+        for name, parameter in module.named_parameters():
+            average[name].lerp_(parameter.detach(), weight)
+    return {**average, "losses": torch.tensor(losses)}
+
+
+def assert_same(actual, expected):
+    assert set(actual) == set(expected)
+    for name in expected:
+        torch.testing.assert_close(
+            actual[name], expected[name], rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_two_ranks_train_like_plain_torch_on_the_whole_batch(tmp_path, plain, zero_stage):
+    assert_same(run(tmp_path, "two", 2, zero_stage, even_micro_batches), plain)
+
+
+def test_one_rank_with_accumulation_trains_the_same(tmp_path, plain):
+    assert_same(run(tmp_path, "one", 1, 1, even_micro_batches), plain)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_uneven_batches_do_not_change_the_gradient(tmp_path, plain, zero_stage):
+    assert_same(run(tmp_path, "uneven", 2, zero_stage, uneven_micro_batches), plain)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_a_resumed_run_ends_where_an_undisturbed_one_does(tmp_path, plain, zero_stage):
+    run(tmp_path, "resumed", 2, zero_stage, even_micro_batches, steps=2)
+    again = run(tmp_path, "resumed", 2, zero_stage, even_micro_batches, steps=3, resume_at=2)
+    again["losses"] = torch.cat([plain["losses"][:2], again["losses"]])
+    assert_same(again, plain)
+
+
+def test_bf16_trains_close_to_fp32(tmp_path, plain):
+    losses = run(tmp_path, "bf16", 2, 2, even_micro_batches, precision="bf16")["losses"]
+    torch.testing.assert_close(losses, plain["losses"], rtol=0.03, atol=0.03)
+
+
+def test_a_checkpoint_of_another_world_size_is_refused_with_the_remedy(tmp_path):
+    run(tmp_path, "two", 2, 1, even_micro_batches, steps=1)
+    with pytest.raises(Exception, match=r"written by 2 workers and cannot be read by 1: resume with train\.workers=2"):
+        run(tmp_path, "two", 1, 1, even_micro_batches, steps=2, resume_at=1)
+
+
+def test_learning_rate_schedules():
+    lrs = [learning_rate(s, 100, 1.0, 10, "cosine") for s in range(100)]
+    assert lrs[0] == pytest.approx(0.1)
+    assert lrs[9] == pytest.approx(1.0)
+    assert lrs[10] == pytest.approx(1.0)
+    assert lrs[55] == pytest.approx(0.55)
+    assert lrs[99] == pytest.approx(0.1, abs=0.01)
+    assert learning_rate(99, 100, 1.0, 10, "constant") == 1.0
+
+
+def test_the_loss_sums_of_two_ranks_reduce_to_global_means(tmp_path):
+    run_ranks(2, _check_reduce)
+
+
+def _check_reduce(rank, world):
+    logits = torch.zeros(1 + 2 * rank, 1, 2, 4)
+    logits[..., 1] = 5.0
+    targets = torch.full((1 + 2 * rank, 1, 2), rank)
+    sums: LossSums = hard_target_loss(logits, targets)
+    means = reduce_sums(sums)
+    assert means["tokens"] == 8
+    assert means["match"] == [0.75, 0.75]
+    assert means["block_match"] == 0.75
+
+
+def test_config_errors_are_value_errors():
+    assert issubclass(ConfigError, ValueError)
