@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 BUILTIN = {"sotu": Path(__file__).parent / "corpora" / "sotu.parquet"}
 _SUFFIXES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+_ARROW_ROWS = 10_000
 _HASH_WHOLE_FILES_UP_TO = 1 << 28
 
 
@@ -127,11 +128,13 @@ def _hugging_face(config: DataConfig) -> ray.data.Dataset:
     import ray.data
 
     name = config.source.removeprefix("hf:")
+    local = Path(name).is_dir()
     try:
-        if Path(name, "dataset_info.json").is_file():
+        if local and Path(name, "dataset_info.json").is_file():
             loaded = datasets.load_from_disk(name)
         else:
-            loaded = datasets.load_dataset(name, config.hf_config, split=config.hf_split, streaming=config.hf_streaming)
+            streaming = config.hf_streaming and not local
+            loaded = datasets.load_dataset(name, config.hf_config, split=config.hf_split, streaming=streaming)
     except Exception as error:
         raise ConfigError(
             f"data.source={config.source}: `datasets` cannot load it ({type(error).__name__}: {error}). Check the name, "
@@ -142,7 +145,11 @@ def _hugging_face(config: DataConfig) -> ray.data.Dataset:
             f"data.text_column={config.text_column} is not in {config.source}; its columns are "
             f"{', '.join(loaded.column_names)}"
         )
-    return ray.data.from_huggingface(loaded)
+    if isinstance(loaded, datasets.IterableDataset):
+        return ray.data.from_huggingface(loaded)
+    # Ray would ask the hub for the Parquet files of a downloaded dataset; its Arrow files are here already.
+    table = loaded.with_format("arrow")
+    return ray.data.from_arrow([table[i : i + _ARROW_ROWS] for i in range(0, len(table), _ARROW_ROWS)])
 
 
 def document_id(name: str) -> int:

@@ -1,6 +1,8 @@
 """MLflow for real: a server over HTTP, one that dies, one that never was."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 
 from kforcing import PushForwardLM
 from pipelines.config import apply
@@ -83,7 +86,9 @@ def server(tmp_path):
         "--artifacts-destination",
         f"{tmp_path}/artifacts",
     ]
-    process = subprocess.Popen([*line, *store], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
+    process = subprocess.Popen(
+        [*line, *store], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path, start_new_session=True
+    )
     deadline = time.monotonic() + 120
     while True:
         try:
@@ -93,8 +98,14 @@ def server(tmp_path):
             assert time.monotonic() < deadline, "the MLflow server did not come up"
             time.sleep(0.5)
     yield f"http://127.0.0.1:{port}", process
-    process.kill()
-    process.wait()
+    kill(process)
+
+
+def kill(process):
+    """The server and its workers."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def tracker_for(tmp_path, uri, records=()):
@@ -108,7 +119,7 @@ def log_lines(config):
 
 
 @pytest.mark.cluster
-def test_a_server_holds_runs_inputs_and_registered_students(server, tmp_path, prepared):
+def test_a_server_holds_runs_inputs_and_registered_students(server, tmp_path, prepared, monkeypatch):
     uri, _ = server
     config, tracker = tracker_for(tmp_path, uri, [RECORD])
     student = tmp_path / "student"
@@ -123,10 +134,8 @@ def test_a_server_holds_runs_inputs_and_registered_students(server, tmp_path, pr
     assert child.data.params["k"] == "2"
     assert child.data.params["train.lr"] == "0.002"
     assert {d.dataset.name for d in child.inputs.dataset_inputs} == {"sotu:train", "sotu:heldout"}
-    version = client.get_model_version_by_alias("kforcing-smoke", "k2")
-    from mlflow.artifacts import download_artifacts
-
-    local = download_artifacts(f"models:/kforcing-smoke/{version.version}", tracking_uri=uri, registry_uri=uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    local = download_artifacts("models:/kforcing-smoke@k2", dst_path=str(tmp_path / "downloaded"))
     assert PushForwardLM.from_pretrained(Path(local)).k == 2
     # The same run directory continues the same runs.
     _, again = tracker_for(tmp_path, uri)
@@ -143,8 +152,7 @@ def test_a_server_that_dies_costs_a_warning_and_no_record(server, tmp_path, prep
     config, tracker = tracker_for(tmp_path, uri)
     tracker.begin(config, prepared)
     with tracker.stage("k2", "f00", PARAMS):
-        process.kill()
-        process.wait()
+        kill(process)
         tracker.drain.records = [RECORD, {**RECORD, "step": 40}]
     tracker.finish("FINISHED")
     assert capsys.readouterr().err.count("training goes on") == 1
