@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 import statistics
 import time
 from dataclasses import dataclass
@@ -149,6 +150,8 @@ class Pipeline:
 
     def _finish(self, stage: Stage, prepared: Prepared) -> None:
         load_tokenizer(prepared.tokenizer).save_pretrained(stage.folder)
+        shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
+        shutil.rmtree(stage.folder / "ray_train", ignore_errors=True)
         stage.finish(files=[f.name for f in model_files(stage.folder)], finished=time.time())
 
     def _evaluate(self, k: int, scores: Stage, prepared: Prepared, teacher: Model, stage: Stage) -> None:

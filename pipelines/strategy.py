@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipelines.config import ConfigError, TrainConfig
-from pipelines.stages import write_json
+from pipelines.config import TrainConfig
+from pipelines.stages import StageError, write_json
 
 LATEST = "latest.json"
 
@@ -33,8 +35,8 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def engine_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed config of a stage."""
+def engine_config(train: TrainConfig, world_size: int, universal: bool) -> dict[str, Any]:
+    """The DeepSpeed config of a stage; `universal` loads checkpoints of another world size."""
     return {
         "train_batch_size": train.batch,
         "train_micro_batch_size_per_gpu": train.micro_batch,
@@ -52,17 +54,22 @@ def engine_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
                 "torch_adam": True,
             },
         },
+        "checkpoint": {"load_universal": universal},
         "steps_per_print": 10**9,
     }
 
 
-def build_engine(module: nn.Module, train: TrainConfig) -> Any:
-    """Wrap a module in a DeepSpeed engine on the process group that is already up."""
+def build_engine(module: nn.Module, train: TrainConfig, checkpoints: Path) -> Any:
+    """Wrap a module in a DeepSpeed engine on the process group that is already up.
+
+    `checkpoints` is where `load_checkpoint` will look: a ZeRO checkpoint of another world size has to be announced here.
+    """
     deepspeed = _import_deepspeed()
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    engine, *_ = deepspeed.initialize(
-        model=module, model_parameters=list(module.parameters()), config=engine_config(train, dist.get_world_size())
-    )
+    latest, world = latest_checkpoint(checkpoints), dist.get_world_size()
+    universal = latest is not None and latest["world_size"] != world
+    config = engine_config(train, world, universal)
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=list(module.parameters()), config=config)
     return engine
 
 
@@ -98,6 +105,16 @@ class MovingAverage:
         for name, parameter in self.parameters.items():
             self.average[name].lerp_(_partition(parameter).float(), weight)
 
+    def load(self, folder: Path, world_size: int) -> None:
+        """Read the average from a checkpoint that `world_size` ranks wrote."""
+        files = [load_file(folder / f"average-{rank}.safetensors") for rank in range(world_size)]
+        for name, parameter in self.parameters.items():
+            whole = torch.cat([file[name].flatten() for file in files if name in file])
+            mine = self.average[name].view(-1)
+            first = dist.get_rank() * mine.numel() if hasattr(parameter, "ds_tensor") else 0
+            part = whole[first : first + mine.numel()]  # the last partition may be padded
+            mine[: part.numel()].copy_(part)
+
 
 def save_checkpoint(engine: Any, average: MovingAverage | None, folder: Path, step: int) -> None:
     """Write a checkpoint from all ranks; `latest.json` then names it atomically, and older ones go."""
@@ -125,16 +142,29 @@ def load_checkpoint(engine: Any, average: MovingAverage | None, folder: Path) ->
     latest = latest_checkpoint(folder)
     if latest is None:
         return 0
+    tag = latest["tag"]
     if latest["world_size"] != dist.get_world_size():
-        raise ConfigError(
-            f"{folder} was written by {latest['world_size']} workers and cannot be read by {dist.get_world_size()}: "
-            f"resume with train.workers={latest['world_size']}, or delete that folder to restart the stage"
-        )
-    loaded, _ = engine.load_checkpoint(str(folder), tag=latest["tag"])
-    assert loaded is not None, f"DeepSpeed found no checkpoint {latest['tag']} in {folder}"
+        tag = _universal(folder, tag)
+    loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
+    assert loaded is not None, f"DeepSpeed found no checkpoint {tag} in {folder}"
     if average:
-        average.average.update(load_file(folder / latest["tag"] / f"average-{dist.get_rank()}.safetensors"))
+        average.load(folder / latest["tag"], latest["world_size"])
     return latest["step"]
+
+
+def _universal(folder: Path, tag: str) -> str:
+    """Convert a checkpoint of another world size; returns the tag of the result."""
+    if dist.get_rank() == 0:
+        script = "deepspeed.checkpoint.ds_to_universal"
+        places = ["--input_folder", str(folder / tag), "--output_folder", str(folder / f"{tag}-universal")]
+        line = [sys.executable, "-m", script, *places, "--inject_missing_state", "--num_extract_workers", "1"]
+        done = subprocess.run([*line, "--num_merge_workers", "1"], capture_output=True, text=True)
+        if done.returncode:
+            raise StageError(
+                f"cannot convert checkpoint {folder / tag} to another number of workers:\n{done.stderr[-2000:]}"
+            )
+    dist.barrier()
+    return f"{tag}-universal"
 
 
 @torch.no_grad()

@@ -159,9 +159,9 @@ def train_worker(config: dict[str, Any]) -> None:
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))
     module = job.init.build().eval()  # eval: dropout stays off, as in the paper, and a resumed step repeats exactly
-    engine = strategy.build_engine(module, job.train)
-    average = strategy.MovingAverage(engine, job.train.ema) if job.train.ema else None
     checkpoints = Path(job.folder, "checkpoints")
+    engine = strategy.build_engine(module, job.train, checkpoints)
+    average = strategy.MovingAverage(engine, job.train.ema) if job.train.ema else None
     start = strategy.load_checkpoint(engine, average, checkpoints)
     progress = Progress(job, start, config["relay"] if rank == 0 else None)
     shard = ray.train.get_dataset_shard("train")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,30 +127,38 @@ def test_a_second_run_skips_what_is_finished(smoke):
 
 
 def test_a_killed_run_continues_to_the_same_figures(smoke, tmp_path):
-    undisturbed, _ = smoke
-    words = ("--recipe", "smoke", "output_dir=runs/smoke")
-    data = f"data.cache_dir={undisturbed.parent / 'data'}"
+    """A longer k2 from the same finished stages, undisturbed and killed in the middle."""
+    words = (
+        "--recipe",
+        "smoke",
+        "student.k=2",
+        "stages.k2.train.steps=160",
+        f"data.cache_dir={smoke[0].parent / 'data'}",
+    )
+    runs = {name: tmp_path / name / "run" for name in ("undisturbed", "killed")}
+    for run in runs.values():
+        shutil.copytree(smoke[0], run, ignore=shutil.ignore_patterns("k2", "k4", "mlflow.json"))
+    distill(*words, f"output_dir={runs['undisturbed']}", cwd=tmp_path)
+    again = (*words, f"output_dir={runs['killed']}")
     with open(tmp_path / "out.txt", "w") as out:
-        process = subprocess.Popen(command(*words, data), stdout=out, stderr=out, cwd=tmp_path, env=environment())
+        process = subprocess.Popen(command(*again), stdout=out, stderr=out, cwd=tmp_path, env=environment())
         deadline = time.monotonic() + 400
-        while not re.search(r"k2 +step (12|16)/24", (tmp_path / "out.txt").read_text()):
+        while not re.search(r"k2 +step (40|44|48)/160", (tmp_path / "out.txt").read_text()):
             assert process.poll() is None, (tmp_path / "out.txt").read_text()
             assert time.monotonic() < deadline
-            time.sleep(0.1)
+            time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    done = distill(*words, data, cwd=tmp_path)
+    done = distill(*again, cwd=tmp_path)
     assert "teacher  finished before, skipped" in done.stdout
     assert "k1  finished before, skipped" in done.stdout
-    first = re.search(r"k2 +step (\d+)/24", done.stdout)
-    assert first
-    assert int(first[1]) > 8  # resumed from the checkpoint of step 8 or 16, not from the start
-    again = tmp_path / "runs" / "smoke"
-    for a, b in zip(report(undisturbed)["stages"], report(again)["stages"], strict=True):
-        torch.testing.assert_close(figures(b), figures(a), rtol=1e-3, atol=1e-3)
-        mine, theirs = (load_file(Path(s["path"]) / "model.safetensors") for s in (b, a))
-        for name in theirs:
-            torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4)
+    first = int(re.search(r"k2 +step (\d+)/160", done.stdout)[1])
+    assert first > 36  # from the last checkpoint, not from the start
+    a, b = (report(runs[name])["stages"][1] for name in ("undisturbed", "killed"))
+    torch.testing.assert_close(figures(b), figures(a), rtol=1e-3, atol=1e-3)
+    theirs, mine = (load_file(runs[name] / "k2" / "model.safetensors") for name in ("undisturbed", "killed"))
+    for name in theirs:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4)
 
 
 def test_a_changed_stage_reruns_alone_and_the_old_one_is_kept(smoke):
@@ -176,10 +185,11 @@ def hf_teacher(tmp_path):
     vocab = {"<eos>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}}
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    config = CONFIGS["qwen2"].__class__(**{**CONFIGS["qwen2"].to_dict(), "vocab_size": len(vocab)})
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast.save_pretrained(tmp_path / "teacher")
+    config = CONFIGS["qwen2"].__class__(**{**CONFIGS["qwen2"].to_dict(), "vocab_size": len(fast)})
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "teacher")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(tmp_path / "teacher")
     return tmp_path / "teacher"
 
 
