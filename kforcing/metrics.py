@@ -35,15 +35,14 @@ class WindowScores:
 def window_scores(
     student: PushForwardLM, teacher: PreTrainedModel, context_BN: Tensor, anchors_BW: Tensor, noise_BWK: Tensor
 ) -> WindowScores:
-    """Run student and AR teacher on the same windows and noise, at the student's lowest temperature ≥ 1 if it has one.
+    """Run student and AR teacher on the same windows and noise, at temperature 1 or the nearest the student knows.
 
     Args:
         student: of k ≥ K.
         teacher: the AR model.
         context_BN: int64; anchors_BW: int64; noise_BWK: uniforms in [0, 1).
     """
-    low, high = student.config.noise.temperature_min, student.config.noise.temperature_max
-    temperature_B = torch.full((len(context_BN),), min(max(1.0, low), high), device=context_BN.device)
+    temperature_B = torch.full((len(context_BN),), student.config.noise.clamp(1.0), device=context_BN.device)
     logits = student.window_logits(context_BN, anchors_BW, noise_BWK, temperature_B=temperature_B).float()
     mine = logits.argmax(dim=-1)
     theirs = ARTeacher(teacher).rollout(context_BN, anchors_BW, noise_BWK, temperature_B)
@@ -66,9 +65,6 @@ class Interval:
     value: float
     lo: float
     hi: float
-
-    def __format__(self, spec: str) -> str:
-        return f"{self.value:{spec}} [{self.lo:{spec}}, {self.hi:{spec}}]"
 
 
 def cluster_bootstrap(sums_CM: np.ndarray, counts_C: np.ndarray, draws: int, seed: int) -> list[Interval]:

@@ -34,13 +34,18 @@ class NoiseConfig:
     temperature_max: float = 1.0
     """Highest temperature the student is trained for; equal to the lowest for a student of one temperature."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError unless both ranges are positive and in order."""
         if not 0 < self.min_cycles < self.max_cycles:
             raise ValueError(f"noise cycles must satisfy 0 < min < max, got {self.min_cycles} and {self.max_cycles}")
         if not 0 < self.temperature_min <= self.temperature_max:
             raise ValueError(
                 f"temperatures must satisfy 0 < min ≤ max, got {self.temperature_min} and {self.temperature_max}"
             )
+
+    def clamp(self, temperature: float) -> float:
+        """The temperature nearest to the given one that the student is trained for."""
+        return min(max(temperature, self.temperature_min), self.temperature_max)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class PushForwardConfig:
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
+        self.noise.check()
 
 
 class NoiseEncoder(nn.Module):
@@ -115,7 +121,8 @@ class PushForwardLM(nn.Module):
             for layer in (student.noise_encoder.project, student.noise_encoder.down):
                 layer.weight.mul_(scale / spread)
                 layer.bias.mul_(scale / spread)
-        return student.to(next(backbone.parameters()).dtype)
+        parameter = next(backbone.parameters())
+        return student.to(device=parameter.device, dtype=parameter.dtype)
 
     def set_k(self, k: int) -> None:
         """Make this a student of another k with the same weights: how PFLM(2k) starts from PFLM(k)."""

@@ -44,13 +44,19 @@ class ARTeacher:
 
     @torch.inference_mode()
     def generate(
-        self, prompt_ids: Tensor, *, max_new_tokens: int, seed: int = 0, eos_token_id: int | None = None
+        self,
+        prompt_ids: Tensor,
+        *,
+        max_new_tokens: int,
+        seed: int = 0,
+        eos_token_id: int | None = None,
+        temperature: float = 1.0,
     ) -> list[list[int]]:
         """Plain AR decoding by inverse CDF under the same noise as `PushForwardLM.generate`."""
 
         def step(ids: Tensor, noise: Tensor) -> Tensor:
             logits = self.backbone(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-            return inverse_cdf(logits, noise[:, 0])[:, None]
+            return inverse_cdf(logits, noise[:, 0], temperature)[:, None]
 
         limit = getattr(self.backbone.config, "max_position_embeddings", None)
         return decode(step, prompt_ids, 1, max_new_tokens, seed, eos_token_id, limit)

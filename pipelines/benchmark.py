@@ -8,12 +8,12 @@ training share cores, streaming cannot beat the sum of both costs; where the poo
 cheaper one. *Data wait* is the share of a train worker's time spent waiting for its next batch: near zero means
 training is the bottleneck, and rollout actors can be fewer; large means more actors are needed.
 
+A stage measured before in the same output_dir is not run again: give a new one for new figures.
 Medians over the log points of a stage, with the smallest and largest. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import platform
@@ -31,7 +31,7 @@ from pipelines.config import Config, ConfigError, override  # noqa: E402
 from pipelines.options import read_command_line  # noqa: E402
 from pipelines.pipeline import Pipeline  # noqa: E402
 from pipelines.report import training_log  # noqa: E402
-from pipelines.stages import locked  # noqa: E402
+from pipelines.stages import StageError, locked  # noqa: E402
 
 DEFAULTS = ["teacher.train.steps=60", "train.steps=200", "eval.blocks=16", "student.k=2", "output_dir=runs/benchmark"]
 
@@ -49,7 +49,8 @@ def run(config: Config) -> dict[str, Any]:
                 student = None
                 for k in chosen.ks():
                     student = pipeline.student(k, prepared, teacher, previous=student)
-            modes[mode] = measure(chosen, name)
+                if student is not None:
+                    modes[mode] = measure(chosen, name, student.fingerprint)
     return {
         "stage": name,
         "cpus": os.cpu_count(),
@@ -65,9 +66,10 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def measure(config: Config, name: str) -> dict[str, Any]:
-    """Figures of a stage from its log, without the first point."""
-    records = training_log(config.root)[name][1:]
+def measure(config: Config, name: str, fingerprint: str) -> dict[str, Any]:
+    """Figures of a stage from its log, without the first point when there are more."""
+    records = training_log(config.root, name, fingerprint)
+    records = records[1:] or records
     stage = config.stage(name)
     result = {
         "train_tokens_per_s": spread([r["tokens_per_s"] for r in records]),
@@ -104,9 +106,8 @@ def print_table(record: dict[str, Any]) -> None:
 def main() -> None:
     """Read the command line, run, print."""
     try:
-        config = read_command_line(__doc__ or "", [*DEFAULTS, *sys.argv[1:]])
-        record = run(dataclasses.replace(config))
-    except ConfigError as error:
+        record = run(read_command_line(__doc__ or "", defaults=DEFAULTS))
+    except (ConfigError, StageError) as error:
         sys.exit(f"error: {error}")
     print_table(record)
     print(json.dumps(record))

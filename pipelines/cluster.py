@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipelines.config import Config, ConfigError
+from pipelines.config import Config, ConfigError, node_selector
 
 ROOT = Path(__file__).resolve().parent.parent
 
 _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -49,10 +49,18 @@ def connected(config: Config) -> Iterator[None]:
 
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if attached():
-        ray.init(runtime_env={"env_vars": _ENVIRONMENT}, **quiet)
-        preflight(config, ray.cluster_resources(), "the cluster")
+        try:
+            ray.init(runtime_env={"env_vars": _ENVIRONMENT}, **quiet)
+        except ConnectionError as error:
+            raise ConfigError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no cluster answers there ({error})") from None
     else:
         ray.init(address="local", include_dashboard=False, **quiet)
+    try:
+        preflight(config, ray.cluster_resources(), "the cluster" if attached() else "this machine")
+        _check_labels(config, [node["Labels"] for node in ray.nodes() if node["Alive"]])
+    except ConfigError:
+        ray.shutdown()
+        raise
     _quieten()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM; run the same command to continue"))
     try:
@@ -93,12 +101,34 @@ def preflight(config: Config, have: dict[str, float], where: str) -> None:
             f"rollout.actors={rollout.actors}": (rollout.actors, rollout.cpus_per_actor, rollout.gpus_per_actor),
             "1 reading task": (1, 1.0, 0.0),
         }
-        for kind, index in (("CPU", 1), ("GPU", 2)):
-            need = {label: pool[0] * pool[index] for label, pool in pools.items() if pool[0] * pool[index]}
-            if sum(need.values()) > have.get(kind, 0.0) + 1e-9:
-                parts = " + ".join(f"{amount:g} for {label}" for label, amount in need.items())
-                raise ConfigError(
-                    f"stage {name} needs {sum(need.values()):g} {kind}s ({parts}), {where} has {have.get(kind, 0.0):g}: "
-                    f"Ray would wait for ever. Lower train.workers, train.{kind.lower()}s_per_worker, rollout.actors or "
-                    f"rollout.{kind.lower()}s_per_actor, or use a larger cluster"
-                )
+        _check_pools(f"stage {name}", pools, have, where)
+    pools = {
+        f"eval.actors={config.eval.actors}": (
+            config.eval.actors,
+            config.eval.cpus_per_actor,
+            config.eval.gpus_per_actor,
+        ),
+        "1 reading task": (1, 1.0, 0.0),
+    }
+    _check_pools("evaluation", pools, have, where)
+
+
+def _check_labels(config: Config, nodes: list[dict[str, str]]) -> None:
+    """Raise ConfigError when no node carries a label that a pool is tied to."""
+    labels = {"train.label": config.train.label, "rollout.label": config.rollout.label}
+    for name, label in labels.items():
+        for key, value in (node_selector(label) or {}).items():
+            if not any(node.get(key) == value for node in nodes):
+                raise ConfigError(f"{name}={label}: no node of the cluster has this label, so Ray would wait for ever")
+
+
+def _check_pools(work: str, pools: dict[str, tuple[int, float, float]], have: dict[str, float], where: str) -> None:
+    """`pools`: label → (count, CPUs each, GPUs each)."""
+    for kind, index in (("CPU", 1), ("GPU", 2)):
+        need = {label: pool[0] * pool[index] for label, pool in pools.items() if pool[0] * pool[index]}
+        if sum(need.values()) > have.get(kind, 0.0) + 1e-9:
+            parts = " + ".join(f"{amount:g} for {label}" for label, amount in need.items())
+            raise ConfigError(
+                f"{work} needs {sum(need.values()):g} {kind}s ({parts}), {where} has {have.get(kind, 0.0):g}: "
+                f"Ray would wait for ever. Ask for fewer or for fewer {kind}s each, or use a larger cluster"
+            )

@@ -15,6 +15,7 @@ import itertools
 import json
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,8 @@ class TrainConfig:
     """Decay of the weights' moving average, which is what the stage exports; 0 exports the raw weights. The first
     steps use min(ema, (1 + step) / (10 + step))."""
     precision: str = "fp32"
-    """`fp32` or `bf16` (with fp32 master weights)."""
+    """`fp32` or `bf16`. DeepSpeed keeps fp32 master weights for bf16, but the moving average and the exported weights
+    are taken from the bf16 copy."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage: 1, 2 or 3."""
     warm_start: str = "previous"
@@ -252,7 +254,7 @@ class Config:
     @property
     def root(self) -> Path:
         """The absolute run directory."""
-        return Path(self.output_dir or f"runs/{self.recipe}").absolute()
+        return Path(self.output_dir or f"runs/{self.recipe}").expanduser().absolute()
 
     def ks(self) -> list[int]:
         """The doubling stages up to the student's k: 1, 2, 4, …"""
@@ -281,6 +283,8 @@ def override(config: Any, path: str, value: Any, whole: str | None = None) -> An
     """
     whole = whole or path
     head, _, rest = path.partition(".")
+    if whole == "recipe":
+        raise ConfigError(f"recipe={value}: choose the recipe by --recipe {value}, or by `recipe:` in a config file")
     names = [f.name for f in dataclasses.fields(config)]
     if head not in names:
         near = difflib.get_close_matches(head, names, 1)
@@ -336,7 +340,7 @@ def _parse(value: Any, kind: Any, whole: str) -> Any:
             return value
         try:
             value = float(value) if float in options else yaml.safe_load(value)
-        except ValueError:
+        except (ValueError, yaml.YAMLError):
             raise ConfigError(f"{whole}={value}: expected {_name(options)}") from None
     if float in options and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -354,13 +358,16 @@ def load_file(path: str) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"config file {path} does not exist")
-    tree = yaml.safe_load(file.read_text())
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not YAML or JSON: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {path} must hold a mapping of sections, found {type(tree).__name__}")
     return tree
 
 
-def apply(config: Config, tree: dict[str, Any], overrides: list[str]) -> Config:
+def apply(config: Config, tree: dict[str, Any], overrides: Sequence[str]) -> Config:
     """Apply a config file's tree, then `section.field=value` words."""
     for path, value in leaves(tree):
         config = override(config, path, value)

@@ -1,4 +1,8 @@
-"""Where documents come from: Parquet, JSONL, text or a `datasets` name, as a Ray dataset of (doc, text) rows."""
+"""Where documents come from: Parquet, JSONL, text or a `datasets` name, as a Ray dataset of (doc, text) rows.
+
+A line of a text file is a document, as `datasets` has it. Parquet, JSON lines and streamed `hf:` corpora are read in
+pieces; Ray reads a text file whole, and a downloaded `hf:` corpus passes through the object store.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.config import ConfigError, DataConfig
@@ -25,7 +30,7 @@ _HASH_WHOLE_FILES_UP_TO = 1 << 28
 
 def local_files(source: str) -> list[str]:
     """Files behind a local source, sorted. Raises ConfigError when there is none."""
-    path = Path(BUILTIN.get(source, source))
+    path = Path(BUILTIN.get(source, source)).expanduser()
     found = sorted(map(str, path.rglob("*"))) if path.is_dir() else sorted(glob.glob(str(path)))
     files = [f for f in found if Path(f).is_file() and Path(f).suffix in _SUFFIXES]
     if not files:
@@ -47,28 +52,40 @@ def check_source(config: DataConfig) -> None:
     """Look at the first file of a local source: existence, columns, emptiness. Raises ConfigError."""
     if is_remote(config.source):
         return
-    first = local_files(config.source)[0]
-    kind = _SUFFIXES[Path(first).suffix]
-    columns: list[str] = [config.text_column]
-    if kind == "parquet":
-        file = pq.ParquetFile(first)
-        columns, empty = file.schema_arrow.names, file.metadata.num_rows == 0
-    else:
-        with open(first, encoding="utf8") as lines:
-            line = next((x for x in lines if x.strip()), "")
-        empty = not line
-        if kind == "json" and line:
-            try:
-                columns = list(json.loads(line))
-            except ValueError:
-                raise ConfigError(f"{first} is not JSON lines: its first line is {line[:80]!r}") from None
-        elif kind == "text" and config.id_column:
-            raise ConfigError(f"data.id_column={config.id_column}: text files have no columns; leave it out")
+    files = local_files(config.source)
+    first = next((f for f in files if Path(f).stat().st_size), files[0])
+    try:
+        columns, empty = _look_into(first, config)
+    except (UnicodeDecodeError, OSError, pa.ArrowInvalid) as error:
+        raise ConfigError(
+            f"data.source={config.source}: {first} cannot be read ({type(error).__name__}: {error})"
+        ) from None
     if empty:
         raise ConfigError(f"data.source={config.source}: {first} holds no documents; there is nothing to train on")
     for name, column in (("text_column", config.text_column), ("id_column", config.id_column)):
         if column is not None and column not in columns:
             raise ConfigError(f"data.{name}={column} is not in {first}; its columns are {', '.join(columns)}")
+
+
+def _look_into(file: str, config: DataConfig) -> tuple[list[str], bool]:
+    """Columns of a local file, and whether it is empty."""
+    kind = _SUFFIXES[Path(file).suffix]
+    if kind == "parquet":
+        parquet = pq.ParquetFile(file)
+        return parquet.schema_arrow.names, parquet.metadata.num_rows == 0
+    with open(file, encoding="utf8") as lines:
+        line = next((x for x in lines if x.strip()), "")
+    if kind == "text":
+        if config.id_column:
+            raise ConfigError(f"data.id_column={config.id_column}: text files have no columns; leave it out")
+        return [config.text_column], not line
+    try:
+        record = json.loads(line) if line else {config.text_column: "", config.id_column or "": ""}
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise ConfigError(f"{file} is not JSON lines, an object a line: its first line is {line[:80]!r}")
+    return list(record), not line
 
 
 def source_digest(config: DataConfig) -> str:
@@ -91,7 +108,12 @@ def source_digest(config: DataConfig) -> str:
         for file in map(Path, local_files(config.source)):
             stat = file.stat()
             whole = stat.st_size <= _HASH_WHOLE_FILES_UP_TO
-            digest.update(file.read_bytes() if whole else repr((str(file), stat.st_size, stat.st_mtime_ns)).encode())
+            if not whole:
+                digest.update(repr((str(file), stat.st_size, stat.st_mtime_ns)).encode())
+                continue
+            with open(file, "rb") as stream:
+                while piece := stream.read(1 << 20):
+                    digest.update(piece)
     return digest.hexdigest()
 
 
@@ -115,6 +137,7 @@ def documents(config: DataConfig) -> ray.data.Dataset:
         dataset = dataset.limit(config.max_docs)
 
     def name_documents(table: pa.Table) -> pa.Table:
+        table = table.filter(pc.is_valid(table[config.text_column]))  # rows without a text are no documents
         texts = table[config.text_column]
         names = table[config.id_column] if config.id_column else texts
         ids = [document_id(str(name)) for name in names.to_pylist()]

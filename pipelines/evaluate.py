@@ -132,13 +132,17 @@ def continue_prompts(job: SampleJob) -> list[dict[str, str]]:
     prompts = store.read(np.arange(job.config.prompts))
     device = pick_device()
     decoders: dict[str, Any] = {"teacher": ARTeacher(load_ar(job.teacher).to(device))}
-    decoders |= {name: PushForwardLM.from_pretrained(path).to(device) for name, path in job.students.items()}
+    students = {name: PushForwardLM.from_pretrained(path).to(device) for name, path in job.students.items()}
+    decoders |= students
+    temperature = next(iter(students.values())).config.noise.clamp(1.0)
     records = []
     for row, tokens in enumerate(to_numpy(prompts["tokens"])):
         prompt = torch.from_numpy(tokens[: job.config.prompt_tokens].astype(np.int64)).to(device)[None]
         record = {"prompt": str(tokenizer.decode(prompt[0]))}
         for name, decoder in decoders.items():
-            new = decoder.generate(prompt, max_new_tokens=job.config.new_tokens, seed=job.seed + row)[0]
+            new = decoder.generate(
+                prompt, max_new_tokens=job.config.new_tokens, seed=job.seed + row, temperature=temperature
+            )[0]
             record[name] = str(tokenizer.decode(new))
         records.append(record)
     return records

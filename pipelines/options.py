@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
+from pipelines.cluster import attached
 from pipelines.config import Config, ConfigError, TrainConfig, apply, describe_fields, load_file, node_selector
 from pipelines.corpus import check_source, is_remote
-from pipelines.prepare import load_tokenizer
+from pipelines.prepare import eos_id, load_tokenizer, tokenizer_source
 from pipelines.recipes import RECIPES, recipe
 from pipelines.stages import claim
 
 
-def read_command_line(description: str, words: list[str] | None = None) -> Config:
-    """`[--recipe NAME | --config FILE] [section.field=value …]` → a validated config. Raises ConfigError."""
+def read_command_line(description: str, words: list[str] | None = None, defaults: Sequence[str] = ()) -> Config:
+    """`[--recipe NAME | --config FILE] [section.field=value …]` → a validated config. Raises ConfigError.
+
+    `defaults` are overrides that come before the file and the words.
+    """
     parser = argparse.ArgumentParser(
         description=description,
         epilog=f"recipes: {', '.join(RECIPES)}\n\nfields:\n{describe_fields()}",
@@ -25,17 +30,27 @@ def read_command_line(description: str, words: list[str] | None = None) -> Confi
     parser.add_argument("--recipe", metavar="NAME", help="starting point (default: quickstart)")
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON with `recipe` and sections of fields")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    options = parser.parse_args(words)
+    options = parser.parse_intermixed_args(words)
     tree = load_file(options.config) if options.config else {}
     named = tree.pop("recipe", None)
-    config = apply(recipe(options.recipe or named or "quickstart"), tree, options.overrides)
+    start = apply(recipe(options.recipe or named or "quickstart"), {}, defaults)
+    config = apply(start, tree, options.overrides)
     validate(config)
     return config
 
 
 def validate(config: Config) -> None:
     """Raise ConfigError for anything that cannot work, with the value, the reason and the remedy."""
+    if attached() and not Path(config.output_dir).expanduser().is_absolute():
+        raise ConfigError(
+            f"output_dir={config.output_dir or 'runs/…'}: here the current directory is a temporary copy on one node; "
+            "give an absolute path on a file system that every node sees"
+        )
     claim(config)
+    try:
+        config.student.noise.check()
+    except ValueError as error:
+        raise ConfigError(f"student.noise: {error}") from None
     _check_choices("targets", config.targets, ("self", "ar"))
     k = config.student.k
     if k < 1 or k & (k - 1):
@@ -98,6 +113,14 @@ def _check_data(config: Config) -> None:
         raise ConfigError(f"data.heldout_fraction={data.heldout_fraction} must lie between 0 and 1")
     for field in ("block", "docs_per_shard"):
         _check_positive(f"data.{field}", getattr(data, field))
+    if data.max_docs is not None:
+        _check_positive("data.max_docs", data.max_docs)
+    for field in ("blocks", "windows", "bootstrap", "prompts", "prompt_tokens", "new_tokens", "batch", "actors"):
+        _check_positive(f"eval.{field}", getattr(config.eval, field))
+    if config.eval.windows > data.block:
+        raise ConfigError(
+            f"eval.windows={config.eval.windows}: a block of data.block={data.block} tokens has fewer windows"
+        )
     if config.eval.prompt_tokens > data.block:
         raise ConfigError(f"eval.prompt_tokens={config.eval.prompt_tokens} exceeds data.block={data.block}")
 
@@ -113,14 +136,16 @@ def _check_teacher(config: Config) -> None:
     else:
         limits = _limits(teacher.path, teacher.gguf_file)
     positions, vocabulary = limits
-    path = teacher.path or config.tokenizer.path
+    path, gguf_file = tokenizer_source(config)
     if path is not None:
         try:
-            size = len(load_tokenizer(path, teacher.gguf_file))
+            tokenizer = load_tokenizer(path, gguf_file)
         except Exception as error:
             raise ConfigError(
-                f"no tokenizer in {path}: {_first_line(error)}; give one beside the teacher's weights"
+                f"no tokenizer in {path}: {_first_line(error)}; give one beside the teacher's weights or in tokenizer.path"
             ) from None
+        eos_id(tokenizer)
+        size = len(tokenizer)
         if vocabulary is not None and size > vocabulary:
             raise ConfigError(
                 f"teacher.path={path}: its tokenizer has {size} tokens and its model {vocabulary}; ids beyond the model's "

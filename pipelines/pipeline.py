@@ -48,9 +48,10 @@ class Pipeline:
     def __init__(self, config: Config):
         self.config = config
         self.root = config.root
-        self.relay = ray.remote(num_cpus=0)(Relay).remote()
+        self.relay = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Relay).remote()
         self.tracker = Tracker(config, lambda: ray.get(self.relay.drain.remote()))
         self.models: list[Model] = []
+        self.training: dict[str, list[dict[str, Any]]] = {}
 
     def __enter__(self) -> Pipeline:
         return self
@@ -61,7 +62,7 @@ class Pipeline:
     def prepare(self) -> Prepared:
         """Corpus and tokenizer."""
         prepared = prepare(self.config, say)
-        self.tracker.begin(self.config, prepared)
+        self.tracker.begin(prepared)
         return prepared
 
     def teacher(self, prepared: Prepared) -> Model:
@@ -99,11 +100,10 @@ class Pipeline:
         """PFLM(k), from the stage before it: rollouts, training, evaluation, registration."""
         config = self.config.stage(f"k{k}")
         upstream = [teacher.fingerprint, previous.fingerprint if previous else None]
-        name = fingerprint(
-            prepared.id, config.seed, config.train, config.rollout, config.targets, config.student.noise, upstream
-        )
+        name = fingerprint(prepared.id, config.seed, config.student.noise, upstream, *_effective(k, config))
         stage = open_stage(self.root, f"k{k}", name)
-        scores = open_stage(self.root / "eval", f"k{k}", fingerprint(name, config.eval))
+        measured = [config.eval.blocks, config.eval.windows, config.eval.bootstrap]
+        scores = open_stage(self.root / "eval", f"k{k}", fingerprint(name, measured))
         if stage.manifest and scores.manifest:
             say(f"k{k}  finished before, skipped")
         else:
@@ -113,8 +113,8 @@ class Pipeline:
                 if not stage.manifest:
                     self._train(stage, self._student_job(k, stage, config, prepared, teacher, previous))
                     self._finish(stage, prepared)
-                    self.tracker.register(stage.folder, k)
                 self._evaluate(k, scores, prepared, teacher, stage)
+        self.tracker.register(stage.folder, k, name)
         assert scores.manifest is not None
         return self._model(stage, k, scores.manifest["figures"])
 
@@ -137,6 +137,7 @@ class Pipeline:
             stage.name,
             config.student.noise,
             config.rollout.batch,
+            threads=max(1, int(config.rollout.cpus_per_actor)),
         )
         store = str(prepared.split("train"))
         if config.rollout.cache:
@@ -167,7 +168,10 @@ class Pipeline:
         say(f"k{k}  held-out match {match}  block match {figures['block_match']['value']:.3f}")
 
     def _model(self, stage: Stage, k: int, figures: dict[str, Any]) -> Model:
-        cost = {"name": stage.name, **cost_of(training_log(self.root).get(stage.name, []))}
+        records = training_log(self.root, stage.name, stage.fingerprint)
+        cost = {"name": stage.name, **cost_of(records)}
+        if records:
+            self.training[stage.name] = records
         model = Model(stage.name, k, stage.folder, stage.fingerprint, figures, cost)
         self.models.append(model)
         return model
@@ -191,11 +195,22 @@ class Pipeline:
             "samples": samples,
             "mlflow": self.tracker.ui_command(),
         }
-        path = write_report(self.root, report)
+        path = write_report(self.root, report, self.training)
         for file in (path, self.root / "report.json", self.root / "match.png", self.root / "training.png"):
             self.tracker.artifact(file)
         print_table(report)
         return path
+
+
+def _effective(k: int, config: Config) -> list[Any]:
+    """A stage's settings without those that have no effect on it.
+
+    The first stage has one possible teacher and one possible start, and only cached rollouts have epochs.
+    """
+    first = k == 1
+    train = dataclasses.replace(config.train, warm_start="teacher") if first else config.train
+    rollout = config.rollout if config.rollout.cache else dataclasses.replace(config.rollout, cache_epochs=0)
+    return [train, rollout, "ar" if first else config.targets]
 
 
 def print_table(report: dict[str, Any]) -> None:

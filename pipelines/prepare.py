@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
+import ray.data
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipelines.config import Config, ConfigError, DataConfig, TokenizerConfig, fingerprint
 from pipelines.corpus import documents, is_heldout, source_digest
+from pipelines.stages import exclusive
 from pipelines.store import MANIFEST, fixed_list, write_manifest, write_shard
 
 _SAY_EVERY_S = 2.0
@@ -74,9 +76,9 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def tokenizer_source(config: Config) -> tuple[str | None, str | None]:
     """(path, gguf file) of a given tokenizer, or (None, None) when one is to be trained."""
-    if config.teacher.path:
-        return config.teacher.path, config.teacher.gguf_file
-    return config.tokenizer.path, None
+    if config.tokenizer.path or not config.teacher.path:
+        return config.tokenizer.path, None
+    return config.teacher.path, config.teacher.gguf_file
 
 
 def _tokenizer_digest(config: Config) -> Any:
@@ -88,7 +90,7 @@ def _tokenizer_digest(config: Config) -> Any:
     return {"path": None if contents else path, "gguf": gguf_file, "files": contents}
 
 
-def prepare(config: Config, say=print) -> Prepared:
+def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
     """Make the token blocks of a run, or find them made."""
     name = fingerprint(config.data, source_digest(config.data), _tokenizer_digest(config))
     cache = Path(config.data.cache_dir) if config.data.cache_dir else config.root.parent / "data"
@@ -97,6 +99,15 @@ def prepare(config: Config, say=print) -> Prepared:
         say(f"corpus  {prepared.folder} is up to date")
         return prepared
     prepared.folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(prepared.folder / ".lock", wait=True):
+        _make(config, prepared, say)
+    return prepared
+
+
+def _make(config: Config, prepared: Prepared, say: Callable[[str], None]) -> None:
+    """Whatever of the tokenizer and the two splits is not there yet."""
+    ray.data.DataContext.get_current().execution_options.preserve_order = True  # the same shards every time
+    documents(config.data)  # a source that cannot be read is an error here, not in a remote task
     path, gguf_file = tokenizer_source(config)
     if not prepared.tokenizer.is_dir():
         partial = prepared.folder / ".tokenizer.partial"
@@ -109,11 +120,12 @@ def prepare(config: Config, say=print) -> Prepared:
         partial.rename(prepared.tokenizer)
     for split in ("train", "heldout"):
         _write_split(config.data, prepared, split, say)
-    return prepared
 
 
 @ray.remote(num_cpus=0)
 def _train_tokenizer(data: DataConfig, config: TokenizerConfig, folder: str) -> None:
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+
     def texts() -> Iterator[str]:
         left = config.sample_chars
         for batch in documents(data).iter_batches(batch_size=16, batch_format="pyarrow"):
@@ -183,7 +195,7 @@ def _pack_shard(table: pa.Table, data: DataConfig, prepared: Prepared, split: st
     return pa.Table.from_pylist([{**entry, "documents": len(texts), "tokens": entry["rows"] * data.block}])
 
 
-def _write_split(data: DataConfig, prepared: Prepared, split: str, say) -> None:
+def _write_split(data: DataConfig, prepared: Prepared, split: str, say: Callable[[str], None]) -> None:
     folder = prepared.split(split)
     if (folder / MANIFEST).is_file():
         return

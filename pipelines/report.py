@@ -17,31 +17,26 @@ from pipelines.tracking import LOG
 Record = dict[str, Any]
 
 
-def write_report(root: Path, report: Record) -> Path:
-    """Write `report.json`, the plots and `report.md`; returns the latter."""
+def write_report(root: Path, report: Record, training: dict[str, list[Record]]) -> Path:
+    """Write `report.json`, the plots and `report.md`; returns the latter. `training` has each stage's records."""
     write_json(root / "report.json", report)
     plot_match(report["stages"], root / "match.png")
-    plot_training(training_log(root), root / "training.png")
+    plot_training(training, root / "training.png")
     (root / "report.md").write_text(markdown(report))
     return root / "report.md"
 
 
-def training_log(root: Path) -> dict[str, list[Record]]:
-    """The run's training records by stage; of a step seen twice (resumed runs) the later one, of a
-    stage that was run anew with another config only the last run."""
-    stages: dict[str, dict[int, Record]] = {}
-    prints: dict[str, str] = {}
+def training_log(root: Path, stage: str, fingerprint: str) -> list[Record]:
+    """The training records of one stage in order; of a step seen twice (resumed runs) the later one."""
+    steps: dict[int, Record] = {}
     for line in (root / LOG).read_text().splitlines():
-        record = json.loads(line)
-        if (
-            record.get("event") == "stage_started"
-            and prints.setdefault(record["stage"], record["fingerprint"]) != record["fingerprint"]
-        ):
-            prints[record["stage"]] = record["fingerprint"]
-            stages.pop(record["stage"], None)
-        elif record.get("event") == "train":
-            stages.setdefault(record["stage"], {})[record["step"]] = record
-    return {name: [records[step] for step in sorted(records)] for name, records in stages.items()}
+        try:
+            record = json.loads(line)
+        except ValueError:  # the last line of a killed run
+            continue
+        if (record.get("event"), record.get("stage"), record.get("fingerprint")) == ("train", stage, fingerprint):
+            steps[record["step"]] = record
+    return [steps[step] for step in sorted(steps)]
 
 
 def ratio(figure: Record, digits: int = 3) -> str:
@@ -90,11 +85,13 @@ def markdown(report: Record) -> str:
         samples += [f"* *{name}*: {quote(text)}" for name, text in record.items() if name != "prompt"]
         samples.append("")
     corpus = report["corpus"]
+    rate = corpus["train"]["tokens"] / corpus["train"]["seconds"]
     return f"""# {report["recipe"]}: AR → {" → ".join(f"k={s['k']}" for s in report["stages"])}
 
 Corpus: {corpus["train"]["tokens"]:,} train tokens of {corpus["train"]["documents"]} documents, \
 {corpus["heldout"]["tokens"]:,} held-out tokens of {corpus["heldout"]["documents"]}. \
-Whole run: {report["seconds"]:.0f} s.
+Prepared at \
+{rate:,.0f} tokens/s. The run that wrote this took {report["seconds"]:.0f} s.
 
 ## Fidelity on held-out windows, under the same noise
 

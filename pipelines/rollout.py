@@ -30,6 +30,9 @@ from pipelines.config import NoiseConfig, RolloutConfig, TrainConfig, node_selec
 from pipelines.stages import Stage
 from pipelines.store import MANIFEST, TokenStore, fixed_list, open_store, to_numpy, write_manifest, write_shard
 
+# Ray plans every chunk ahead; longer stages get longer chunks.
+MAX_CHUNKS = 20_000
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -62,7 +65,8 @@ class StepPlan:
     @classmethod
     def of(cls, train: TrainConfig, rollout: RolloutConfig, start: int) -> StepPlan:
         """The plan of a stage's training from step `start` on."""
-        return cls(train.batch, train.workers, train.steps, start, rollout.steps_per_chunk)
+        per_chunk = max(rollout.steps_per_chunk, -(-train.steps * train.workers // MAX_CHUNKS))
+        return cls(train.batch, train.workers, train.steps, start, per_chunk)
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class RolloutJob:
     """Names the noise stream, with the epoch."""
     noise: NoiseConfig
     batch: int
+    threads: int
 
 
 def load_ar(folder: str, **extra: Any) -> Any:
@@ -101,7 +106,7 @@ class RolloutActor:
     """Holds the frozen teacher; called by Ray Data with rows of tokens, returns them with anchors and targets."""
 
     def __init__(self, job: RolloutJob):
-        torch.set_num_threads(1 if not torch.cuda.is_available() else torch.get_num_threads())
+        torch.set_num_threads(job.threads)
         self.job = job
         self.device = pick_device()
         self.teacher: Teacher
@@ -182,7 +187,8 @@ def _rolled_out(dataset: Any, job: RolloutJob, rollout: RolloutConfig, rows: int
         RolloutActor,
         fn_constructor_args=(job,),
         batch_format="pyarrow",
-        batch_size=rows,
+        # Ray wants a number when there are GPUs; without one a call gets a block, which is a chunk already.
+        batch_size=rows if rollout.gpus_per_actor else None,
         num_cpus=rollout.cpus_per_actor,
         num_gpus=rollout.gpus_per_actor or None,
         label_selector=node_selector(rollout.label),
@@ -204,6 +210,9 @@ def cache_rollouts(
         return str(folder)
     per_epoch = TokenStore(store, seed).rows_per_epoch
     rows = min(per_epoch, -(-train.steps * train.batch // rollout.cache_epochs))
+    epochs = train.steps * train.batch / rows
+    if epochs > rollout.cache_epochs:
+        say(f"{stage.name}  the corpus has {rows} rows: cached rollouts will be trained on {epochs:.1f} times")
     # One shard for every `batch` rows: a plan of one worker and one step a chunk numbers them.
     plan = StepPlan(train.batch, 1, -(-rows // train.batch), 0, 1)
     entries = [{"file": f.name, "rows": pq.ParquetFile(f).metadata.num_rows} for f in folder.glob("*.parquet")]

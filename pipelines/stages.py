@@ -12,7 +12,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,18 +85,26 @@ def claim(config: Config) -> None:
                 f"output_dir={root} belongs to a run of recipe {owner!r}, not {config.recipe!r}; its stages would be "
                 "archived one by one. Choose another output_dir"
             )
-    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+    elif root.exists() and (not root.is_dir() or any(f.name != ".lock" for f in root.iterdir())):
         raise ConfigError(f"output_dir={root} exists and is not a run directory; choose an empty or new one")
 
 
 @contextmanager
-def locked(config: Config):
+def exclusive(file: Path, wait: bool) -> Iterator[None]:
+    """Hold a lock file for this process. Without `wait`, raises BlockingIOError when another process holds it."""
+    with open(file, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+@contextmanager
+def locked(config: Config) -> Iterator[None]:
     """Hold the run directory for this process. Raises ConfigError while another run holds it."""
     config.root.mkdir(parents=True, exist_ok=True)
-    with open(config.root / ".lock", "w") as lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            stack.enter_context(exclusive(config.root / ".lock", wait=False))
+        except BlockingIOError:
             raise ConfigError(
                 f"output_dir={config.root} is in use by another run; wait for it or choose another"
             ) from None

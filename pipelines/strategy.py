@@ -154,15 +154,18 @@ def load_checkpoint(engine: Any, average: MovingAverage | None, folder: Path) ->
 
 def _universal(folder: Path, tag: str) -> str:
     """Convert a checkpoint of another world size; returns the tag of the result."""
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 and not (folder / f"{tag}-universal").exists():
+        partial = folder / f".{tag}-universal.partial"
+        shutil.rmtree(partial, ignore_errors=True)
         script = "deepspeed.checkpoint.ds_to_universal"
-        places = ["--input_folder", str(folder / tag), "--output_folder", str(folder / f"{tag}-universal")]
+        places = ["--input_folder", str(folder / tag), "--output_folder", str(partial)]
         line = [sys.executable, "-m", script, *places, "--inject_missing_state", "--num_extract_workers", "1"]
         done = subprocess.run([*line, "--num_merge_workers", "1"], capture_output=True, text=True)
         if done.returncode:
             raise StageError(
                 f"cannot convert checkpoint {folder / tag} to another number of workers:\n{done.stderr[-2000:]}"
             )
+        partial.rename(folder / f"{tag}-universal")
     dist.barrier()
     return f"{tag}-universal"
 

@@ -45,7 +45,7 @@ class Tracker:
         self.log = config.root / LOG
         self.client: Any = None
         self.prepared: Prepared | None = None
-        self.child: str | None = None
+        self._open: tuple[str, str, dict[str, Any]] | None = None
         self._quiet_until = 0.0
         self._state_file = config.root / "mlflow.json"
 
@@ -83,10 +83,10 @@ class Tracker:
             self.write(event="tracking_failed", error=text)
             return None
 
-    def begin(self, config: Config, prepared: Prepared) -> None:
+    def begin(self, prepared: Prepared) -> None:
         """Record the whole config and the dataset."""
-        self.config, self.prepared = config, prepared
-        self.write(event="config", **{path: str(value) for path, value in leaves(dataclasses.asdict(config))})
+        self.prepared = prepared
+        self.write(event="config", **{path: str(value) for path, value in leaves(dataclasses.asdict(self.config))})
         self._mlflow(lambda client: None)
 
     def _mlflow(self, call: Callable[[Any], Any]) -> Any:
@@ -146,7 +146,8 @@ class Tracker:
     def stage(self, name: str, fingerprint: str, params: dict[str, Any]) -> Iterator[None]:
         """A child run; records that workers leave while it is open are logged to it and printed."""
         self.write(event="stage_started", stage=name, fingerprint=fingerprint)
-        self.child = self._mlflow(lambda client: self._open_child(client, name, fingerprint, params))
+        self._open = (name, fingerprint, params)
+        self._run()
         done = threading.Event()
         pump = threading.Thread(target=self._pump, args=(done,), daemon=True)
         pump.start()
@@ -161,65 +162,74 @@ class Tracker:
             done.set()
             pump.join(timeout=30)
             self.write(event="stage_ended", stage=name, status=status)
-            child = self.child
-            if child:
-                self._mlflow(lambda client: client.set_terminated(child, status))
-            self.child = None
+            self._on_run(lambda client, run: client.set_terminated(run, status))
+            self._open = None
+
+    def _run(self) -> str | None:
+        """The open stage's child run, made now if MLflow was out of reach before; the parent outside stages."""
+        if self._open is None:
+            return self.parent
+        name, fingerprint, params = self._open
+        found = self.children.get(f"{name}-{fingerprint}")
+        return found or self._mlflow(lambda client: self._open_child(client, name, fingerprint, params))
+
+    def _on_run(self, call: Callable[[Any, str], Any]) -> Any:
+        run = self._run()
+        return self._mlflow(lambda client: call(client, run)) if run else None
 
     def _open_child(self, client: Any, name: str, fingerprint: str, params: dict[str, Any]) -> str:
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-        state, key = self._state, f"{name}-{fingerprint}"
-        if key in state["children"]:
-            client.update_run(state["children"][key], status="RUNNING")
-        else:
-            tags = {MLFLOW_PARENT_RUN_ID: state["parent"], "stage": name, "fingerprint": fingerprint}
-            run = client.create_run(state["experiment"], tags=tags, run_name=name).info.run_id
-            self._describe(client, run, params)
-            state["children"][key] = run
-            write_json(self._state_file, state)
-        return state["children"][key]
+        state = self._state
+        tags = {MLFLOW_PARENT_RUN_ID: state["parent"], "stage": name, "fingerprint": fingerprint}
+        run = client.create_run(state["experiment"], tags=tags, run_name=name).info.run_id
+        self._describe(client, run, params)
+        state["children"][f"{name}-{fingerprint}"] = run
+        write_json(self._state_file, state)
+        return run
 
     def _pump(self, done: threading.Event) -> None:
+        assert self._open is not None
+        fingerprint = self._open[1]
         while True:
             last = done.wait(0.5)
-            for record in self.drain():
-                self.write(event="train", **record)
+            try:
+                records = self.drain()
+            except Exception as error:  # the mailbox restarts empty; training does not depend on it
+                self.write(event="records_lost", error=str(error)[:500])
+                records = []
+            for record in records:
+                self.write(event="train", fingerprint=fingerprint, **record)
                 print(progress_line(record), flush=True)
                 self.metrics(flatten(record), record["step"])
             if last:
                 return
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        """Log metrics to the open child run, or to the parent when none is open."""
-        run = self.child or self.parent
-        if run is None:
-            return
+        """Log metrics to the open child run, or to the parent when no stage is open."""
 
-        def log(client: Any) -> None:
+        def log(client: Any, run: str) -> None:
             from mlflow.entities import Metric
 
             now = int(time.time() * 1000)
             client.log_batch(run, metrics=[Metric(name, float(v), now, step) for name, v in values.items()])
 
-        self._mlflow(log)
+        self._on_run(log)
 
-    def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Copy a file to the open child run, or to the parent when none is open."""
-        run = self.child or self.parent
-        if run is not None:
-            self._mlflow(lambda client: client.log_artifact(run, str(path), folder))
+    def artifact(self, path: Path) -> None:
+        """Copy a file to the open child run, or to the parent when no stage is open."""
+        self._on_run(lambda client, run: client.log_artifact(run, str(path)))
 
-    def register(self, folder: Path, k: int) -> None:
-        """Register a finished student as a version of the run's model, with alias `k<k>`."""
-        run = self.child or self.parent
-        if run is None:
+    def register(self, folder: Path, k: int, fingerprint: str) -> None:
+        """Register a finished student as a version of the run's model, with alias `k<k>`, unless it is already."""
+        if fingerprint in self._state.get("registered", {}):
             return
         name = self.config.tracking.model_name or f"kforcing-{self.config.recipe}"
 
         def log(client: Any) -> None:
             from mlflow.exceptions import MlflowException
 
+            run = self.children[f"k{k}-{fingerprint}"]
             for file in model_files(folder):
                 client.log_artifact(run, str(file), "model")
             try:
@@ -230,8 +240,12 @@ class Tracker:
             source = client.get_run(run).info.artifact_uri.rstrip("/") + "/model"
             version = client.create_model_version(name, source, run_id=run, tags={"k": str(k)})
             client.set_registered_model_alias(name, f"k{k}", version.version)
+            state = self._state
+            state.setdefault("registered", {})[fingerprint] = version.version
+            write_json(self._state_file, state)
 
-        self._mlflow(log)
+        if f"k{k}-{fingerprint}" in self.children:
+            self._mlflow(log)
 
     def finish(self, status: str) -> None:
         """End the parent run."""
@@ -241,7 +255,11 @@ class Tracker:
         """How to look at the runs."""
         if self.uri == "off":
             return "tracking is off"
-        return f"mlflow ui --backend-store-uri {self.uri}" if "sqlite" in self.uri else f"open {self.uri}"
+        return (
+            f"{sys.executable} -m mlflow ui --backend-store-uri '{self.uri}'"
+            if "sqlite" in self.uri
+            else f"open {self.uri}"
+        )
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -187,7 +187,7 @@ def hf_teacher(tmp_path):
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
     fast.save_pretrained(tmp_path / "teacher")
-    config = CONFIGS["qwen2"].__class__(**{**CONFIGS["qwen2"].to_dict(), "vocab_size": len(fast)})
+    config = CONFIGS["qwen2"].__class__(**{**CONFIGS["qwen2"].to_dict(), "vocab_size": len(fast) + 7})
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "teacher")
     return tmp_path / "teacher"

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,11 +22,13 @@ def cluster(tmp_path):
     """A head node on its own ports, with token authentication as new clusters have it."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
     env = {**clean, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 32, "HF_HUB_OFFLINE": "1"}
+    env["PATH"] = f"{RAY.parent}{os.pathsep}{env['PATH']}"  # jobs run the cluster's `python`
+    short = tempfile.mkdtemp(prefix="r")  # Ray's socket paths must stay short
     dashboard = free_port()
     head = subprocess.Popen(
         [
             RAY, "start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}",
-            "--ray-client-server-port=0", f"--temp-dir={tmp_path / 'ray'}", "--disable-usage-stats", "--num-cpus=2",
+            f"--temp-dir={short}", "--disable-usage-stats", "--num-cpus=2",
         ],
         env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
@@ -62,6 +65,7 @@ def test_a_stopped_job_is_continued_by_the_next_submit(cluster, tmp_path):
     deadline = time.monotonic() + 300
     while not re.search(r"k1 +step (12|16)/24", logs(cluster, "first")):
         assert time.monotonic() < deadline, logs(cluster, "first")
+        assert "Traceback" not in logs(cluster, "first")
         time.sleep(0.5)
     stopped = subprocess.run([RAY, "job", "stop", "first"], env=cluster, capture_output=True, text=True, timeout=120)
     assert "was stopped" in stopped.stdout + stopped.stderr

@@ -132,8 +132,8 @@ def test_every_backbone_generates_with_the_ar_teacher_beside_it(backbone):
         (lambda s: s.generate(inputs()[0], max_new_tokens=60), "exceed the model's 64 positions"),
         (lambda s: s.generate(inputs()[0], max_new_tokens=4, temperature=0.5), "trained for 1.0 to 1.0"),
         (lambda s: PushForwardConfig(0, {}), "k must be at least 1"),
-        (lambda s: NoiseConfig(2.0, 1.0), "0 < min < max"),
-        (lambda s: NoiseConfig(temperature_min=0.0), "0 < min ≤ max"),
+        (lambda s: PushForwardConfig(1, {}, NoiseConfig(2.0, 1.0)), "0 < min < max"),
+        (lambda s: PushForwardConfig(1, {}, NoiseConfig(temperature_min=0.0)), "0 < min ≤ max"),
     ],
 )
 def test_bad_calls_name_the_value(student, call, message):

@@ -19,6 +19,20 @@ def test_a_good_line_gives_a_config(tmp_path):
     assert read(tmp_path, "train.steps=8").train.steps == 8
 
 
+def test_words_and_flags_may_be_mixed_and_ranges_set_in_any_order(tmp_path):
+    words = ["train.steps=8", "--recipe", "smoke", "student.noise.temperature_min=1.2", f"output_dir={tmp_path}/run"]
+    config = read_command_line(
+        "", [*words, "student.noise.temperature_max=1.5"], defaults=["train.lr=9", "train.steps=3"]
+    )
+    assert (config.recipe, config.train.steps, config.train.lr) == ("smoke", 8, 9.0)
+
+
+def test_a_job_needs_an_absolute_output_dir(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ConfigError, match="give an absolute path on a file system that every node sees"):
+        read_command_line("", ["--recipe", "smoke"])
+
+
 def test_a_config_file_names_its_recipe(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(f"recipe: smoke\noutput_dir: {tmp_path}/run\ntrain:\n  steps: 5\n")
@@ -37,6 +51,9 @@ def files(tmp_path):
     (folder / "bad.jsonl").write_text("not json\n")
     (folder / "body.jsonl").write_text(json.dumps({"body": "x"}) + "\n")
     (folder / "blank.txt").write_text("\n\n")
+    (folder / "list.jsonl").write_text('[{"text": "x"}]\n')
+    (folder / "latin.txt").write_bytes(b"caf\xe9\n")
+    (folder / "broken.parquet").write_bytes(b"PAR1 not really")
     (folder / "words.txt").write_text("some words\n")
     return folder
 
@@ -73,6 +90,14 @@ def files(tmp_path):
         (["teacher.path={files}"], "no causal LM there"),
         (["output_dir=s3://bucket/run"], "not a URI"),
         (["output_dir={files}"], "is not a run directory"),
+        (["student.noise.max_cycles=0.1"], "0 < min < max"),
+        (["data.source={files}/list.jsonl"], "an object a line"),
+        (["data.source={files}/latin.txt"], "cannot be read"),
+        (["data.source={files}/broken.parquet"], "cannot be read"),
+        (["data.max_docs=0"], "data.max_docs=0 must be positive"),
+        (["eval.windows=33"], "eval.windows=33: a block of data.block=32"),
+        (["eval.prompts=0"], "eval.prompts=0 must be positive"),
+        (["train.label=pool"], "must be written key=value"),
     ],
 )
 def test_bad_input_is_one_clear_error_before_any_cluster(tmp_path, files, words, message):
@@ -108,6 +133,8 @@ def test_preflight_says_which_pool_is_too_large():
     with pytest.raises(ConfigError, match=r"needs 3\.5 CPUs \(2 for train\.workers=2 \+ 0\.5 for rollout\.actors=1"):
         preflight(config, {"CPU": 2.0}, "this machine")
     preflight(config, {"CPU": 4.0}, "this machine")
+    with pytest.raises(ConfigError, match=r"evaluation needs 3 CPUs \(2 for eval\.actors=2"):
+        preflight(apply(recipe("smoke"), {}, ["eval.actors=2"]), {"CPU": 2.0}, "this machine")
     gpu = apply(recipe("smoke"), {}, ["rollout.gpus_per_actor=1"])
     with pytest.raises(ConfigError, match=r"needs 1 GPUs .* has 0"):
         preflight(gpu, {"CPU": 8.0}, "the cluster")

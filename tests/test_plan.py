@@ -2,7 +2,8 @@ import hypothesis.strategies as st
 import numpy as np
 from hypothesis import given, settings
 
-from pipelines.rollout import StepPlan
+from pipelines.recipes import recipe
+from pipelines.rollout import MAX_CHUNKS, StepPlan
 
 
 def rows_of_steps(plan):
@@ -13,6 +14,11 @@ def rows_of_steps(plan):
         for i, part in enumerate(mine.reshape(-1, plan.rows_per_worker)):
             steps.setdefault(plan.start + i, []).extend(part.tolist())
     return steps
+
+
+def test_long_stages_have_a_bounded_number_of_chunks():
+    config = recipe("lm1b")
+    assert StepPlan.of(config.train, config.rollout, 0).chunks <= MAX_CHUNKS + config.train.workers
 
 
 @settings(max_examples=60, deadline=None)

@@ -46,7 +46,7 @@ class Mailbox:
     def __init__(self, records):
         self.records = records
 
-    def __call__(self):
+    def __call__(self) -> list:
         taken, self.records = self.records, []
         return taken
 
@@ -121,12 +121,12 @@ def log_lines(config):
 @pytest.mark.cluster
 def test_a_server_holds_runs_inputs_and_registered_students(server, tmp_path, prepared, monkeypatch):
     uri, _ = server
-    config, tracker = tracker_for(tmp_path, uri, [RECORD])
+    _, tracker = tracker_for(tmp_path, uri, [RECORD])
     student = tmp_path / "student"
     PushForwardLM.from_backbone(make_backbone(), k=2).save_pretrained(student)
-    tracker.begin(config, prepared)
+    tracker.begin(prepared)
     with tracker.stage("k2", "f00", PARAMS):
-        tracker.register(student, 2)
+        tracker.register(student, 2, "f00")
     tracker.finish("FINISHED")
     client = MlflowClient(uri)
     child = client.get_run(tracker.children["k2-f00"])
@@ -139,7 +139,7 @@ def test_a_server_holds_runs_inputs_and_registered_students(server, tmp_path, pr
     assert PushForwardLM.from_pretrained(Path(local)).k == 2
     # The same run directory continues the same runs.
     _, again = tracker_for(tmp_path, uri)
-    again.begin(config, prepared)
+    again.begin(prepared)
     with again.stage("k2", "f00", PARAMS):
         pass
     assert again.parent == tracker.parent
@@ -150,7 +150,7 @@ def test_a_server_holds_runs_inputs_and_registered_students(server, tmp_path, pr
 def test_a_server_that_dies_costs_a_warning_and_no_record(server, tmp_path, prepared, capsys):
     uri, process = server
     config, tracker = tracker_for(tmp_path, uri)
-    tracker.begin(config, prepared)
+    tracker.begin(prepared)
     with tracker.stage("k2", "f00", PARAMS):
         kill(process)
         tracker.drain.records = [RECORD, {**RECORD, "step": 40}]
@@ -162,7 +162,7 @@ def test_a_server_that_dies_costs_a_warning_and_no_record(server, tmp_path, prep
 def test_no_server_at_all_costs_a_warning(tmp_path, prepared, capsys, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     config, tracker = tracker_for(tmp_path, "http://127.0.0.1:9", [RECORD])
-    tracker.begin(config, prepared)
+    tracker.begin(prepared)
     with tracker.stage("k2", "f00", PARAMS):
         pass
     tracker.finish("FINISHED")
@@ -171,8 +171,8 @@ def test_no_server_at_all_costs_a_warning(tmp_path, prepared, capsys, monkeypatc
 
 
 def test_tracking_can_be_off(tmp_path, prepared, capsys):
-    config, tracker = tracker_for(tmp_path, "off", [RECORD])
-    tracker.begin(config, prepared)
+    _, tracker = tracker_for(tmp_path, "off", [RECORD])
+    tracker.begin(prepared)
     with tracker.stage("k2", "f00", PARAMS):
         pass
     tracker.finish("FINISHED")
