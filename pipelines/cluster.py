@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from pipelines.config import Config, ConfigError, node_selector
 
 ROOT = Path(__file__).resolve().parent.parent
+JOBS_ROOT = Path.home() / "kforcing"
 
 _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -31,6 +33,14 @@ _ENVIRONMENT = {
 def attached() -> bool:
     """Whether this process was told of a running cluster (`RAY_ADDRESS`, as under `ray job submit`)."""
     return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def with_lasting_root(config: Config) -> Config:
+    """An absolute `output_dir`. A job's current directory is a temporary copy, so there a relative one is below `~`."""
+    if "://" in config.output_dir:
+        raise ConfigError(f"output_dir={config.output_dir}: give a path on a file system every node sees, not a URI")
+    base = JOBS_ROOT if attached() else Path.cwd()
+    return dataclasses.replace(config, output_dir=str(base / config.relative_root))
 
 
 @contextmanager
@@ -57,7 +67,13 @@ def connected(config: Config) -> Iterator[None]:
         ray.init(address="local", include_dashboard=False, **quiet)
     try:
         preflight(config, ray.cluster_resources(), "the cluster" if attached() else "this machine")
-        _check_labels(config, [node["Labels"] for node in ray.nodes() if node["Alive"]])
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        _check_labels(config, [node["Labels"] for node in nodes])
+        if len(nodes) > 1 and config.root.is_relative_to(JOBS_ROOT):
+            raise ConfigError(
+                f"output_dir={config.root} is on one node's own disk, the cluster has {len(nodes)} nodes; give an absolute "
+                "path on a file system that every node sees"
+            )
     except ConfigError:
         ray.shutdown()
         raise

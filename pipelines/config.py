@@ -252,9 +252,14 @@ class Config:
     """MLflow."""
 
     @property
+    def relative_root(self) -> Path:
+        """The run directory as it was given, or the default one."""
+        return Path(self.output_dir or f"runs/{self.recipe}").expanduser()
+
+    @property
     def root(self) -> Path:
         """The absolute run directory."""
-        return Path(self.output_dir or f"runs/{self.recipe}").expanduser().absolute()
+        return self.relative_root.absolute()
 
     def ks(self) -> list[int]:
         """The doubling stages up to the student's k: 1, 2, 4, …"""

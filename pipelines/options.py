@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from pipelines.cluster import attached
+from pipelines.cluster import with_lasting_root
 from pipelines.config import Config, ConfigError, TrainConfig, apply, describe_fields, load_file, node_selector
 from pipelines.corpus import check_source, is_remote
 from pipelines.prepare import eos_id, load_tokenizer, tokenizer_source
@@ -34,18 +34,13 @@ def read_command_line(description: str, words: list[str] | None = None, defaults
     tree = load_file(options.config) if options.config else {}
     named = tree.pop("recipe", None)
     start = apply(recipe(options.recipe or named or "quickstart"), {}, defaults)
-    config = apply(start, tree, options.overrides)
+    config = with_lasting_root(apply(start, tree, options.overrides))
     validate(config)
     return config
 
 
 def validate(config: Config) -> None:
     """Raise ConfigError for anything that cannot work, with the value, the reason and the remedy."""
-    if attached() and not Path(config.output_dir).expanduser().is_absolute():
-        raise ConfigError(
-            f"output_dir={config.output_dir or 'runs/…'}: here the current directory is a temporary copy on one node; "
-            "give an absolute path on a file system that every node sees"
-        )
     claim(config)
     try:
         config.student.noise.check()

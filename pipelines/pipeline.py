@@ -196,8 +196,8 @@ class Pipeline:
             "mlflow": self.tracker.ui_command(),
         }
         path = write_report(self.root, report, self.training)
-        for file in (path, self.root / "report.json", self.root / "match.png", self.root / "training.png"):
-            self.tracker.artifact(file)
+        for name in (path.name, "report.json", "samples.json", "match.png", "training.png"):
+            self.tracker.artifact(self.root / name)
         print_table(report)
         return path
 

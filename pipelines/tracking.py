@@ -46,7 +46,7 @@ class Tracker:
         self.client: Any = None
         self.prepared: Prepared | None = None
         self._open: tuple[str, str, dict[str, Any]] | None = None
-        self._quiet_until = 0.0
+        self._quiet_until, self._failing = 0.0, False
         self._state_file = config.root / "mlflow.json"
 
     @property
@@ -70,16 +70,20 @@ class Tracker:
             file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
 
     def _safely(self, call: Callable[[], Any]) -> Any:
-        """Run an MLflow call; a failure is said once, and MLflow is left alone for a while."""
+        """Run an MLflow call; an outage is said once, and MLflow is left alone for a while after each failure."""
         if time.monotonic() < self._quiet_until:
             return None
         try:
-            return call()
+            result = call()
+            self._failing = False
+            return result
         except Exception as error:
             self._quiet_until = time.monotonic() + _RETRY_AFTER_S
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
             text = f"tracking to {self.uri} failed, training goes on ({type(error).__name__}: {reason}); see {self.log}"
-            print(f"warning  {text}", file=sys.stderr, flush=True)
+            if not self._failing:
+                print(f"warning  {text}", file=sys.stderr, flush=True)
+            self._failing = True
             self.write(event="tracking_failed", error=text)
             return None
 
@@ -108,7 +112,7 @@ class Tracker:
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.ERROR)
         client = MlflowClient(self.uri, registry_uri=self.uri)
-        if self.parent:
+        if self.parent and self._still_there(client, self.parent):
             client.update_run(self.parent, status="RUNNING")
             return client
         found = client.get_experiment_by_name(self.config.tracking.experiment)
@@ -123,6 +127,17 @@ class Tracker:
         self._describe(client, run, dataclasses.asdict(self.config))
         write_json(self._state_file, {"uri": self.uri, "experiment": experiment, "parent": run, "children": {}})
         return client
+
+    def _still_there(self, client: Any, run: str) -> bool:
+        """Whether a run this directory remembers is still in the store."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return client.get_run(run).info.lifecycle_stage == "active"
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
 
     def _describe(self, client: Any, run: str, params: dict[str, Any]) -> None:
         """Parameters and dataset inputs of a new run."""

@@ -132,7 +132,7 @@ def test_a_killed_run_continues_to_the_same_figures(smoke, tmp_path):
         "--recipe",
         "smoke",
         "student.k=2",
-        "stages.k2.train.steps=160",
+        "stages.k2.train.steps=240",
         f"data.cache_dir={smoke[0].parent / 'data'}",
     )
     runs = {name: tmp_path / name / "run" for name in ("undisturbed", "killed")}
@@ -143,7 +143,7 @@ def test_a_killed_run_continues_to_the_same_figures(smoke, tmp_path):
     with open(tmp_path / "out.txt", "w") as out:
         process = subprocess.Popen(command(*again), stdout=out, stderr=out, cwd=tmp_path, env=environment())
         deadline = time.monotonic() + 400
-        while not re.search(r"k2 +step (40|44|48)/160", (tmp_path / "out.txt").read_text()):
+        while not re.search(r"k2 +step (40|44|48)/240", (tmp_path / "out.txt").read_text()):
             assert process.poll() is None, (tmp_path / "out.txt").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -152,7 +152,7 @@ def test_a_killed_run_continues_to_the_same_figures(smoke, tmp_path):
     done = distill(*again, cwd=tmp_path)
     assert "teacher  finished before, skipped" in done.stdout
     assert "k1  finished before, skipped" in done.stdout
-    first = int(re.search(r"k2 +step (\d+)/160", done.stdout)[1])
+    first = int(re.search(r"k2 +step (\d+)/240", done.stdout)[1])
     assert first > 36  # from the last checkpoint, not from the start
     a, b = (report(runs[name])["stages"][1] for name in ("undisturbed", "killed"))
     torch.testing.assert_close(figures(b), figures(a), rtol=1e-3, atol=1e-3)

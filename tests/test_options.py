@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,10 +28,11 @@ def test_words_and_flags_may_be_mixed_and_ranges_set_in_any_order(tmp_path):
     assert (config.recipe, config.train.steps, config.train.lr) == ("smoke", 8, 9.0)
 
 
-def test_a_job_needs_an_absolute_output_dir(monkeypatch):
+def test_a_job_keeps_its_results_out_of_its_temporary_directory(monkeypatch, tmp_path):
+    assert read_command_line("", ["--recipe", "smoke"]).root == Path.cwd() / "runs" / "smoke"
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(ConfigError, match="give an absolute path on a file system that every node sees"):
-        read_command_line("", ["--recipe", "smoke"])
+    assert read_command_line("", ["--recipe", "smoke"]).root == Path.home() / "kforcing" / "runs" / "smoke"
+    assert read_command_line("", ["--recipe", "smoke", f"output_dir={tmp_path}/x"]).root == tmp_path / "x"
 
 
 def test_a_config_file_names_its_recipe(tmp_path):

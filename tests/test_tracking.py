@@ -170,6 +170,20 @@ def test_no_server_at_all_costs_a_warning(tmp_path, prepared, capsys, monkeypatc
     assert [r["event"] for r in log_lines(config)].count("train") == 1
 
 
+@pytest.mark.cluster
+def test_a_store_that_forgot_the_run_gets_a_new_one(tmp_path, prepared, capsys):
+    uri = f"sqlite:///{tmp_path}/one.db"
+    _, tracker = tracker_for(tmp_path, uri)
+    tracker.begin(prepared)
+    first = tracker.parent
+    (tmp_path / "one.db").rename(tmp_path / "moved.db")
+    _, tracker = tracker_for(tmp_path, f"sqlite:///{tmp_path}/./one.db")
+    tracker._state_file.write_text(tracker._state_file.read_text().replace(uri, tracker.uri))
+    tracker.begin(prepared)
+    assert tracker.parent not in (None, first)
+    assert capsys.readouterr().err == ""
+
+
 def test_tracking_can_be_off(tmp_path, prepared, capsys):
     _, tracker = tracker_for(tmp_path, "off", [RECORD])
     tracker.begin(prepared)
