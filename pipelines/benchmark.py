@@ -33,7 +33,14 @@ from pipelines.pipeline import Pipeline  # noqa: E402
 from pipelines.report import training_log  # noqa: E402
 from pipelines.stages import StageError, locked  # noqa: E402
 
-DEFAULTS = ["teacher.train.steps=60", "train.steps=200", "eval.blocks=16", "student.k=2", "output_dir=runs/benchmark"]
+DEFAULTS = [
+    "teacher.train.steps=60",
+    "train.steps=200",
+    "eval.blocks=16",
+    "student.k=2",
+    "stages.k1.train.steps=200",
+    "output_dir=runs/benchmark",
+]
 
 
 def run(config: Config) -> dict[str, Any]:

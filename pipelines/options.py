@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ def read_command_line(description: str, words: list[str] | None = None, defaults
     named = tree.pop("recipe", None)
     start = apply(recipe(options.recipe or named or "quickstart"), {}, defaults)
     config = with_lasting_root(apply(start, tree, options.overrides))
+    # A recipe's exceptions for stages that a smaller student.k leaves out are not the user's mistake.
+    left_out = {name for name in config.stages if name not in (f"k{k}" for k in config.ks())}
+    kept = {n: s for n, s in config.stages.items() if n not in left_out or s != start.stages.get(n)}
+    config = dataclasses.replace(config, stages=kept)
     validate(config)
     return config
 

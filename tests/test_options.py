@@ -35,6 +35,12 @@ def test_a_job_keeps_its_results_out_of_its_temporary_directory(monkeypatch, tmp
     assert read_command_line("", ["--recipe", "smoke", f"output_dir={tmp_path}/x"]).root == tmp_path / "x"
 
 
+def test_a_smaller_k_drops_the_recipes_exceptions_beyond_it(tmp_path):
+    config = read_command_line("", ["student.k=2", f"output_dir={tmp_path}/run"])
+    assert "k1" in config.stages
+    assert "k4" not in config.stages
+
+
 def test_a_config_file_names_its_recipe(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(f"recipe: smoke\noutput_dir: {tmp_path}/run\ntrain:\n  steps: 5\n")
