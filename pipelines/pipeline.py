@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from kforcing.model import check_backbone
+from kforcing.model import build_backbone, check_backbone
 from pipelines.config import Config, fingerprint
 from pipelines.evaluate import EvalJob, SampleJob, evaluate_student, write_samples
 from pipelines.prepare import Prepared, eos_id, load_tokenizer, prepare
@@ -248,6 +248,12 @@ def copy_teacher(path: str, extra: dict[str, str], folder: str) -> None:
     """Load a Hugging Face causal LM, check that its head can be shared, and write it to the stage's folder."""
     backbone = load_ar(path, **extra)
     check_backbone(backbone)
+    if extra:  # transformers does not save a model it has dequantised: move the weights to a plain one
+        record = backbone.config.to_dict()
+        record.pop("quantization_config", None)
+        plain = build_backbone(record).float()
+        plain.load_state_dict(backbone.state_dict())
+        backbone = plain
     backbone.save_pretrained(folder)
 
 
