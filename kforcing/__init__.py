@@ -1,5 +1,5 @@
-"""Push-forward language models: several tokens per forward pass from an existing AR backbone."""
+"""Push-forward language models: k tokens of one forward pass (K-Forcing)."""
 
-from kforcing.model import NoiseConfig, PushForwardConfig, PushForwardLM
+from kforcing.model import Design, NoiseConfig, PushForwardConfig, PushForwardLM, SequentialConfig
 
-__all__ = ["NoiseConfig", "PushForwardConfig", "PushForwardLM"]
+__all__ = ["Design", "NoiseConfig", "PushForwardConfig", "PushForwardLM", "SequentialConfig"]

@@ -1,11 +1,21 @@
-"""Coupling: the map from (distribution, noise) to a token."""
+"""Couplings: maps from (distribution, noise) to a token that sample the distribution when the noise is uniform.
+
+Each is a function of (logits, z, temperature); z is one uniform number a token, whatever the coupling.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from kforcing.noise import spread_bits
+
 _SMALLEST = 5e-324
+
+Coupling = Callable[[Tensor, Tensor, Tensor | float], Tensor]
+"""(..., V) logits, (...) noise and temperature → (...) int64 token ids."""
 
 
 def inverse_cdf(logits: Tensor, z: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
@@ -23,12 +33,38 @@ def inverse_cdf(logits: Tensor, z: Tensor, temperature: Tensor | float = 1.0) ->
     Returns:
         (...) int64 token ids.
     """
-    logits = logits.to(torch.float64)
-    if isinstance(temperature, Tensor):
-        logits = logits / temperature.to(torch.float64)[..., None]
-    elif temperature != 1.0:
-        logits = logits / temperature
+    logits = _tempered(logits, temperature)
     cdf = (logits - logits.amax(dim=-1, keepdim=True)).exp_().cumsum(dim=-1)
     cdf /= cdf[..., -1:].clone()
     z = z.to(torch.float64).clamp(min=_SMALLEST)[..., None].contiguous()
     return torch.searchsorted(cdf, z, side="left").squeeze(-1)
+
+
+def gumbel_max(logits: Tensor, z: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
+    """Gumbel-max: argmax over v of log p(v) + g_v(z), with g_v(z) = −log(−log u_v(z)) standard Gumbel.
+
+    The V uniforms u_v are spread from the bits of z by a counter-based generator (`spread_bits`), so z is still the
+    only noise. Two distributions under the same z pick the same token with probability at least
+    (1 − TV) / (1 + TV): close distributions nearly always agree, and a rounding error seldom changes a token. The
+    u_v have 32 bits, which bounds the error of a token's probability by about 2⁻³².
+
+    Args:
+        logits: (..., V) floating point.
+        z: (...) uniform noise in [0, 1), float64: all of its bits matter.
+        temperature: divides the logits; a scalar or broadcastable to (...).
+    Returns:
+        (...) int64 token ids; of equal scores the lowest.
+    """
+    race = spread_bits(z.to(torch.float64), logits.shape[-1]).log_().neg_().log_()
+    return (_tempered(logits, temperature) - race).argmax(dim=-1)
+
+
+def _tempered(logits: Tensor, temperature: Tensor | float) -> Tensor:
+    """Logits over temperature in float64, a tensor the caller may not write to."""
+    logits = logits.to(torch.float64)
+    if isinstance(temperature, Tensor):
+        return logits / temperature.to(torch.float64)[..., None]
+    return logits if temperature == 1.0 else logits / temperature
+
+
+COUPLINGS: dict[str, Coupling] = {"inverse_cdf": inverse_cdf, "gumbel": gumbel_max}

@@ -17,11 +17,11 @@ class LossSums:
     """Sums over the tokens of a batch, so that they add up over micro-batches and ranks."""
 
     loss: Tensor
-    """Scalar with gradient: Σ −log p(target)."""
+    """Scalar with gradient: what is minimised."""
     nll_K: Tensor
     """(K,) Σ over windows of −log p_j(target_j), no gradient."""
     match_K: Tensor
-    """(K,) number of windows whose argmax at offset j is the target."""
+    """(K,) number of windows whose token at offset j is the target."""
     block: Tensor
     """Scalar: number of windows with every offset right."""
     windows: int
@@ -42,13 +42,67 @@ class LossSums:
         return self.windows * len(self.nll_K)
 
 
+@dataclass(frozen=True)
+class SoftTargets:
+    """The teacher's distribution at each offset of each window, whole or its m likeliest tokens."""
+
+    logp_BWKM: Tensor
+    """float32 log-probabilities: of the whole vocabulary in order, or of the tokens in `ids_BWKM`."""
+    ids_BWKM: Tensor | None = None
+    """int64 token ids; none when the distribution is whole."""
+
+    def after_first(self) -> SoftTargets:
+        """The distributions of all offsets but the first."""
+        return SoftTargets(self.logp_BWKM[:, :, 1:], None if self.ids_BWKM is None else self.ids_BWKM[:, :, 1:])
+
+    @property
+    def tail_BWK(self) -> Tensor:
+        """Probability that the labels leave out: one tail for all other tokens."""
+        if self.ids_BWKM is None:
+            return torch.zeros_like(self.logp_BWKM[..., 0])
+        return (1 - self.logp_BWKM.exp().sum(dim=-1)).clamp(min=0)
+
+
+def target_nll(logits_BWKV: Tensor, targets_BWK: Tensor) -> Tensor:
+    """(B, W, K) float32 −log p_j(target_j)."""
+    flat = cross_entropy(logits_BWKV.float().flatten(0, -2), targets_BWK.flatten(), reduction="none")
+    return flat.view(targets_BWK.shape)
+
+
+def soft_target_kl(logits_BWKV: Tensor, soft: SoftTargets) -> Tensor:
+    """(B, W, K) float32 KL divergence from the teacher's distribution to the student's, in nats.
+
+    With m tokens and a tail it is the divergence of the two (m + 1)-way distributions: at most the whole one, by what
+    the student could still misplace inside the tail.
+    """
+    logq = logits_BWKV.float().log_softmax(dim=-1)
+    p = soft.logp_BWKM.exp()
+    if soft.ids_BWKM is None:
+        return (p * (soft.logp_BWKM - logq)).sum(dim=-1)
+    logq = logq.gather(-1, soft.ids_BWKM)
+    tail_q = (1 - logq.exp().sum(dim=-1)).clamp(min=1e-6)
+    tail_p = soft.tail_BWK
+    tail = torch.special.xlogy(tail_p, tail_p) - tail_p * tail_q.log()
+    return (p * (soft.logp_BWKM - logq)).sum(dim=-1) + tail
+
+
+@torch.no_grad()
+def block_sums(loss: Tensor, nll_BWK: Tensor, right_BWK: Tensor) -> LossSums:
+    """Add up what was measured of each token.
+
+    `right_BWK` may hold some of the windows only: the shares found there are taken for all.
+    """
+    nll_K = nll_BWK.flatten(0, 1).sum(0)
+    right = right_BWK.flatten(0, 1)
+    windows = nll_BWK[..., 0].numel()
+    scale = windows / len(right)
+    return LossSums(loss, nll_K, right.float().sum(0) * scale, right.all(-1).float().sum() * scale, windows)
+
+
 def hard_target_loss(logits_BWKV: Tensor, targets_BWK: Tensor) -> LossSums:
     """−log p_j(target_j) in float32, summed over batch, windows and offsets (K-Forcing's training loss)."""
-    K = targets_BWK.shape[-1]
-    nll = cross_entropy(logits_BWKV.float().flatten(0, -2), targets_BWK.flatten(), reduction="none").view(-1, K)
-    with torch.no_grad():
-        right = (logits_BWKV.argmax(dim=-1) == targets_BWK).view(-1, K)
-    return LossSums(nll.sum(), nll.detach().sum(0), right.float().sum(0), right.all(-1).float().sum(), len(nll))
+    nll_BWK = target_nll(logits_BWKV, targets_BWK)
+    return block_sums(nll_BWK.sum(), nll_BWK, logits_BWKV.argmax(dim=-1) == targets_BWK)
 
 
 def next_token_loss(backbone: PreTrainedModel, context_BN: Tensor) -> LossSums:

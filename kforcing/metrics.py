@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kforcing.coupling import COUPLINGS
 from kforcing.model import PushForwardLM
 from kforcing.rollout import ARTeacher
-from kforcing.staircase import ar_block_logits
+from kforcing.staircase import Windows, ar_block_logits, read_context
 
 
 @dataclass(frozen=True)
@@ -32,25 +33,21 @@ class WindowScores:
 
 
 @torch.inference_mode()
-def window_scores(
-    student: PushForwardLM, teacher: PreTrainedModel, context_BN: Tensor, anchors_BW: Tensor, noise_BWK: Tensor
-) -> WindowScores:
-    """Run student and AR teacher on the same windows and noise, at temperature 1 or the nearest the student knows.
+def window_scores(student: PushForwardLM, teacher: PreTrainedModel, windows: Windows) -> WindowScores:
+    """Run student and AR teacher on the same windows and noise, under the student's coupling.
 
     Args:
-        student: of k ≥ K.
+        student: of k ≥ windows.k.
         teacher: the AR model.
-        context_BN: int64; anchors_BW: int64; noise_BWK: uniforms in [0, 1).
     """
-    temperature_B = torch.full((len(context_BN),), student.config.noise.clamp(1.0), device=context_BN.device)
-    logits = student.window_logits(context_BN, anchors_BW, noise_BWK, temperature_B=temperature_B).float()
-    mine = logits.argmax(dim=-1)
-    theirs = ARTeacher(teacher).rollout(context_BN, anchors_BW, noise_BWK, temperature_B)
+    mine = student.draw(windows).tokens_BWK
+    theirs = ARTeacher(teacher, COUPLINGS[student.config.design.coupling]).rollout(windows)
+    context = read_context(teacher, windows.context_BN)
     return WindowScores(
         match=mine == theirs,
-        student_nll=_nll(ar_block_logits(teacher, context_BN, anchors_BW, mine), mine),
-        teacher_nll=_nll(ar_block_logits(teacher, context_BN, anchors_BW, theirs), theirs),
-        target_nll=_nll(logits, theirs),
+        student_nll=_nll(ar_block_logits(teacher, context, windows.anchors_BW, mine), mine),
+        teacher_nll=_nll(ar_block_logits(teacher, context, windows.anchors_BW, theirs), theirs),
+        target_nll=_nll(student.scores(windows, theirs).logits_BWKV.float(), theirs),
     )
 
 

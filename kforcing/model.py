@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,37 +14,58 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from kforcing.coupling import COUPLINGS
 from kforcing.noise import derive_key, uniform
-from kforcing.staircase import embeddings, head, lm_head, staircase_states
+from kforcing.readout import ArgmaxReadout, BlockScores, Draw, NoiseConfig
+from kforcing.sequential import SequentialConfig, SequentialReadout
+from kforcing.staircase import Context, Windows, head, lm_head
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
-class NoiseConfig:
-    """How a hint's noise enters the network."""
+class Design:
+    """How a student turns noise into tokens: what distinguishes one recipe's student from another's."""
 
-    min_cycles: float = 1e-4
-    """Lowest frequency of the sinusoids of z, in cycles over [0, 1)."""
-    max_cycles: float = 1.0
-    """Highest frequency of the sinusoids of z, in cycles over [0, 1). The paper's release stops at 1."""
-    temperature_min: float = 1.0
-    """Lowest temperature the student is trained for."""
-    temperature_max: float = 1.0
-    """Highest temperature the student is trained for; equal to the lowest for a student of one temperature."""
+    readout: str = "argmax"
+    """`argmax` (the paper's: hints carry the noise) or `sequential` (exact trunk, parallel hints, a small head)."""
+    coupling: str = "inverse_cdf"
+    """How noise picks a token from a distribution, the teacher's and a sequential student's: `inverse_cdf` in
+    vocabulary order (the paper's), or `gumbel`. An argmax student has to learn it, which only the former allows."""
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    """Noise encoder of an argmax student, and temperatures."""
+    sequential: SequentialConfig = field(default_factory=SequentialConfig)
+    """Parts of a sequential student."""
 
     def check(self) -> None:
-        """Raise ValueError unless both ranges are positive and in order."""
-        if not 0 < self.min_cycles < self.max_cycles:
-            raise ValueError(f"noise cycles must satisfy 0 < min < max, got {self.min_cycles} and {self.max_cycles}")
-        if not 0 < self.temperature_min <= self.temperature_max:
+        """Raise ValueError for an unknown choice or parts that do not go together."""
+        for name, value, choices in (
+            ("readout", self.readout, ("argmax", "sequential")),
+            ("coupling", self.coupling, tuple(COUPLINGS)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}={value}: choose one of {', '.join(choices)}")
+        if self.readout == "argmax" and self.coupling != "inverse_cdf":
             raise ValueError(
-                f"temperatures must satisfy 0 < min ≤ max, got {self.temperature_min} and {self.temperature_max}"
+                f"readout=argmax with coupling={self.coupling}: the network would have to undo a random generator; "
+                "use coupling=inverse_cdf, or readout=sequential"
             )
+        self.noise.check()
+        self.sequential.check()
 
-    def clamp(self, temperature: float) -> float:
-        """The temperature nearest to the given one that the student is trained for."""
-        return min(max(temperature, self.temperature_min), self.temperature_max)
+    @property
+    def conditional(self) -> bool:
+        """Whether the student's logits are distributions given the tokens before, and not functions of the noise."""
+        return self.readout == "sequential"
+
+    @property
+    def exact_trunk(self) -> bool:
+        """Whether the AR model stays inside the student unchanged."""
+        return self.conditional and self.sequential.freeze_trunk
+
+    def learns(self, k: int) -> bool:
+        """Whether a student of this k has anything to learn: a sequential one's first token is the AR model's."""
+        return not self.conditional or k > 1
 
 
 @dataclass(frozen=True)
@@ -56,52 +76,26 @@ class PushForwardConfig:
     """Tokens of one forward pass."""
     backbone: dict[str, Any]
     """The Hugging Face config of the backbone, as `PretrainedConfig.to_dict` gives it."""
-    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    design: Design = field(default_factory=Design)
+    """Its read-out and coupling."""
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
-        self.noise.check()
-
-
-class NoiseEncoder(nn.Module):
-    """(z, τ) → hint embedding: sinusoids of both → Linear(2·width → width) → x + MLP(LN(x)), MLP 4× with GELU."""
-
-    def __init__(self, width: int, config: NoiseConfig):
-        super().__init__()
-        if width % 2:
-            raise ValueError(f"the noise encoder needs an even width, the backbone has {width}")
-        self.config = config
-        self.project = nn.Linear(2 * width, width)
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, noise: Tensor, temperature: Tensor) -> Tensor:
-        """(...) noise in [0, 1) and (...) temperatures → (..., width), in the dtype of the weights."""
-        half = self.project.out_features // 2
-        low, high = math.log(self.config.min_cycles), math.log(self.config.max_cycles)
-        cycles = torch.linspace(low, high, half, device=noise.device).exp() * (2 * math.pi)
-        z_angle = noise.float()[..., None] * cycles
-        t_angle = temperature.float()[..., None] * cycles
-        features = torch.cat([z_angle.sin(), z_angle.cos(), t_angle.sin(), t_angle.cos()], dim=-1)
-        x = self.project(features.to(self.project.weight.dtype))
-        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+        self.design.check()
 
 
 class PushForwardLM(nn.Module):
     """A causal LM that reads k noise variables and emits k tokens a forward pass (K-Forcing's student).
 
-    Hint j carries z_j, stands at the position of the token it predicts, sees the context and hints 1..j, and its
-    argmax through the shared LM head is token j.
+    The backbone is an AR model; the read-out, chosen by the config's design, makes k tokens of its states.
     """
 
     def __init__(self, config: PushForwardConfig, backbone: PreTrainedModel):
         super().__init__()
         self.config = config
-        self.backbone = backbone
-        width = embeddings(backbone).weight.shape[1]
-        self.noise_encoder = NoiseEncoder(width, config.noise)
+        self.backbone = backbone.requires_grad_(not config.design.exact_trunk)
+        self.readout = build_readout(config, backbone)
 
     @property
     def k(self) -> int:
@@ -109,68 +103,40 @@ class PushForwardLM(nn.Module):
         return self.config.k
 
     @classmethod
-    def from_backbone(cls, backbone: PreTrainedModel, k: int, noise: NoiseConfig | None = None) -> PushForwardLM:
-        """Wrap an AR model: its weights are kept, the noise encoder is new (drawn from torch's global generator)."""
+    def from_backbone(cls, backbone: PreTrainedModel, k: int, design: Design | None = None) -> PushForwardLM:
+        """Wrap an AR model: its weights are kept, the read-out is new (drawn from torch's global generator)."""
         check_backbone(backbone)
-        student = cls(PushForwardConfig(k, backbone.config.to_dict(), noise or NoiseConfig()), backbone)
-        # Hints should look like tokens to the first layer: match the scale of the token embeddings.
-        scale = embeddings(backbone).weight.float().std().item()
-        with torch.no_grad():
-            probe = torch.linspace(0, 1, 257)[:-1]
-            spread = student.noise_encoder(probe, torch.ones_like(probe)).std().item()
-            for layer in (student.noise_encoder.project, student.noise_encoder.down):
-                layer.weight.mul_(scale / spread)
-                layer.bias.mul_(scale / spread)
+        student = cls(PushForwardConfig(k, backbone.config.to_dict(), design or Design()), backbone)
+        student.readout.start(backbone)
         parameter = next(backbone.parameters())
         return student.to(device=parameter.device, dtype=parameter.dtype)
 
     def set_k(self, k: int) -> None:
         """Make this a student of another k with the same weights: how PFLM(2k) starts from PFLM(k)."""
         self.config = dataclasses.replace(self.config, k=k)
+        self.readout.grow(k)
 
-    def window_logits(
-        self,
-        context_BN: Tensor,
-        anchors_BW: Tensor,
-        noise_BWK: Tensor,
-        prefix_BWP: Tensor | None = None,
-        temperature_B: Tensor | None = None,
-    ) -> Tensor:
-        """Logits of all hints of all windows, in one staircase pass.
+    def scores(self, windows: Windows, tokens_BWK: Tensor, context: Context | None = None) -> BlockScores:
+        """Logits of every token of the windows' blocks, in one pass: see `Readout.scores`.
 
-        Args:
-            context_BN: int64 token ids.
-            anchors_BW: int64, last context position each window sees.
-            noise_BWK: uniforms in [0, 1), K ≤ k.
-            prefix_BWP: int64 tokens already committed in each window, between context and hints; none by default.
-            temperature_B: one temperature a sequence; 1 by default.
-        Returns:
-            (B, W, K, V) logits in the dtype of the weights.
         Raises:
-            ValueError: when K exceeds the student's k.
+            ValueError: when the windows ask for more tokens than the student's k.
         """
-        K = noise_BWK.shape[2]
-        if self.k < K:
-            raise ValueError(f"{K} noise variables for a student of k={self.k}; pass at most {self.k}")
-        if temperature_B is None:
-            temperature_B = torch.ones(len(context_BN), device=context_BN.device)
-        block = self.noise_encoder(noise_BWK, temperature_B[:, None, None].expand_as(noise_BWK))
-        if prefix_BWP is not None and prefix_BWP.shape[2]:
-            prefix = embeddings(self.backbone)(prefix_BWP)
-            block = torch.cat([prefix, block.to(prefix.dtype)], dim=2)
-        _, states_BWLD = staircase_states(self.backbone, context_BN, anchors_BW, block)
-        return lm_head(self.backbone, states_BWLD[:, :, -K:])
+        self._check_k(windows.k)
+        return self.readout.scores(self.backbone, windows, tokens_BWK, context)
+
+    def draw(self, windows: Windows) -> Draw:
+        """One step of decoding: the tokens that the windows' noise maps to."""
+        self._check_k(windows.k)
+        return self.readout.draw(self.backbone, windows)
 
     def forward(self, context_ids: Tensor, noise: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
-        """Next-k-token logits: (B, N) int64 context and (B, K) noise, K ≤ k, → (B, K, V)."""
-        if context_ids.ndim != 2 or noise.ndim != 2 or len(context_ids) != len(noise):
-            raise ValueError(
-                f"expected context_ids (B, N) and noise (B, K), got {tuple(context_ids.shape)} and {tuple(noise.shape)}"
-            )
-        B, N = context_ids.shape
-        anchors_BW = torch.full((B, 1), N - 1, device=context_ids.device)
-        temperature_B = torch.as_tensor(temperature, dtype=torch.float32, device=context_ids.device).expand(B)
-        return self.window_logits(context_ids, anchors_BW, noise[:, None], temperature_B=temperature_B)[:, 0]
+        """Next-k-token logits: (B, N) int64 context and (B, K) noise, K ≤ k, → (B, K, V).
+
+        Row j is what `student.readout.pick` reads token j from. Where it depends on the tokens before, they are the
+        student's own under this noise.
+        """
+        return self.draw(one_window(context_ids, noise, temperature)).logits_BWKV[:, 0]
 
     @torch.no_grad()
     def generate(
@@ -193,23 +159,29 @@ class PushForwardLM(nn.Module):
             max_new_tokens: tokens returned at most for each prompt.
             seed: of the noise; two decoders with the same seed see the same z at the same position.
             eos_token_id: generation of a row ends before this token; what a block holds beyond it is dropped.
+            temperature: of the distributions; an argmax student knows only those it was trained for.
         Returns:
             For each prompt its new token ids, without EOS.
         """
         k = self.k if k is None else k
-        if not 1 <= k <= self.k:
-            raise ValueError(f"k={k} asked of a student of k={self.k}; choose 1 to {self.k}")
+        self._check_k(k)
         self._check_temperature(temperature)
 
         def step(ids: Tensor, noise: Tensor) -> Tensor:
-            return self(ids, noise, temperature).argmax(dim=-1)
+            return self.draw(one_window(ids, noise, temperature)).tokens_BWK[:, 0]
 
         limit = getattr(self.backbone.config, "max_position_embeddings", None)
         return decode(step, prompt_ids, k, max_new_tokens, seed, eos_token_id, limit)
 
+    def _check_k(self, k: int) -> None:
+        if not 1 <= k <= self.k:
+            raise ValueError(f"k={k} tokens asked of a student of k={self.k}; choose 1 to {self.k}")
+
     def _check_temperature(self, temperature: float) -> None:
-        low, high = self.config.noise.temperature_min, self.config.noise.temperature_max
-        if not low <= temperature <= high:
+        low, high = self.config.design.noise.temperature_min, self.config.design.noise.temperature_max
+        if temperature <= 0:
+            raise ValueError(f"temperature={temperature} must be positive")
+        if not self.config.design.conditional and not low <= temperature <= high:
             raise ValueError(f"temperature={temperature} asked of a student trained for {low} to {high}")
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
@@ -226,6 +198,26 @@ class PushForwardLM(nn.Module):
         student = cls(config, build_backbone(config.backbone))
         load_model(student, str(Path(path) / "model.safetensors"), strict=True)
         return student.eval()
+
+
+def build_readout(config: PushForwardConfig, backbone: PreTrainedModel) -> ArgmaxReadout | SequentialReadout:
+    """The read-out a config asks for: the one place that tells designs apart by name."""
+    design = config.design
+    if design.readout == "argmax":
+        return ArgmaxReadout(backbone, design.noise)
+    return SequentialReadout(backbone, config.k, design.sequential, COUPLINGS[design.coupling])
+
+
+def one_window(context_ids: Tensor, noise: Tensor, temperature: Tensor | float = 1.0) -> Windows:
+    """(B, N) int64 contexts and their (B, K) noise, as one window at the end of each."""
+    if context_ids.ndim != 2 or noise.ndim != 2 or len(context_ids) != len(noise):
+        raise ValueError(
+            f"expected context_ids (B, N) and noise (B, K), got {tuple(context_ids.shape)} and {tuple(noise.shape)}"
+        )
+    B, N = context_ids.shape
+    anchors_BW = torch.full((B, 1), N - 1, device=context_ids.device)
+    temperature_B = torch.as_tensor(temperature, dtype=torch.float32, device=context_ids.device).expand(B)
+    return Windows(context_ids, anchors_BW, noise[:, None], temperature_B)
 
 
 def write_config(path: str | os.PathLike[str], config: PushForwardConfig) -> None:
@@ -245,7 +237,9 @@ def read_config(path: str | os.PathLike[str]) -> PushForwardConfig:
     version = record.pop("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(f"{file} has format version {version}; this release reads version {FORMAT_VERSION}")
-    return PushForwardConfig(record["k"], record["backbone"], NoiseConfig(**record["noise"]))
+    design = record["design"]
+    noise, sequential = NoiseConfig(**design.pop("noise")), SequentialConfig(**design.pop("sequential"))
+    return PushForwardConfig(record["k"], record["backbone"], Design(**design, noise=noise, sequential=sequential))
 
 
 def build_backbone(config: dict[str, Any]) -> PreTrainedModel:

@@ -68,6 +68,19 @@ def uniform(key: Tensor | int, sequence: Tensor, window: Tensor | int, offset: T
     return (n.to(torch.float64) + 0.5) * 2.0**-52
 
 
+def spread_bits(z: Tensor, n: int) -> Tensor:
+    """n uniforms that are a function of one: (...) float64 in [0, 1) → (..., n) float64 in (0, 1), of 32 bits each.
+
+    The 52 bits of z are the key and the index the counter of the generator, so each of the n is uniform over draws of
+    z and they are independent of each other for every practical purpose.
+    """
+    bits = (z * 2.0**52).to(torch.int64)[..., None]
+    index = torch.arange(-(-n // 4), device=z.device)
+    zero = torch.zeros((), dtype=torch.int64, device=z.device)
+    words = philox4x32((index, zero, zero, zero), (bits & _LOW, bits >> 32))
+    return (torch.stack(words, dim=-1).flatten(-2)[..., :n].to(torch.float64) + 0.5) * 2.0**-32
+
+
 def window_noise(key: Tensor | int, sequence_B: Tensor, anchors_BW: Tensor, k: int) -> Tensor:
     """Noise of the windows of a batch: (B,) ids and (B, W) anchors give (B, W, k) float64 in (0, 1)."""
     offsets_K = torch.arange(k, device=anchors_BW.device)

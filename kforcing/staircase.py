@@ -1,69 +1,127 @@
 """The staircase: one pass over N context tokens serves W windows at once.
 
-    context        c0 c1 c2 c3 ...            causal
+    context        c0 c1 c2 c3 ...            causal, read once
     window w       [ y1 .. yP | h1 .. hK ]    sees c0..c_anchor(w), then itself causally; no other window
 
-A window's block holds P tokens already committed (the teacher's second pass, or AR steps) and K hints. Block entry l
-sits at position anchor + 1 + l: a hint stands at the position of the token it predicts.
+A window's block holds tokens already committed and hints, read together or a few entries at a time. Block entry l sits
+at position anchor + 1 + l: a hint stands at the position of the token it predicts. Context and blocks are two passes:
+the first leaves keys and values, the second reads them through a mask of (W·L) × (N + W·L), so the context is never
+recomputed for the blocks.
 
-Shapes: B batch, N context, W windows, P committed tokens, K hints, L = P + K block, D width, V vocabulary.
+Shapes: B batch, N context, W windows, P committed tokens, K hints, L block entries, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import cast
+import copy
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 
-def staircase_mask(anchors_BW: Tensor, n_context: int, block: int) -> Tensor:
-    """Dense boolean mask (True = attend), (B, 1, N + W·L, N + W·L), of the layout above.
+@dataclass(frozen=True)
+class Windows:
+    """Windows of a batch of sequences, with the noise that turns each into a block of tokens."""
 
-    This is the reference; its size grows with the square of the number of positions.
-    """
-    B, W = anchors_BW.shape
-    device = anchors_BW.device
-    context_N = torch.arange(n_context, device=device)
-    rows = n_context + W * block
-    mask = torch.zeros(B, rows, rows, dtype=torch.bool, device=device)
-    mask[:, :n_context, :n_context] = context_N[:, None] >= context_N[None, :]
-    sees_context = context_N <= anchors_BW[..., None]
-    mask[:, n_context:, :n_context] = sees_context.repeat_interleave(block, dim=1)
-    within = torch.block_diag(*[torch.ones(block, block, device=device).tril()] * W) if W else None
-    if within is not None:
-        mask[:, n_context:, n_context:] = within.bool()
-    return mask[:, None]
+    context_BN: Tensor
+    """int64 token ids."""
+    anchors_BW: Tensor
+    """int64, position of the last context token each window sees."""
+    noise_BWK: Tensor
+    """One uniform in (0, 1) for each token to make."""
+    temperature_B: Tensor
+    """Sampling temperature of each sequence."""
+    prefix_BWP: Tensor | None = None
+    """int64 tokens already committed in each window, between context and the tokens to make."""
+
+    @property
+    def k(self) -> int:
+        """Tokens to make in each window."""
+        return self.noise_BWK.shape[2]
+
+    def rows(self, index_R: Tensor) -> Windows:
+        """The windows of some sequences of the batch."""
+        context, anchors, noise = self.context_BN[index_R], self.anchors_BW[index_R], self.noise_BWK[index_R]
+        prefix = None if self.prefix_BWP is None else self.prefix_BWP[index_R]
+        return Windows(context, anchors, noise, self.temperature_B[index_R], prefix)
+
+    @property
+    def temperature_BW(self) -> Tensor:
+        """The temperature of each window, as a coupling wants it."""
+        return self.temperature_B[:, None].expand_as(self.anchors_BW)
 
 
-def staircase_states(
-    backbone: PreTrainedModel, context_BN: Tensor, anchors_BW: Tensor, block_BWLD: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Final hidden states of the context and of the windows' blocks.
+@dataclass(frozen=True)
+class Context:
+    """What a causal pass over the context leaves for the windows."""
+
+    states_BND: Tensor
+    """Final hidden states."""
+    layers: list[tuple[Tensor, Tensor]]
+    """Keys and values of each layer, (B, heads, N, width of a head)."""
+
+    def at(self, anchors_BW: Tensor) -> Tensor:
+        """Final hidden states at the anchors: (B, W, D)."""
+        return self.states_BND.gather(1, anchors_BW[..., None].expand(-1, -1, self.states_BND.shape[-1]))
+
+
+def read_context(backbone: PreTrainedModel, context_BN: Tensor) -> Context:
+    """A plain causal pass over (B, N) int64 token ids."""
+    out = backbone.base_model(input_ids=context_BN, use_cache=True)
+    return Context(out.last_hidden_state, cached_layers(out))
+
+
+def cached_layers(out: Any) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each layer from the output of a base model."""
+    return [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+
+
+class BlockReader:
+    """Reads entries of the windows' blocks through a stack of transformer layers, a few at a time.
 
     Args:
-        backbone: a causal LM that takes `inputs_embeds`, `position_ids` and a 4-D boolean mask (sdpa attention).
-        context_BN: int64 token ids.
+        stack: base model that takes `inputs_embeds`, `position_ids`, a 4-D boolean mask and a cache (sdpa attention).
+        layers: the context's keys and values for each layer of the stack.
         anchors_BW: int64, position of the last context token each window sees.
-        block_BWLD: input embeddings of the blocks.
-    Returns:
-        context states (B, N, D) and block states (B, W, L, D).
     """
-    B, N = context_BN.shape
-    W, L = block_BWLD.shape[1:3]
-    embeds = embeddings(backbone)(context_BN)
-    positions = torch.arange(N, device=context_BN.device).expand(B, N)
-    mask = None
-    if W * L:
-        embeds = torch.cat([embeds, block_BWLD.reshape(B, W * L, -1).to(embeds.dtype)], dim=1)
-        block_positions = anchors_BW[..., None] + 1 + torch.arange(L, device=context_BN.device)
-        positions = torch.cat([positions, block_positions.reshape(B, W * L)], dim=1)
-        mask = staircase_mask(anchors_BW, N, L)
-    states = backbone.base_model(
-        inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False
-    ).last_hidden_state
-    return states[:, :N], states[:, N:].unflatten(1, (W, L))
+
+    def __init__(self, stack: nn.Module, layers: list[tuple[Tensor, Tensor]], anchors_BW: Tensor):
+        self.stack, self.layers, self.anchors_BW = stack, layers, anchors_BW
+        context_N = torch.arange(layers[0][0].shape[2], device=anchors_BW.device)
+        self.sees_BWS = context_N <= anchors_BW[..., None]
+        self.length = 0
+
+    def fork(self, stack: nn.Module, depth: int) -> BlockReader:
+        """A reader that goes on from here through a stack of its own, above the keys and values of the last layers."""
+        other = copy.copy(self)
+        other.stack, other.layers = stack, self.layers[-depth:]
+        return other
+
+    def read(self, block_BWLD: Tensor) -> Tensor:
+        """The next L entries of every window, as input embeddings → their final hidden states (B, W, L, D)."""
+        B, W, L, D = block_BWLD.shape
+        offsets_L = self.length + torch.arange(L, device=block_BWLD.device)
+        positions = (self.anchors_BW[..., None] + 1 + offsets_L).view(B, W * L)
+        # Keys lie as [context | earlier reads | this read], each read window by window.
+        own = torch.eye(W, dtype=torch.bool, device=block_BWLD.device)
+        causal = torch.ones(L, L, dtype=torch.bool, device=block_BWLD.device).tril()
+        before = self.sees_BWS.repeat_interleave(L, dim=1)
+        now = torch.kron(own, causal).expand(B, -1, -1)
+        mask = torch.cat([before, now], dim=2)[:, None]
+        out = self.stack(
+            inputs_embeds=block_BWLD.reshape(B, W * L, D),
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=DynamicCache(ddp_cache_data=self.layers),
+            use_cache=True,
+        )
+        self.layers = cached_layers(out)
+        self.sees_BWS = torch.cat([self.sees_BWS, own.repeat_interleave(L, dim=1).expand(B, -1, -1)], dim=2)
+        self.length += L
+        return out.last_hidden_state.view(B, W, L, D)
 
 
 def embeddings(backbone: PreTrainedModel) -> nn.Embedding:
@@ -81,22 +139,10 @@ def lm_head(backbone: PreTrainedModel, states: Tensor) -> Tensor:
     return head(backbone)(states)
 
 
-def ar_logits(backbone: PreTrainedModel, context_BN: Tensor, anchors_BW: Tensor, prefix_BWP: Tensor) -> Tensor:
-    """The AR model's logits for the token after each window's committed prefix: (B, W, V) float32.
-
-    `prefix_BWP` may be empty (P = 0): then the distribution is that of the token after the anchor.
-    """
-    context_BND, block_BWPD = staircase_states(backbone, context_BN, anchors_BW, embeddings(backbone)(prefix_BWP))
-    if prefix_BWP.shape[2]:
-        states_BWD = block_BWPD[:, :, -1]
-    else:
-        states_BWD = context_BND.gather(1, anchors_BW[..., None].expand(-1, -1, context_BND.shape[-1]))
-    return lm_head(backbone, states_BWD).float()
-
-
-def ar_block_logits(backbone: PreTrainedModel, context_BN: Tensor, anchors_BW: Tensor, tokens_BWK: Tensor) -> Tensor:
+def ar_block_logits(backbone: PreTrainedModel, context: Context, anchors_BW: Tensor, tokens_BWK: Tensor) -> Tensor:
     """The AR model's logits for every token of given blocks, teacher-forced in one pass: (B, W, K, V) float32."""
-    prefix_BWP = tokens_BWK[..., :-1]
-    context_BND, block_BWPD = staircase_states(backbone, context_BN, anchors_BW, embeddings(backbone)(prefix_BWP))
-    first_BWD = context_BND.gather(1, anchors_BW[..., None].expand(-1, -1, context_BND.shape[-1]))
-    return lm_head(backbone, torch.cat([first_BWD[:, :, None], block_BWPD], dim=2)).float()
+    states_BWKD = context.at(anchors_BW)[:, :, None]
+    if tokens_BWK.shape[2] > 1:
+        reader = BlockReader(backbone.base_model, context.layers, anchors_BW)
+        states_BWKD = torch.cat([states_BWKD, reader.read(embeddings(backbone)(tokens_BWK[..., :-1]))], dim=2)
+    return lm_head(backbone, states_BWKD).float()

@@ -22,7 +22,8 @@ from typing import Any
 
 import yaml
 
-from kforcing.model import NoiseConfig
+from kforcing.model import Design
+from kforcing.readout import NoiseConfig
 
 RUNTIME = {"runtime": True}
 
@@ -106,6 +107,11 @@ class TrainConfig:
     are taken from the bf16 copy."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage: 1, 2 or 3."""
+    own_windows: float = 0.0
+    """Share of sequences, in the later part of a stage, whose windows the student itself rolls out; the AR model inside
+    it scores them. Needs loss=soft, an exact trunk and rollout.top_m=none."""
+    own_from: float = 0.5
+    """Share of a stage's steps before that part begins."""
     warm_start: str = "previous"
     """Weights a student stage begins from: `previous` stage, or the AR `teacher`. (Continuing an interrupted stage is
     *resuming*: it always happens.)"""
@@ -131,6 +137,10 @@ class RolloutConfig:
 
     windows: int = 32
     """Windows trained of each sequence's N."""
+    top_m: int | None = 32
+    """For loss=soft: tokens of the teacher's distribution that travel with each target, with their log-probabilities;
+    what is left is one tail. None ships tokens alone, and train workers take whole distributions from the AR model
+    inside the student."""
     cache: bool = False
     """Write rollouts to Parquet once and train several epochs from them, instead of streaming fresh ones."""
     cache_epochs: int = 4
@@ -177,8 +187,8 @@ class StudentConfig:
 
     k: int = 4
     """Tokens a pass at the end; stages double from 1."""
-    noise: NoiseConfig = field(default_factory=lambda: NoiseConfig(min_cycles=0.25, max_cycles=32.0))
-    """Noise encoder and temperatures."""
+    design: Design = field(default_factory=lambda: Design(noise=NoiseConfig(min_cycles=0.25, max_cycles=32.0)))
+    """Read-out and coupling."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +242,9 @@ class Config:
     targets: str = "self"
     """Who makes the targets of stages beyond the first: `self` (two passes of the previous student, the paper's
     self-forcing) or `ar` (the AR teacher's own coupled steps)."""
+    loss: str = "hard"
+    """`hard`: −log p of the target token; `soft`: KL divergence from the teacher's distribution given the rolled-out
+    tokens before it (for read-outs whose logits are distributions)."""
     data: DataConfig = field(default_factory=DataConfig)
     """Corpus."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -266,7 +279,7 @@ class Config:
         return [2**i for i in range(self.student.k.bit_length())]
 
     def stage(self, name: str) -> Config:
-        """This config with the stage's exceptions applied to `train`, `rollout` and `targets`."""
+        """This config with the stage's exceptions applied to `train`, `rollout`, `targets` and `loss`."""
         config = self
         for path, value in leaves(self.stages.get(name, {})):
             config = override(config, path, value)
@@ -328,8 +341,8 @@ def _override_stages(config: Config, rest: str, value: Any, whole: str) -> dict[
             config = override(config, f"stages.{path}", item)
         return config.stages
     name, _, path = rest.partition(".")
-    if path.partition(".")[0] not in ("train", "rollout", "targets"):
-        raise ConfigError(f"{whole!r}: a stage's exceptions are stages.{name}.train.…, .rollout.… or .targets")
+    if path.partition(".")[0] not in ("train", "rollout", "targets", "loss"):
+        raise ConfigError(f"{whole!r}: a stage's exceptions are stages.{name}.train.…, .rollout.…, .targets or .loss")
     parsed = override(config, path, value, whole)
     for part in path.split("."):
         parsed = getattr(parsed, part)

@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from kforcing.coupling import COUPLINGS
 from kforcing.metrics import cluster_bootstrap, window_scores
 from kforcing.model import PushForwardLM
 from kforcing.noise import derive_key, sample_anchors, window_noise
 from kforcing.rollout import ARTeacher
+from kforcing.staircase import Windows
 from pipelines.config import EvalConfig
 from pipelines.prepare import Prepared, load_tokenizer
 from pipelines.rollout import ReadChunk, StepPlan, load_ar, pick_device
@@ -57,7 +59,9 @@ class EvalActor:
         tokens = torch.from_numpy(to_numpy(rows["tokens"]).astype(np.int64))
         anchors = sample_anchors(derive_key(self.job.seed, "eval", "anchors"), seq, tokens.shape[1], self.job.windows)
         noise = window_noise(derive_key(self.job.seed, "eval", "noise"), seq, anchors, self.job.k)
-        scores = window_scores(self.student, self.teacher, *(x.to(self.device) for x in (tokens, anchors, noise)))
+        temperature = torch.full((len(seq),), self.student.config.design.noise.clamp(1.0))
+        windows = Windows(*(x.to(self.device) for x in (tokens, anchors, noise, temperature)))
+        scores = window_scores(self.student, self.teacher, windows)
         columns = {name: fixed_list(getattr(scores, name).double().sum(1).cpu().numpy()) for name in FIGURES}
         block = scores.match.all(-1).double().sum(1).cpu().numpy()
         return pa.table({"doc": rows["doc"], "block_match": block, **columns})
@@ -131,10 +135,11 @@ def continue_prompts(job: SampleJob) -> list[dict[str, str]]:
     store = TokenStore(job.heldout, job.seed)
     prompts = store.read(np.arange(job.config.prompts))
     device = pick_device()
-    decoders: dict[str, Any] = {"teacher": ARTeacher(load_ar(job.teacher).to(device))}
     students = {name: PushForwardLM.from_pretrained(path).to(device) for name, path in job.students.items()}
-    decoders |= students
-    temperature = next(iter(students.values())).config.noise.clamp(1.0)
+    design = next(iter(students.values())).config.design
+    teacher = ARTeacher(load_ar(job.teacher).to(device), COUPLINGS[design.coupling])
+    decoders: dict[str, Any] = {"teacher": teacher, **students}
+    temperature = design.noise.clamp(1.0)
     records = []
     for row, tokens in enumerate(to_numpy(prompts["tokens"])):
         prompt = torch.from_numpy(tokens[: job.config.prompt_tokens].astype(np.int64)).to(device)[None]

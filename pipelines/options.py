@@ -48,10 +48,9 @@ def validate(config: Config) -> None:
     """Raise ConfigError for anything that cannot work, with the value, the reason and the remedy."""
     claim(config)
     try:
-        config.student.noise.check()
+        config.student.design.check()
     except ValueError as error:
-        raise ConfigError(f"student.noise: {error}") from None
-    _check_choices("targets", config.targets, ("self", "ar"))
+        raise ConfigError(f"student.design: {error}") from None
     k = config.student.k
     if k < 1 or k & (k - 1):
         raise ConfigError(
@@ -65,8 +64,8 @@ def validate(config: Config) -> None:
         _check_train("teacher.train", config.teacher.train)
     for name in known:
         stage = config.stage(name)
-        _check_choices("targets", stage.targets, ("self", "ar"))
         _check_train(f"{name}: train", stage.train)
+        _check_targets(name, stage)
         if not 1 <= stage.rollout.windows <= config.data.block:
             raise ConfigError(
                 f"rollout.windows={stage.rollout.windows}: a block of data.block={config.data.block} tokens has 1 to "
@@ -103,6 +102,39 @@ def _check_train(section: str, train: TrainConfig) -> None:
         raise ConfigError(
             f"{section}.batch={train.batch} cannot be dealt to {train.workers} ZeRO workers in micro-batches of "
             f"{train.micro_batch}: batch must be a multiple of workers × micro_batch = {train.workers * train.micro_batch}"
+        )
+
+
+def _check_targets(name: str, stage: Config) -> None:
+    """Targets, labels and loss of a stage that learns must fit each other and the student's read-out."""
+    _check_choices(f"{name}: targets", stage.targets, ("self", "ar"))
+    _check_choices(f"{name}: loss", stage.loss, ("hard", "soft"))
+    design, train, top_m = stage.student.design, stage.train, stage.rollout.top_m
+    if top_m is not None:
+        _check_positive(f"{name}: rollout.top_m", top_m)
+    for field in ("own_windows", "own_from"):
+        if not 0 <= getattr(train, field) <= 1:
+            raise ConfigError(f"{name}: train.{field}={getattr(train, field)} is a share: give 0 to 1")
+    local = stage.loss == "soft" and top_m is None
+    if stage.loss == "soft" and not design.conditional:
+        raise ConfigError(
+            f"{name}: loss=soft with student.design.readout={design.readout}: its logits are a function of the noise, not a "
+            "distribution to bring near the teacher's; use loss=hard, or student.design.readout=sequential"
+        )
+    if local and not design.exact_trunk:
+        raise ConfigError(
+            f"{name}: rollout.top_m=none takes labels from the AR model inside the student, which "
+            "student.design.sequential.freeze_trunk=false trains away; give rollout.top_m, for example 32"
+        )
+    if stage.loss == "soft" and not local and stage.targets == "self":
+        raise ConfigError(
+            f"{name}: targets=self has no AR teacher on the rollout actors to make rollout.top_m={top_m} labels; "
+            "use targets=ar, or rollout.top_m=none"
+        )
+    if train.own_windows and not local:
+        raise ConfigError(
+            f"{name}: train.own_windows={train.own_windows} needs labels for windows no rollout actor has seen: set "
+            "loss=soft and rollout.top_m=none"
         )
 
 

@@ -21,7 +21,7 @@ from pipelines.report import training_log, write_report
 from pipelines.rollout import RolloutJob, cache_rollouts, load_ar, peak_rss_mb
 from pipelines.stages import Stage, open_stage
 from pipelines.tracking import Tracker, model_files
-from pipelines.train import AR, Grown, Relay, TrainJob, Wrapped, fit
+from pipelines.train import AR, Grown, Relay, TrainJob, Wrapped, begin, fit
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Pipeline:
         """PFLM(k), from the stage before it: rollouts, training, evaluation, registration."""
         config = self.config.stage(f"k{k}")
         upstream = [teacher.fingerprint, previous.fingerprint if previous else None]
-        name = fingerprint(prepared.id, config.seed, config.student.noise, upstream, *_effective(k, config))
+        name = fingerprint(prepared.id, config.seed, config.student.design, upstream, *_effective(k, config))
         stage = open_stage(self.root, f"k{k}", name)
         measured = [config.eval.blocks, config.eval.windows, config.eval.bootstrap]
         scores = open_stage(self.root / "eval", f"k{k}", fingerprint(name, measured))
@@ -108,10 +108,23 @@ class Pipeline:
             say(f"k{k}  finished before, skipped")
         else:
             train, rollout = dataclasses.asdict(config.train), dataclasses.asdict(config.rollout)
-            params = {"k": k, "targets": config.targets, "train": train, "rollout": rollout}
+            design = dataclasses.asdict(config.student.design)
+            params = {
+                "k": k,
+                "targets": config.targets,
+                "loss": config.loss,
+                "design": design,
+                "train": train,
+                "rollout": rollout,
+            }
             with self.tracker.stage(f"k{k}", name, params):
                 if not stage.manifest:
-                    self._train(stage, self._student_job(k, stage, config, prepared, teacher, previous))
+                    job = self._student_job(k, stage, config, prepared, teacher, previous)
+                    if config.student.design.learns(k):
+                        self._train(stage, job)
+                    else:
+                        say(f"{stage.name}  is the teacher itself: nothing to train")
+                        ray.get(ray.remote(num_cpus=1)(begin).remote(job))
                     self._finish(stage, prepared)
                 self._evaluate(k, scores, prepared, teacher, stage)
         self.tracker.register(stage.folder, k, name)
@@ -124,9 +137,9 @@ class Pipeline:
         ar = previous is None or config.targets == "ar"
         init: Grown | Wrapped
         if previous is None or config.train.warm_start == "teacher":
-            init = Wrapped(str(teacher.folder), k, config.student.noise, config.seed)
+            init = Wrapped(str(teacher.folder), k, config.student.design, config.loss, config.seed)
         else:
-            init = Grown(str(previous.folder), k)
+            init = Grown(str(previous.folder), k, config.loss)
         rolls_out = teacher if ar or previous is None else previous
         rollout_job = RolloutJob(
             str(rolls_out.folder),
@@ -135,12 +148,13 @@ class Pipeline:
             config.rollout.windows,
             config.seed,
             stage.name,
-            config.student.noise,
+            config.student.design,
+            config.rollout.top_m if config.loss == "soft" else None,
             config.rollout.batch,
             threads=max(1, int(config.rollout.cpus_per_actor)),
         )
         store = str(prepared.split("train"))
-        if config.rollout.cache:
+        if config.rollout.cache and config.student.design.learns(k):
             store = cache_rollouts(stage, store, config.seed, config.train, config.rollout, rollout_job, say)
         job = None if config.rollout.cache else rollout_job
         return TrainJob(stage.name, str(stage.folder), store, config.seed, config.train, config.rollout, job, init)
@@ -163,7 +177,8 @@ class Pipeline:
         flat = {"eval/block_match": figures["block_match"]["value"]}
         for name in ("match", "student_nll", "teacher_nll", "target_nll"):
             flat |= {f"eval/{name}_{j + 1}": figure["value"] for j, figure in enumerate(figures[name])}
-        self.tracker.metrics(flat, self.config.stage(f"k{k}").train.steps)
+        learns = self.config.student.design.learns(k)
+        self.tracker.metrics(flat, self.config.stage(f"k{k}").train.steps if learns else 0)
         match = " ".join(f"{m['value']:.3f}" for m in figures["match"])
         say(f"k{k}  held-out match {match}  block match {figures['block_match']['value']:.3f}")
 
@@ -205,12 +220,16 @@ class Pipeline:
 def _effective(k: int, config: Config) -> list[Any]:
     """A stage's settings without those that have no effect on it.
 
-    The first stage has one possible teacher and one possible start, and only cached rollouts have epochs.
+    A stage with nothing to learn has none; the first one has one possible teacher and one possible start; only cached
+    rollouts have epochs, and only a soft loss has labels.
     """
-    first = k == 1
+    if not config.student.design.learns(k):
+        return []
+    first, rollout = k == 1, config.rollout
     train = dataclasses.replace(config.train, warm_start="teacher") if first else config.train
-    rollout = config.rollout if config.rollout.cache else dataclasses.replace(config.rollout, cache_epochs=0)
-    return [train, rollout, "ar" if first else config.targets]
+    rollout = rollout if rollout.cache else dataclasses.replace(rollout, cache_epochs=0)
+    rollout = rollout if config.loss == "soft" else dataclasses.replace(rollout, top_m=None)
+    return [train, rollout, "ar" if first else config.targets, config.loss]
 
 
 def print_table(report: dict[str, Any]) -> None:

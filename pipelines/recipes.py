@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable
 
-from kforcing.model import NoiseConfig
+from kforcing.model import Design, NoiseConfig
 from pipelines.config import (
     Config,
     ConfigError,
@@ -34,16 +35,30 @@ def smoke() -> Config:
     )
 
 
-def quickstart() -> Config:
-    """A readable result in 20 minutes on two cores and no GPU: 0.9 M parameters on the State of the Union."""
-    train = TrainConfig(steps=1000, batch=16, micro_batch=8, lr=2e-3, ema=0.99)
+SEQUENTIAL = Design("sequential", "gumbel")
+
+
+def _two_cores(name: str) -> Config:
+    """The corpus and the AR model that `quickstart` and `paper` share: 0.9 M parameters on the State of the Union."""
     return Config(
-        "quickstart",
+        name,
         teacher=TeacherConfig(train=TrainConfig(steps=1000, batch=32, micro_batch=16, lr=3e-3, ema=0.99)),
         data=DataConfig(heldout_fraction=0.1),
-        train=train,
-        stages={"k1": {"train.steps": 1200}, "k4": {"train.steps": 700}},
+        train=TrainConfig(steps=1000, batch=16, micro_batch=8, lr=2e-3, ema=0.99),
     )
+
+
+def quickstart() -> Config:
+    """A readable result in 20 minutes on two cores and no GPU, by the sequential recipe."""
+    return dataclasses.replace(
+        _two_cores("quickstart"), targets="ar", loss="soft", student=StudentConfig(design=SEQUENTIAL)
+    )
+
+
+def paper() -> Config:
+    """The paper's recipe on the same corpus and AR model as `quickstart`."""
+    stages = {"k1": {"train.steps": 1200}, "k4": {"train.steps": 700}}
+    return dataclasses.replace(_two_cores("paper"), stages=stages)
 
 
 def _paper_train(workers: int) -> TrainConfig:
@@ -72,7 +87,7 @@ def _paper(name: str, data: DataConfig, tokenizer_from: str, block: int) -> Conf
         teacher=TeacherConfig(
             hidden=768, layers=12, heads=12, mlp=3072, max_positions=2 * block, train=_paper_train(8)
         ),
-        student=StudentConfig(noise=NoiseConfig(min_cycles=1e-4, max_cycles=1.0)),
+        student=StudentConfig(design=Design(noise=NoiseConfig(min_cycles=1e-4, max_cycles=1.0))),
         rollout=RolloutConfig(windows=min(block, 128), batch=32, actors=2, cpus_per_actor=4, gpus_per_actor=1),
         train=_paper_train(8),
         eval=EvalConfig(blocks=1024, windows=16, prompt_tokens=block // 16, new_tokens=block // 2, gpus_per_actor=1),
@@ -117,7 +132,7 @@ def hf() -> Config:
     )
 
 
-RECIPES: dict[str, Callable[[], Config]] = {r.__name__: r for r in (smoke, quickstart, lm1b, owt, hf)}
+RECIPES: dict[str, Callable[[], Config]] = {r.__name__: r for r in (smoke, quickstart, paper, lm1b, owt, hf)}
 
 
 def recipe(name: str) -> Config:

@@ -23,9 +23,11 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM
 
-from kforcing.model import PushForwardLM
+from kforcing.coupling import COUPLINGS
+from kforcing.model import Design, PushForwardLM
 from kforcing.noise import derive_key, sample_anchors, uniform, window_noise
 from kforcing.rollout import ARTeacher, StudentTeacher, Teacher
+from kforcing.staircase import Windows
 from pipelines.config import NoiseConfig, RolloutConfig, TrainConfig, node_selector
 from pipelines.stages import Stage
 from pipelines.store import MANIFEST, TokenStore, fixed_list, open_store, to_numpy, write_manifest, write_shard
@@ -82,7 +84,10 @@ class RolloutJob:
     seed: int
     stage: str
     """Names the noise stream, with the epoch."""
-    noise: NoiseConfig
+    design: Design
+    """The student's: its coupling and temperatures."""
+    top_m: int | None
+    """How many of the teacher's likeliest tokens label each target; none for tokens alone."""
     batch: int
     threads: int
 
@@ -111,7 +116,7 @@ class RolloutActor:
         self.device = pick_device()
         self.teacher: Teacher
         if job.ar:
-            self.teacher = ARTeacher(load_ar(job.teacher).to(self.device))
+            self.teacher = ARTeacher(load_ar(job.teacher).to(self.device), COUPLINGS[job.design.coupling])
         else:
             self.teacher = StudentTeacher(PushForwardLM.from_pretrained(job.teacher).to(self.device))
 
@@ -133,13 +138,22 @@ class RolloutActor:
         tokens = torch.from_numpy(to_numpy(rows["tokens"]).astype(np.int64))
         anchors = sample_anchors(torch.from_numpy(anchor_keys), seq, tokens.shape[1], job.windows)
         noise = window_noise(torch.from_numpy(keys), seq, anchors, job.k)
-        temperature = draw_temperature(torch.from_numpy(anchor_keys), seq, job.noise)
-        targets = self.teacher.rollout(*(x.to(self.device) for x in (tokens, anchors, noise, temperature)))
+        temperature = draw_temperature(torch.from_numpy(anchor_keys), seq, job.design.noise)
+        windows = Windows(*(x.to(self.device) for x in (tokens, anchors, noise, temperature)))
+        labels: dict[str, torch.Tensor] = {}
+        if job.top_m:
+            assert isinstance(self.teacher, ARTeacher), "labels come from the AR teacher"
+            targets, soft = self.teacher.labelled_rollout(windows, job.top_m)
+            assert soft.ids_BWKM is not None
+            labels = {"soft_ids": soft.ids_BWKM.int(), "soft_logp": soft.logp_BWKM}
+        else:
+            targets = self.teacher.rollout(windows)
         columns = {
             "anchors": fixed_list(anchors.numpy().astype(np.int32)),
             "targets": fixed_list(targets.cpu().numpy().reshape(len(seq), -1).astype(np.int32)),
             "noise_key": pa.array(keys),
             "temperature": pa.array(temperature.numpy()),
+            **{name: fixed_list(label.cpu().numpy().reshape(len(seq), -1)) for name, label in labels.items()},
         }
         for name, column in columns.items():
             rows = rows.append_column(name, column)

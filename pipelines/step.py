@@ -11,7 +11,7 @@ Then neither the number of ranks, nor accumulation, nor ranks with different num
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kforcing.losses import LossSums, hard_target_loss, next_token_loss
+from kforcing.losses import LossSums, SoftTargets, block_sums, next_token_loss, soft_target_kl, target_nll
 from kforcing.model import PushForwardLM
-from kforcing.noise import window_noise
+from kforcing.noise import uniform, window_noise
+from kforcing.readout import BlockScores
+from kforcing.staircase import Context, Windows, ar_block_logits, read_context
 from pipelines.store import to_numpy
+
+# Training's match is measured on every so-many-th window: couplings over the whole vocabulary are not free.
+MATCH_STRIDE = 4
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,13 @@ class TokenBatch:
 class WindowBatch:
     """Rolled-out windows of a micro-batch, for student training."""
 
-    tokens_BN: Tensor
-    anchors_BW: Tensor
-    noise_BWK: Tensor
-    temperature_B: Tensor
+    windows: Windows
     targets_BWK: Tensor
+    """int64 tokens the teacher made."""
+    soft: SoftTargets | None = None
+    """The teacher's distributions along the targets, when rollouts ship them."""
+    own_B: Tensor | None = None
+    """bool, sequences whose windows the student itself rolls out anew; none when there are none."""
 
     @property
     def target_tokens(self) -> int:
@@ -56,8 +63,11 @@ class WindowBatch:
         return self.targets_BWK.numel()
 
 
-def to_batch(table: pa.Table, device: torch.device | str) -> TokenBatch | WindowBatch:
-    """Rows of a token store or of rollouts, as tensors; the noise is recomputed from its key."""
+def to_batch(table: pa.Table, device: torch.device | str, own_key: int = 0, own_share: float = 0.0) -> Any:
+    """Rows of a token store or of rollouts, as a `TokenBatch` or `WindowBatch`; the noise is recomputed from its key.
+
+    `own_share` of the sequences, chosen by their row position under `own_key`, are marked for the student to roll out.
+    """
 
     def column(name: str, dtype: Any = np.int64) -> Tensor:
         return torch.from_numpy(to_numpy(table[name]).astype(dtype)).to(device)
@@ -68,22 +78,60 @@ def to_batch(table: pa.Table, device: torch.device | str) -> TokenBatch | Window
     anchors = column("anchors")
     targets = column("targets").unflatten(1, (anchors.shape[1], -1))
     noise = window_noise(column("noise_key"), column("seq"), anchors, targets.shape[2])
-    return WindowBatch(tokens, anchors, noise, column("temperature", np.float32), targets)
+    windows = Windows(tokens, anchors, noise, column("temperature", np.float32))
+    soft = None
+    if "soft_ids" in table.column_names:
+        logp, ids = column("soft_logp", np.float32), column("soft_ids")
+        soft = SoftTargets(*(x.view(*targets.shape, -1) for x in (logp, ids)))
+    own = uniform(own_key, column("position"), 0, torch.zeros_like(tokens[:, 0])) < own_share if own_share else None
+    return WindowBatch(windows, targets, soft, own)
 
 
 class StudentStep(nn.Module):
-    """The push-forward loss of a micro-batch of rolled-out windows."""
+    """The push-forward loss of a micro-batch of rolled-out windows: `hard` or `soft` targets."""
 
-    def __init__(self, model: PushForwardLM):
+    def __init__(self, model: PushForwardLM, loss: str = "hard"):
         super().__init__()
-        self.model = model
+        self.model, self.loss = model, loss
 
     def forward(self, batch: WindowBatch) -> LossSums:
-        """Sums of the hard-target loss over the windows."""
-        logits = self.model.window_logits(
-            batch.tokens_BN, batch.anchors_BW, batch.noise_BWK, temperature_B=batch.temperature_B
-        )
-        return hard_target_loss(logits, batch.targets_BWK)
+        """Sums of the loss over the windows."""
+        model, windows = self.model, batch.windows
+        targets = self._own_windows(batch)
+        context = read_context(model.backbone, windows.context_BN)
+        scores = model.scores(windows, targets, context)
+        nll = target_nll(scores.logits_BWKV, targets)
+        if self.loss == "hard":
+            loss = nll.sum() + self._side(scores, lambda logits: target_nll(logits, targets[..., 1:]))
+        else:
+            soft = batch.soft or self._local_targets(windows, context, targets)
+            later = soft.after_first()
+            loss = soft_target_kl(scores.logits_BWKV, soft).sum()
+            loss = loss + self._side(scores, lambda logits: soft_target_kl(logits, later))
+        some = slice(None, None, MATCH_STRIDE)
+        noise, temperature = windows.noise_BWK[:, some], windows.temperature_BW[:, some, None]
+        with torch.no_grad():
+            picked = model.readout.pick(scores.logits_BWKV[:, some], noise, temperature.expand_as(noise))
+        return block_sums(loss, nll, picked == targets[:, some])
+
+    def _own_windows(self, batch: WindowBatch) -> Tensor:
+        if batch.own_B is None or not batch.own_B.any():
+            return batch.targets_BWK
+        targets = batch.targets_BWK.clone()
+        with torch.no_grad():
+            targets[batch.own_B] = self.model.draw(batch.windows.rows(batch.own_B)).tokens_BWK
+        return targets
+
+    @torch.no_grad()
+    def _local_targets(self, windows: Windows, context: Context, targets_BWK: Tensor) -> SoftTargets:
+        """Whole distributions from the AR model inside the student."""
+        assert self.model.config.design.exact_trunk, "no labels in the rollouts, and no AR model in the student"
+        logits = ar_block_logits(self.model.backbone, context, windows.anchors_BW, targets_BWK)
+        return SoftTargets(logits.log_softmax(dim=-1))
+
+    def _side(self, scores: BlockScores, loss: Callable[[Tensor], Tensor]) -> Tensor | float:
+        weight = self.model.config.design.sequential.side_weight
+        return sum((weight * loss(logits).sum() for logits in scores.side), 0.0)
 
 
 class ARStep(nn.Module):

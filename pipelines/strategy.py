@@ -69,7 +69,8 @@ def build_engine(module: nn.Module, train: TrainConfig, checkpoints: Path) -> An
     latest, world = latest_checkpoint(checkpoints), dist.get_world_size()
     universal = latest is not None and latest["world_size"] != world
     config = engine_config(train, world, universal)
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=list(module.parameters()), config=config)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=config)
     return engine
 
 
@@ -77,6 +78,11 @@ def set_lr(engine: Any, lr: float) -> None:
     """Set the learning rate of the next update."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+
+
+def trained_parameters(engine: Any) -> list[tuple[str, Any]]:
+    """(name, parameter) of all that is not frozen, in the same order on every rank."""
+    return [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
 
 
 def _partition(parameter: Tensor) -> Tensor:
@@ -92,7 +98,7 @@ class MovingAverage:
 
     def __init__(self, engine: Any, decay: float):
         self.decay = decay
-        named = list(engine.module.named_parameters())
+        named = trained_parameters(engine)
         sharded = any(hasattr(p, "ds_tensor") for _, p in named)
         rank, world = dist.get_rank(), dist.get_world_size()
         self.parameters = {n: p for i, (n, p) in enumerate(named) if sharded or i % world == rank}
@@ -172,13 +178,13 @@ def _universal(folder: Path, tag: str) -> str:
 
 @torch.no_grad()
 def whole_weights(engine: Any, average: MovingAverage | None) -> dict[str, Tensor]:
-    """All weights in float32 on rank 0's CPU (the average's when there is one), gathered one at a time.
+    """All trained weights in float32 on rank 0's CPU (the average's when there is one), gathered one at a time.
 
     Collective: every rank must call it. Ranks other than 0 get an empty dictionary.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     weights = {}
-    for index, (name, parameter) in enumerate(engine.module.named_parameters()):
+    for index, (name, parameter) in enumerate(trained_parameters(engine)):
         part: Tensor | None = average.average.get(name) if average else _partition(parameter).float()
         if hasattr(parameter, "ds_tensor"):
             assert part is not None

@@ -22,9 +22,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from kforcing.model import PushForwardLM
+from kforcing.model import Design, PushForwardLM
+from kforcing.noise import derive_key
 from pipelines import strategy
-from pipelines.config import NoiseConfig, RolloutConfig, TeacherConfig, TrainConfig, node_selector
+from pipelines.config import RolloutConfig, TeacherConfig, TrainConfig, node_selector
 from pipelines.rollout import RolloutJob, StepPlan, load_ar, peak_rss_mb, pick_device, training_rows
 from pipelines.stages import StageError
 from pipelines.step import ARStep, StudentStep, learning_rate, optimizer_step, reduce_sums, to_batch
@@ -74,17 +75,18 @@ class AR:
 
 @dataclass(frozen=True)
 class Wrapped:
-    """A student with an AR model's weights and a new noise encoder."""
+    """A student with an AR model's weights and a new read-out."""
 
     teacher: str
     k: int
-    noise: NoiseConfig
+    design: Design
+    loss: str
     seed: int
 
     def build(self) -> nn.Module:
         """The wrapped teacher, the same on every worker."""
         torch.manual_seed(self.seed)
-        return StudentStep(PushForwardLM.from_backbone(load_ar(self.teacher), self.k, self.noise))
+        return StudentStep(PushForwardLM.from_backbone(load_ar(self.teacher), self.k, self.design), self.loss)
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,13 @@ class Grown:
 
     previous: str
     k: int
+    loss: str
 
     def build(self) -> nn.Module:
         """The previous student, told its new k."""
         student = PushForwardLM.from_pretrained(self.previous)
         student.set_k(self.k)
-        return StudentStep(student)
+        return StudentStep(student, self.loss)
 
 
 def fit(job: TrainJob, relay: Any) -> None:
@@ -170,8 +173,10 @@ def train_worker(config: dict[str, Any]) -> None:
         check_order(rows, step, job.train.batch)
         train = job.train
         strategy.set_lr(engine, learning_rate(step, train.steps, train.lr, train.warmup, train.schedule))
+        own = derive_key(job.seed, job.stage, "own"), own_share(step, train)
         micro = [
-            to_batch(rows.slice(i, train.micro_batch), pick_device()) for i in range(0, len(rows), train.micro_batch)
+            to_batch(rows.slice(i, train.micro_batch), pick_device(), *own)
+            for i in range(0, len(rows), train.micro_batch)
         ]
         sums = optimizer_step(engine, micro)
         if average:
@@ -184,6 +189,11 @@ def train_worker(config: dict[str, Any]) -> None:
     weights = strategy.whole_weights(engine, average)
     if rank == 0:
         export(job, weights)
+
+
+def own_share(step: int, train: TrainConfig) -> float:
+    """Share of a step's sequences whose windows the student itself rolls out."""
+    return train.own_windows if step >= train.own_from * train.steps else 0.0
 
 
 def check_order(rows: pa.Table, step: int, batch: int) -> None:
@@ -266,14 +276,25 @@ class Progress:
         self.wait, self.mark, self.tokens = 0.0, now, 0
 
 
-def export(job: TrainJob, weights: dict[str, torch.Tensor]) -> None:
-    """Write the stage's model: weights first, `config.json` last, so that a folder with one is complete."""
+def begin(job: TrainJob) -> None:
+    """Leave the model a stage begins with in its folder: all of a stage that has nothing to learn."""
     model: Any = job.init.build().model
-    parameters = dict(model.named_parameters())
+    write_model(job, model)
+
+
+def export(job: TrainJob, weights: dict[str, torch.Tensor]) -> None:
+    """Write the stage's model with its trained weights; frozen ones are those the stage began with, to the bit."""
+    model: Any = job.init.build().model
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {f"model.{name}" for name in parameters} == set(weights), "engine and model disagree on parameter names"
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[f"model.{name}"])
+    write_model(job, model)
+
+
+def write_model(job: TrainJob, model: Any) -> None:
+    """Save a model to the stage's folder: weights first, `config.json` last, so that a folder with one is complete."""
     partial = Path(job.folder, ".export")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)

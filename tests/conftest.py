@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
-from kforcing import NoiseConfig, PushForwardLM
+from kforcing import Design, NoiseConfig, PushForwardLM, SequentialConfig
 
 VOCAB = 23
 CONFIGS = {
@@ -47,4 +47,12 @@ def backbone(request):
 
 @pytest.fixture
 def student():
-    return PushForwardLM.from_backbone(make_backbone(), k=4, noise=NoiseConfig(0.25, 32.0)).eval()
+    return PushForwardLM.from_backbone(make_backbone(), k=4, design=Design(noise=NoiseConfig(0.25, 32.0))).eval()
+
+
+def make_sequential(backbone, k=4, coupling="gumbel", **parts):
+    """A sequential student whose head, unlike a new one's, has something to say."""
+    design = Design("sequential", coupling, sequential=SequentialConfig(**parts))
+    student = PushForwardLM.from_backbone(backbone, k=k, design=design).eval()
+    torch.nn.init.normal_(student.readout.correct.weight, std=0.5)
+    return student

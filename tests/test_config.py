@@ -10,12 +10,18 @@ def test_overrides_are_parsed_by_type():
     config = apply(
         recipe("smoke"),
         {"train": {"lr": 1}},
-        ["train.steps=7", "rollout.cache=true", "teacher.path=none", "data.source=x y", "student.noise.max_cycles=8"],
+        [
+            "train.steps=7",
+            "rollout.cache=true",
+            "teacher.path=none",
+            "data.source=x y",
+            "student.design.noise.max_cycles=8",
+        ],
     )
     assert config.train.lr == 1.0
     assert type(config.train.lr) is float
     assert (config.train.steps, config.rollout.cache, config.teacher.path) == (7, True, None)
-    assert (config.data.source, config.student.noise.max_cycles) == ("x y", 8.0)
+    assert (config.data.source, config.student.design.noise.max_cycles) == ("x y", 8.0)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +72,13 @@ def test_stages_double_up_to_k():
 
 def test_help_lists_every_field_with_its_docstring():
     text = describe_fields()
-    for field in ("data.source", "teacher.train.steps", "student.noise.max_cycles", "train.zero_stage", "eval.blocks"):
+    for field in (
+        "data.source",
+        "teacher.train.steps",
+        "student.design.noise.max_cycles",
+        "train.zero_stage",
+        "eval.blocks",
+    ):
         assert f"  {field}  [" in text
     assert "Optimiser steps." in text
 

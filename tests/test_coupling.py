@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from scipy import stats
 
-from kforcing.coupling import inverse_cdf
-from kforcing.noise import derive_key, uniform
+from kforcing.coupling import gumbel_max, inverse_cdf
+from kforcing.noise import derive_key, spread_bits, uniform
 
 
 def logits(*probabilities):
@@ -67,3 +67,49 @@ def test_draws_follow_the_distribution():
     z = uniform(derive_key(5), torch.arange(20_000), 0, torch.zeros(20_000, dtype=torch.int64))
     counts = torch.bincount(inverse_cdf(p.log().expand(20_000, -1), z), minlength=6)
     assert stats.chisquare(counts.numpy(), (p / p.sum() * 20_000).numpy()).pvalue > 1e-3
+
+
+def noise(n, key=0):
+    return uniform(derive_key(key), torch.arange(n), 0, torch.zeros(1, dtype=torch.int64))
+
+
+def test_gumbel_max_samples_the_distribution():
+    p = torch.tensor([0.5, 0.3, 0.15, 0.0, 0.05])
+    n = 40_000
+    counts = torch.bincount(gumbel_max(p.log().expand(n, 5), noise(n)), minlength=5).numpy()
+    assert counts[3] == 0
+    keep = p.numpy() > 0
+    expected = p.double().numpy()[keep]
+    assert stats.chisquare(counts[keep], expected / expected.sum() * n).pvalue > 1e-3
+
+
+def test_gumbel_max_keeps_close_distributions_together():
+    """Agreement under the same noise is at least (1 − TV) / (1 + TV); inverse CDF promises no such thing."""
+    g = torch.Generator().manual_seed(0)
+    one = torch.randn(64, generator=g)
+    for spread in (0.05, 0.5, 2.0):
+        other = one + spread * torch.randn(64, generator=g)
+        tv = (one.softmax(-1) - other.softmax(-1)).abs().sum().item() / 2
+        z = noise(20_000)
+        agree = (gumbel_max(one.expand(len(z), -1), z) == gumbel_max(other.expand(len(z), -1), z)).float().mean().item()
+        assert agree > (1 - tv) / (1 + tv) - 0.015
+
+
+def test_gumbel_max_honours_temperature_and_ignores_a_shift():
+    p = torch.tensor([0.6, 0.4]).log().expand(20_000, 2)
+    z = noise(20_000, key=1)
+    cold = gumbel_max(p, z, torch.tensor(0.5)).float().mean().item()
+    assert abs(cold - 0.16 / (0.16 + 0.36)) < 0.015
+    assert torch.equal(gumbel_max(p + 7, z), gumbel_max(p, z))
+
+
+def test_the_bits_of_one_uniform_spread_into_independent_ones():
+    u = spread_bits(noise(20_000), 6)
+    assert u.shape == (20_000, 6)
+    assert u.min() > 0
+    assert u.max() < 1
+    assert all(stats.kstest(u[:, i].numpy(), "uniform").pvalue > 1e-3 for i in range(6))
+    assert (torch.corrcoef(torch.cat([u, noise(20_000)[:, None]], 1).T) - torch.eye(7)).abs().max() < 0.03
+    assert torch.equal(spread_bits(noise(5), 3), spread_bits(noise(5), 6)[:, :3])
+    neighbour = noise(5) + 2.0**-52
+    assert (spread_bits(neighbour, 6) != spread_bits(noise(5), 6)).all()

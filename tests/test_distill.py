@@ -204,7 +204,7 @@ def test_a_given_teacher_and_jsonl_corpus_with_tracking_unreachable(hf_teacher, 
         "student.k=2",
         "train.steps=8",
         "train.zero_stage=3",
-        "student.noise.temperature_min=0.7",
+        "student.design.noise.temperature_min=0.7",
         "eval.new_tokens=8",
         "output_dir=run",
     ]

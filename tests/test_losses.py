@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kforcing.losses import hard_target_loss, next_token_loss
+from kforcing.losses import SoftTargets, block_sums, hard_target_loss, next_token_loss, soft_target_kl
 from tests.conftest import VOCAB, make_backbone
 
 
@@ -26,3 +26,47 @@ def test_next_token_loss_is_the_transformers_loss():
     sums = next_token_loss(backbone, ids)
     assert sums.tokens == 27
     assert (sums.loss / sums.tokens).item() == pytest.approx(backbone(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
+
+
+def distributions(B=2, W=3, K=2, V=7, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(2, B, W, K, V, generator=g)
+
+
+def test_soft_target_kl_is_the_divergence():
+    teacher, student = distributions()
+    p, q = torch.distributions.Categorical(logits=teacher), torch.distributions.Categorical(logits=student)
+    expected = torch.distributions.kl_divergence(p, q)
+    logp = teacher.log_softmax(-1)
+    torch.testing.assert_close(soft_target_kl(student, SoftTargets(logp)), expected)
+    every = logp.topk(7, dim=-1)
+    torch.testing.assert_close(
+        soft_target_kl(student, SoftTargets(every.values, every.indices)), expected, atol=2e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(soft_target_kl(teacher, SoftTargets(logp)), torch.zeros(2, 3, 2), atol=1e-6, rtol=0)
+
+
+def test_a_truncated_target_is_the_divergence_of_the_lumped_distributions():
+    teacher, student = distributions(seed=1)
+    best = teacher.log_softmax(-1).topk(3, dim=-1)
+    soft = SoftTargets(best.values, best.indices)
+
+    def lump(logits):
+        p = logits.softmax(-1)
+        top = p.gather(-1, best.indices)
+        return torch.distributions.Categorical(probs=torch.cat([top, 1 - top.sum(-1, keepdim=True)], -1))
+
+    kl = soft_target_kl(student, soft)
+    torch.testing.assert_close(
+        kl, torch.distributions.kl_divergence(lump(teacher), lump(student)), atol=1e-5, rtol=1e-4
+    )
+    assert (kl <= soft_target_kl(student, SoftTargets(teacher.log_softmax(-1))) + 1e-6).all()
+    torch.testing.assert_close(soft.tail_BWK, 1 - teacher.softmax(-1).gather(-1, best.indices).sum(-1))
+
+
+def test_match_counted_on_some_windows_stands_for_all():
+    nll = torch.ones(2, 4, 3)
+    right = torch.tensor([[[1, 1, 1]], [[1, 0, 1]]]).bool()
+    sums = block_sums(nll.sum(), nll, right)
+    assert sums.match_K.tolist() == [8, 4, 8]
+    assert (sums.block.item(), sums.windows, sums.nll_K.tolist()) == (4, 8, [8, 8, 8])

@@ -4,35 +4,41 @@ import numpy as np
 import torch
 from torch.nn.functional import one_hot
 
-from kforcing import NoiseConfig
+from kforcing import Design
+from kforcing.coupling import inverse_cdf
 from kforcing.metrics import cluster_bootstrap, window_scores
 from kforcing.noise import derive_key, sample_anchors, window_noise
+from kforcing.readout import BlockScores, Draw
 from kforcing.rollout import ARTeacher
+from kforcing.staircase import Windows
 from tests.conftest import VOCAB, make_backbone
 
 
 class UnrolledTeacher:
-    """The ideal student: its hints know the teacher's own coupled tokens."""
+    """The ideal student: it knows the teacher's own coupled tokens."""
 
-    config = SimpleNamespace(noise=NoiseConfig())
+    config = SimpleNamespace(design=Design())
 
     def __init__(self, backbone):
-        self.teacher = ARTeacher(backbone)
+        self.teacher = ARTeacher(backbone, inverse_cdf)
 
-    def window_logits(self, context, anchors, noise, temperature_B):
-        return one_hot(self.teacher.rollout(context, anchors, noise, temperature_B), VOCAB).float() * 100
+    def draw(self, windows):
+        return Draw(self.teacher.rollout(windows), torch.empty(0))
+
+    def scores(self, windows, tokens):
+        return BlockScores(one_hot(self.draw(windows).tokens_BWK, VOCAB).float() * 100)
 
 
 def windows():
     context = torch.randint(0, VOCAB, (4, 12), generator=torch.Generator().manual_seed(0))
     seq = torch.arange(4)
     anchors = sample_anchors(derive_key(0), seq, 12, 6)
-    return context, anchors, window_noise(derive_key(1), seq, anchors, 3)
+    return Windows(context, anchors, window_noise(derive_key(1), seq, anchors, 3), torch.ones(4))
 
 
 def test_the_unrolled_teacher_as_student_is_perfect():
     backbone = make_backbone()
-    scores = window_scores(UnrolledTeacher(backbone), backbone, *windows())
+    scores = window_scores(UnrolledTeacher(backbone), backbone, windows())
     assert scores.match.all()
     torch.testing.assert_close(scores.student_nll, scores.teacher_nll)
     assert scores.target_nll.max() < 1e-6
@@ -41,14 +47,11 @@ def test_the_unrolled_teacher_as_student_is_perfect():
 def test_a_student_that_repeats_one_token_is_scored_as_such():
     backbone = make_backbone()
     stuck = UnrolledTeacher(backbone)
-    stuck.window_logits = lambda context, anchors, noise, temperature_B: one_hot(
-        torch.full(noise.shape, 5), VOCAB
-    ).float()
-    context, anchors, noise = windows()
-    scores = window_scores(stuck, backbone, context, anchors, noise)
-    own = ARTeacher(backbone).rollout(context, anchors, noise, torch.ones(4))
-    assert torch.equal(scores.match, own == 5)
-    row = torch.cat([context[2, : anchors[2, 4] + 1], torch.tensor([5, 5, 5])])[None]
+    stuck.draw = lambda w: Draw(torch.full(w.noise_BWK.shape, 5), torch.empty(0))
+    w = windows()
+    scores = window_scores(stuck, backbone, w)
+    assert torch.equal(scores.match, ARTeacher(backbone, inverse_cdf).rollout(w) == 5)
+    row = torch.cat([w.context_BN[2, : w.anchors_BW[2, 4] + 1], torch.tensor([5, 5, 5])])[None]
     with torch.no_grad():
         expected = -backbone(input_ids=row).logits[0].log_softmax(-1)[-4:-1, 5]
     torch.testing.assert_close(scores.student_nll[2, 4], expected, rtol=1e-4, atol=1e-4)

@@ -5,9 +5,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from kforcing import NoiseConfig, PushForwardConfig, PushForwardLM
+from kforcing import Design, NoiseConfig, PushForwardConfig, PushForwardLM
+from kforcing.coupling import inverse_cdf
 from kforcing.model import check_backbone
 from kforcing.rollout import ARTeacher, StudentTeacher
+from kforcing.staircase import Windows
 from tests.conftest import VOCAB, make_backbone
 
 
@@ -40,7 +42,7 @@ def test_windows_equal_single_contexts(student):
     context, noise = inputs(N=9)
     anchors = torch.tensor([[2, 8], [5, 0]])
     noise = torch.rand(2, 2, 4, dtype=torch.float64)
-    logits = student.window_logits(context, anchors, noise)
+    logits = student.draw(Windows(context, anchors, noise, torch.ones(2))).logits_BWKV
     for b in range(2):
         for w in range(2):
             alone = student(context[b : b + 1, : anchors[b, w] + 1], noise[b : b + 1, w])[0]
@@ -51,7 +53,8 @@ def test_committed_tokens_between_context_and_hints_are_context(student):
     """The second teacher pass of self-forcing equals a plain pass over the longer context."""
     context, noise = inputs(N=6)
     prefix = torch.randint(0, VOCAB, (2, 1, 3))
-    logits = student.window_logits(context, torch.full((2, 1), 5), noise[:, None], prefix)[:, 0]
+    windows = Windows(context, torch.full((2, 1), 5), noise[:, None], torch.ones(2), prefix)
+    logits = student.draw(windows).logits_BWKV[:, 0]
     torch.testing.assert_close(logits, student(torch.cat([context, prefix[:, 0]], 1), noise), rtol=1e-4, atol=1e-4)
 
 
@@ -61,18 +64,21 @@ def test_two_passes_of_a_student_are_its_generation(student):
     from kforcing.noise import derive_key, uniform
 
     z = uniform(derive_key(3, "decode"), torch.zeros(1, dtype=torch.int64), 0, torch.arange(7, 11))
-    rolled = StudentTeacher(student, k=2).rollout(context, torch.tensor([[6]]), z[None, None], torch.ones(1))
+    windows = Windows(context, torch.tensor([[6]]), z[None, None], torch.ones(1))
+    rolled = StudentTeacher(student, k=2).rollout(windows)
     assert rolled[0, 0].tolist() == tokens
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
 def test_saving_and_loading_is_exact(tmp_path, name):
-    student = PushForwardLM.from_backbone(make_backbone(name), k=3, noise=NoiseConfig(0.5, 9.0, 0.7, 1.3)).eval()
+    student = PushForwardLM.from_backbone(
+        make_backbone(name), k=3, design=Design(noise=NoiseConfig(0.5, 9.0, 0.7, 1.3))
+    )
     student.save_pretrained(tmp_path)
     assert {f.name for f in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
     again = PushForwardLM.from_pretrained(tmp_path)
     assert again.config.k == 3
-    assert again.config.noise == NoiseConfig(0.5, 9.0, 0.7, 1.3)
+    assert again.config.design.noise == NoiseConfig(0.5, 9.0, 0.7, 1.3)
     context, noise = inputs(K=3)
     assert torch.equal(again(context, noise), student(context, noise))
 
@@ -81,7 +87,7 @@ def test_missing_and_unexpected_weights_are_errors(tmp_path, student):
     student.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     removed = dict(weights)
-    removed.pop("noise_encoder.norm.weight")
+    removed.pop("readout.noise_encoder.norm.weight")
     save_file(removed, tmp_path / "model.safetensors")
     with pytest.raises(RuntimeError, match=r"noise_encoder\.norm\.weight"):
         PushForwardLM.from_pretrained(tmp_path)
@@ -119,21 +125,21 @@ def test_every_backbone_generates_with_the_ar_teacher_beside_it(backbone):
     prompts, _ = inputs(B=2)
     student = PushForwardLM.from_backbone(backbone, k=2).eval()
     assert all(len(row) == 5 for row in student.generate(prompts, max_new_tokens=5))
-    assert all(len(row) == 5 for row in ARTeacher(backbone).generate(prompts, max_new_tokens=5))
+    assert all(len(row) == 5 for row in ARTeacher(backbone, inverse_cdf).generate(prompts, max_new_tokens=5))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda s: s(*inputs(K=5)), "5 noise variables for a student of k=4"),
+        (lambda s: s(*inputs(K=5)), "k=5 tokens asked of a student of k=4"),
         (lambda s: s(inputs()[0], torch.rand(3, 4)), "expected context_ids"),
         (lambda s: s.generate(inputs()[0], k=5, max_new_tokens=2), "choose 1 to 4"),
         (lambda s: s.generate(inputs()[0], max_new_tokens=0), "at least one new token"),
         (lambda s: s.generate(inputs()[0], max_new_tokens=60), "exceed the model's 64 positions"),
         (lambda s: s.generate(inputs()[0], max_new_tokens=4, temperature=0.5), "trained for 1.0 to 1.0"),
         (lambda s: PushForwardConfig(0, {}), "k must be at least 1"),
-        (lambda s: PushForwardConfig(1, {}, NoiseConfig(2.0, 1.0)), "0 < min < max"),
-        (lambda s: PushForwardConfig(1, {}, NoiseConfig(temperature_min=0.0)), "0 < min ≤ max"),
+        (lambda s: PushForwardConfig(1, {}, Design(noise=NoiseConfig(2.0, 1.0))), "0 < min < max"),
+        (lambda s: PushForwardConfig(1, {}, Design(noise=NoiseConfig(temperature_min=0.0))), "0 < min ≤ max"),
     ],
 )
 def test_bad_calls_name_the_value(student, call, message):
@@ -162,5 +168,5 @@ def test_a_backbone_that_caps_its_logits_is_refused():
 def test_new_hints_have_the_scale_of_token_embeddings(student):
     z = torch.rand(500)
     with torch.no_grad():
-        hints = student.noise_encoder(z, torch.ones_like(z))
+        hints = student.readout.noise_encoder(z, torch.ones_like(z))
     assert hints.std() == pytest.approx(student.backbone.get_input_embeddings().weight.std().item(), rel=0.3)

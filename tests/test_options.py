@@ -21,9 +21,15 @@ def test_a_good_line_gives_a_config(tmp_path):
 
 
 def test_words_and_flags_may_be_mixed_and_ranges_set_in_any_order(tmp_path):
-    words = ["train.steps=8", "--recipe", "smoke", "student.noise.temperature_min=1.2", f"output_dir={tmp_path}/run"]
+    words = [
+        "train.steps=8",
+        "--recipe",
+        "smoke",
+        "student.design.noise.temperature_min=1.2",
+        f"output_dir={tmp_path}/run",
+    ]
     config = read_command_line(
-        "", [*words, "student.noise.temperature_max=1.5"], defaults=["train.lr=9", "train.steps=3"]
+        "", [*words, "student.design.noise.temperature_max=1.5"], defaults=["train.lr=9", "train.steps=3"]
     )
     assert (config.recipe, config.train.steps, config.train.lr) == ("smoke", 8, 9.0)
 
@@ -36,7 +42,7 @@ def test_a_job_keeps_its_results_out_of_its_temporary_directory(monkeypatch, tmp
 
 
 def test_a_smaller_k_drops_the_recipes_exceptions_beyond_it(tmp_path):
-    config = read_command_line("", ["student.k=2", f"output_dir={tmp_path}/run"])
+    config = read_command_line("", ["--recipe", "paper", "student.k=2", f"output_dir={tmp_path}/run"])
     assert "k1" in config.stages
     assert "k4" not in config.stages
 
@@ -98,7 +104,7 @@ def files(tmp_path):
         (["teacher.path={files}"], "no causal LM there"),
         (["output_dir=s3://bucket/run"], "not a URI"),
         (["output_dir={files}"], "is not a run directory"),
-        (["student.noise.max_cycles=0.1"], "0 < min < max"),
+        (["student.design.noise.max_cycles=0.1"], "0 < min < max"),
         (["data.source={files}/list.jsonl"], "an object a line"),
         (["data.source={files}/latin.txt"], "cannot be read"),
         (["data.source={files}/broken.parquet"], "cannot be read"),

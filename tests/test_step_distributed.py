@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kforcing import NoiseConfig, PushForwardLM
+from kforcing import Design, NoiseConfig, PushForwardLM
 from kforcing.losses import LossSums, hard_target_loss
+from kforcing.staircase import Windows
 from pipelines import strategy
 from pipelines.config import TrainConfig
 from pipelines.step import StudentStep, WindowBatch, learning_rate, optimizer_step, reduce_sums
@@ -19,9 +20,9 @@ TRAIN = TrainConfig(batch=8, micro_batch=2, lr=1e-2, clip=1.0, ema=0.9, workers=
 
 
 def step_module():
-    student = PushForwardLM.from_backbone(make_backbone(scale=2.0), k=2, noise=NoiseConfig(0.25, 8.0))
+    student = PushForwardLM.from_backbone(make_backbone(scale=2.0), k=2, design=Design(noise=NoiseConfig(0.25, 8.0)))
     torch.manual_seed(1)
-    for parameter in student.noise_encoder.parameters():
+    for parameter in student.readout.parameters():
         parameter.data.normal_(0, 0.1)
     return StudentStep(student).eval()
 
@@ -29,13 +30,13 @@ def step_module():
 def windows(step, rows, n_windows):
     """Deterministic windows for global row numbers."""
     g = [torch.Generator().manual_seed(1000 * step + row) for row in rows]
-    return WindowBatch(
+    parts = Windows(
         torch.stack([torch.randint(0, VOCAB, (10,), generator=x) for x in g]),
         torch.stack([torch.randperm(10, generator=x)[:n_windows] for x in g]),
         torch.stack([torch.rand(n_windows, 2, generator=x) for x in g]),
         torch.ones(len(rows)),
-        torch.stack([torch.randint(0, VOCAB, (n_windows, 2), generator=x) for x in g]),
     )
+    return WindowBatch(parts, torch.stack([torch.randint(0, VOCAB, (n_windows, 2), generator=x) for x in g]))
 
 
 def even_micro_batches(step, rank, world):

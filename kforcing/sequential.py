@@ -1,0 +1,287 @@
+"""The sequential read-out: an exact AR trunk, parallel hints for depth, a small head for dependence.
+
+    trunk     the AR model; reads context and committed tokens only; its own head gives token 1, exactly
+    hints     K−1 learned queries at positions t+1 … t+K−1, through layers that see the trunk's keys and values and the
+              earlier hints of their window: what can be known of the block before its tokens are
+    head      one transformer block over [trunk state, then for each token made (trunk state, hint state, embedding)]:
+              it corrects the hint's logits for the tokens before, K−1 times
+
+A coupling draws each token from its distribution outside the network, so temperature and log-probabilities mean what
+they say. The step is still a push-forward map: k noise variables in, k tokens out.
+
+Shapes: B batch, W windows, K tokens of a block, H = K − 1 hints, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
+from transformers import AutoModel, PreTrainedModel
+
+from kforcing.coupling import Coupling
+from kforcing.readout import BlockScores, Draw, Readout
+from kforcing.staircase import BlockReader, Context, Windows, embeddings, head, lm_head, read_context
+
+
+@dataclass(frozen=True)
+class SequentialConfig:
+    """Parts and sizes of the sequential read-out."""
+
+    hints: str = "copy"
+    """Layers that hints go through: `none` (no hints), `copy` (copies of the trunk's last layers, trained) or `adapter`
+    (the trunk's own last layers with trained low-rank additions that only hints see)."""
+    hint_layers: int = 0
+    """How many of the last layers; 0 for all."""
+    adapter_rank: int = 16
+    """Rank of the additions of `adapter`."""
+    draft: str = "none"
+    """What hint j sees of token j: `none`; `first` (hint 1 carries the token the trunk has just made); or `bigram`
+    (later hints carry a guess by a bigram model under the same noise, too)."""
+    shortlist: int = 0
+    """Score hint states against the vocabulary in parallel and let the head re-score only this many best tokens of
+    each; 0 scores the whole vocabulary after each token."""
+    side_weight: float = 0.3
+    """Weight of the loss on logits that only choose candidates (of hints for a shortlist, of the bigram draft)."""
+    freeze_trunk: bool = True
+    """Leave the AR model as it is, so that it stays in the checkpoint and token 1 stays exact."""
+
+    def check(self) -> None:
+        """Raise ValueError for an unknown choice or a size that cannot be."""
+        if self.hints not in ("none", "copy", "adapter"):
+            raise ValueError(f"hints={self.hints}: choose one of none, copy, adapter")
+        if self.draft not in ("none", "first", "bigram"):
+            raise ValueError(f"draft={self.draft}: choose one of none, first, bigram")
+        if self.hint_layers < 0 or self.shortlist < 0 or self.adapter_rank < 1:
+            raise ValueError(
+                f"hint_layers={self.hint_layers} and shortlist={self.shortlist} must be at least 0, "
+                f"adapter_rank={self.adapter_rank} at least 1"
+            )
+        if self.hints == "none" and (self.draft != "none" or self.shortlist):
+            raise ValueError("a draft and a shortlist need hints: choose hints=copy or hints=adapter")
+
+
+class LowRank(nn.Module):
+    """A frozen linear map of the trunk plus a trained low-rank one: base(x) + up(down(x)), zero at the start (LoRA)."""
+
+    def __init__(self, base: Any, rank: int):
+        super().__init__()
+        self._base = (base,)  # in a tuple: the trunk owns it
+        transposed = type(base).__name__ == "Conv1D"  # GPT-2 keeps weights as (in, out)
+        fan_in, fan_out = base.weight.shape if transposed else base.weight.shape[::-1]
+        self.down = nn.Linear(fan_in, rank, bias=False)
+        self.up = nn.Linear(rank, fan_out, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) → (..., out)."""
+        return self._base[0](x) + self.up(self.down(x))
+
+
+def hint_stack(trunk: Any, config: SequentialConfig) -> PreTrainedModel:
+    """The last layers of a base model as a model of their own: copies, or low-rank additions around the originals."""
+    total = trunk.config.num_hidden_layers
+    layers = config.hint_layers or total
+    if layers > total:
+        raise ValueError(f"hint_layers={layers}: the backbone has {total} layers; choose 1 to {total}, or 0 for all")
+    shallow = copy.deepcopy(trunk.config)
+    shallow.num_hidden_layers, shallow.vocab_size, shallow.pad_token_id = layers, 1, None
+    if getattr(shallow, "layer_types", None):
+        shallow.layer_types = shallow.layer_types[-layers:]
+    stack = AutoModel.from_config(shallow, attn_implementation="sdpa")
+    stack.set_input_embeddings(nn.Identity())  # hints come as embeddings
+
+    def original(name: str) -> str:
+        """The trunk's name for a part of the stack: layer i of the stack is layer total − layers + i."""
+        return re.sub(r"(?<=\.)\d+(?=\.)", lambda m: str(int(m[0]) + total - layers), name, count=1)
+
+    source = trunk.state_dict()
+    stack.load_state_dict({name: source[original(name)] for name in stack.state_dict()})
+    if config.hints == "adapter":
+        for name, module in list(stack.named_modules()):
+            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+                parent, _, leaf = name.rpartition(".")
+                setattr(
+                    stack.get_submodule(parent), leaf, LowRank(trunk.get_submodule(original(name)), config.adapter_rank)
+                )
+    return stack
+
+
+Past = tuple[Tensor, Tensor] | None
+
+
+class HeadBlock(nn.Module):
+    """One causal pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x_TLD: Tensor, past: Past = None) -> tuple[Tensor, Past]:
+        """(T, L, D) new entries after those in `past` → their (T, L, D) outputs, and keys and values of all."""
+        T, L, _ = x_TLD.shape
+        q, k, v = self.qkv(self.attention_norm(x_TLD)).view(T, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        mask = torch.ones(L, k.shape[2], dtype=torch.bool, device=k.device).tril(k.shape[2] - L)
+        mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x_TLD = x_TLD + self.out(mixed.transpose(1, 2).reshape(T, L, -1))
+        return x_TLD + self.down(gelu(self.up(self.mlp_norm(x_TLD)))), (k, v)
+
+
+class SequentialReadout(Readout):
+    """See the module's text."""
+
+    def __init__(self, backbone: PreTrainedModel, k: int, config: SequentialConfig, coupling: Coupling):
+        super().__init__()
+        self.config, self.coupling = config, coupling
+        width = embeddings(backbone).weight.shape[1]
+        if head(backbone).weight.shape[1] != width:
+            raise ValueError(
+                f"{type(backbone).__name__} has embeddings and a head of different widths; they must agree"
+            )
+        if config.hints != "none":
+            self.layers = hint_stack(backbone.base_model, config)
+            self.queries = nn.Parameter(torch.randn(max(k - 1, 1), width) * embeddings(backbone).weight.std().item())
+        if config.draft == "bigram":
+            self.bigram = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
+        self.token_norm = nn.LayerNorm(width)
+        self.entry = nn.Linear(3 * width, width)
+        self.positions = nn.Parameter(torch.randn(k, width) * 0.02)
+        self.block = HeadBlock(width, backbone.config.num_attention_heads)
+        self.norm = nn.LayerNorm(width)
+        self.correct = nn.Linear(width, width)
+
+    def start(self, backbone: PreTrainedModel) -> None:
+        """Begin as the parallel hints alone: the head corrects nothing yet."""
+        nn.init.zeros_(self.correct.weight)
+        nn.init.zeros_(self.correct.bias)
+
+    def grow(self, k: int) -> None:
+        """New hints and places in the block begin as the last known ones."""
+        with torch.no_grad():
+            self.positions = nn.Parameter(_extended(self.positions, k))
+            if self.config.hints != "none":
+                self.queries = nn.Parameter(_extended(self.queries, max(k - 1, 1)))
+
+    def pick(self, logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
+        """The coupled draw."""
+        return self.coupling(logits.float(), z, temperature)
+
+    def scores(
+        self, backbone: PreTrainedModel, windows: Windows, tokens_BWK: Tensor, context: Context | None = None
+    ) -> BlockScores:
+        """p(· | context, tokens before) over the whole vocabulary, for every token of the given blocks."""
+        trunk_BWD, reader = self._trunk(backbone, windows, context)
+        first_BW1V = lm_head(backbone, trunk_BWD[:, :, None])
+        if windows.k == 1:
+            return BlockScores(first_BW1V)
+        drafts, draft_logits = self._drafts(backbone, windows, tokens_BWK)
+        hints_BWHD = self._hints(backbone, trunk_BWD, reader, drafts, windows.k)
+        before_BWHD = embeddings(backbone)(tokens_BWK[..., :-1])
+        corrections_BWHD, _ = self._head(trunk_BWD, hints_BWHD, before_BWHD, 0, self._first_entry(trunk_BWD))
+        side = (*draft_logits, lm_head(backbone, hints_BWHD)) if self.config.shortlist else draft_logits
+        logits = lm_head(backbone, hints_BWHD + corrections_BWHD)
+        return BlockScores(torch.cat([first_BW1V, logits], dim=2), side)
+
+    def draw(self, backbone: PreTrainedModel, windows: Windows) -> Draw:
+        """Token 1 from the trunk, then K−1 turns of the head."""
+        trunk_BWD, reader = self._trunk(backbone, windows, None)
+        logits = [lm_head(backbone, trunk_BWD)]
+        tokens = [self._pick_at(logits[0], windows, 0)]
+        if windows.k > 1:
+            drafts, _ = self._drafts(backbone, windows, tokens[0][..., None])
+            hints_BWHD = self._hints(backbone, trunk_BWD, reader, drafts, windows.k)
+            parallel_BWHV = lm_head(backbone, hints_BWHD) if self.config.shortlist else None
+            past = self._first_entry(trunk_BWD)
+            for j in range(windows.k - 1):
+                hint_BW1D = hints_BWHD[:, :, j : j + 1]
+                before_BW1D = embeddings(backbone)(tokens[-1])[:, :, None]
+                correction_BW1D, past = self._head(trunk_BWD, hint_BW1D, before_BW1D, j, past)
+                if parallel_BWHV is None:
+                    logits.append(lm_head(backbone, hint_BW1D + correction_BW1D)[:, :, 0])
+                else:
+                    logits.append(self._shortlisted(backbone, parallel_BWHV[:, :, j], correction_BW1D[:, :, 0]))
+                tokens.append(self._pick_at(logits[-1], windows, j + 1))
+        return Draw(torch.stack(tokens, dim=2), torch.stack(logits, dim=2))
+
+    def _pick_at(self, logits_BWV: Tensor, windows: Windows, offset: int) -> Tensor:
+        return self.pick(logits_BWV, windows.noise_BWK[..., offset], windows.temperature_BW)
+
+    def _trunk(
+        self, backbone: PreTrainedModel, windows: Windows, context: Context | None
+    ) -> tuple[Tensor, BlockReader]:
+        """The trunk's state at the last known token of each window, and its keys and values to read on from."""
+        context = context or read_context(backbone, windows.context_BN)
+        reader = BlockReader(backbone.base_model, context.layers, windows.anchors_BW)
+        if windows.prefix_BWP is None:
+            return context.at(windows.anchors_BW), reader
+        return reader.read(embeddings(backbone)(windows.prefix_BWP))[:, :, -1], reader
+
+    def _drafts(
+        self, backbone: PreTrainedModel, windows: Windows, tokens_BWK: Tensor
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """Guesses (B, W) of tokens 1, 2, … for the hints to see, of which the first is known; bigram logits to train."""
+        if self.config.draft == "none":
+            return [], ()
+        drafts = [tokens_BWK[..., 0]]
+        if self.config.draft == "first":
+            return drafts, ()
+
+        def bigram(tokens: Tensor) -> Tensor:
+            return lm_head(backbone, self.bigram(embeddings(backbone)(tokens)))
+
+        with torch.no_grad():
+            for j in range(1, windows.k - 1):
+                logits = bigram(drafts[-1])
+                drafts.append(self._pick_at(logits, windows, j))
+        return drafts, (bigram(tokens_BWK[..., :-1]),) if torch.is_grad_enabled() else ()
+
+    def _hints(
+        self, backbone: PreTrainedModel, trunk_BWD: Tensor, reader: BlockReader, drafts: list[Tensor], k: int
+    ) -> Tensor:
+        """States (B, W, H, D) that stand for the block before its tokens are known."""
+        if self.config.hints == "none":
+            return trunk_BWD[:, :, None].expand(-1, -1, k - 1, -1)
+        inputs = self.queries[: k - 1].expand(*trunk_BWD.shape[:2], -1, -1)
+        if drafts:
+            seen = embeddings(backbone)(torch.stack(drafts, dim=2))
+            inputs = inputs + nn.functional.pad(seen, (0, 0, 0, k - 1 - len(drafts)))
+        return reader.fork(self.layers, self.layers.config.num_hidden_layers).read(inputs)
+
+    def _first_entry(self, trunk_BWD: Tensor) -> Past:
+        """The head's memory after the trunk state alone."""
+        nothing = torch.zeros_like(trunk_BWD[:, :, None])
+        return self._head(trunk_BWD, nothing, None, -1, None)[1]
+
+    def _head(
+        self, trunk_BWD: Tensor, hints_BWLD: Tensor, before_BWLD: Tensor | None, first: int, past: Past
+    ) -> tuple[Tensor, Past]:
+        """What the head adds to the hint states once the tokens before are known; `first` numbers the first hint."""
+        B, W, L, D = hints_BWLD.shape
+        before_BWLD = torch.zeros_like(hints_BWLD) if before_BWLD is None else self.token_norm(before_BWLD)
+        trunk_BWLD = trunk_BWD[:, :, None].expand(-1, -1, L, -1)
+        x = self.entry(torch.cat([trunk_BWLD, hints_BWLD, before_BWLD], dim=-1))
+        x = x + self.positions[first + 1 : first + 1 + L]
+        x, past = self.block(x.reshape(B * W, L, D), past)
+        return self.correct(self.norm(x)).view(B, W, L, D), past
+
+    def _shortlisted(self, backbone: PreTrainedModel, parallel: Tensor, corrections: Tensor) -> Tensor:
+        """Parallel logits, corrected on the shortlist of their best tokens and −inf elsewhere: (..., V)."""
+        best, ids = parallel.topk(min(self.config.shortlist, parallel.shape[-1]), dim=-1)
+        rows = head(backbone).weight[ids]
+        corrected = best + (rows @ corrections[..., None]).squeeze(-1)
+        return torch.full_like(parallel, -torch.inf).scatter(-1, ids, corrected)
+
+
+def _extended(rows: Tensor, n: int) -> Tensor:
+    """The first n rows, with the last repeated as often as rows are missing."""
+    return torch.cat([rows, rows[-1:].expand(max(0, n - len(rows)), -1)])[:n].clone()

@@ -1,0 +1,486 @@
+"""Recipes and their parts side by side: one teacher, one corpus, equal counted FLOPs, several seeds.
+
+    python pipelines/compare.py [--only NAME,NAME] [--seeds N] [--share X] [section.field=value …]
+
+The corpus and the AR teacher are the quickstart recipe's (trained once, kept in output_dir). Then every variant trains
+its stages in a process of one core, rollouts included, until it has spent what the paper's recipe spends up to the
+same k, counted by torch's FLOP counter on a real step. Finished (variant, seed) pairs are kept and skipped. Figures are
+measured on held-out documents:
+
+  TV        joint total variation to the teacher's samples in hashed buckets, with the floor of two teacher samples and the
+            line of independent draws from the teacher's marginals
+  entropy   sum of the positions' entropies, against the teacher's
+  KL_j      from the teacher's distribution to the student's at offset j, given the teacher's tokens before
+  match     same token as the teacher under the same noise, by offset and for the whole block, under both couplings
+
+The table goes to `compare.md`, the figures to `compare.json`. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np  # noqa: E402
+import pyarrow as pa  # noqa: E402
+import torch  # noqa: E402
+
+from kforcing.cost import flop_counter  # noqa: E402
+from kforcing.coupling import COUPLINGS  # noqa: E402
+from kforcing.joint import independent, joint_tv, position_entropy, sample_blocks  # noqa: E402
+from kforcing.losses import SoftTargets, soft_target_kl  # noqa: E402
+from kforcing.model import PushForwardLM  # noqa: E402
+from kforcing.noise import derive_key, sample_anchors, window_noise  # noqa: E402
+from kforcing.rollout import ARTeacher  # noqa: E402
+from kforcing.staircase import Windows, ar_block_logits, read_context  # noqa: E402
+from pipelines.cluster import connected  # noqa: E402
+from pipelines.config import Config, ConfigError, fingerprint, override  # noqa: E402
+from pipelines.options import validate  # noqa: E402
+from pipelines.pipeline import Pipeline, say  # noqa: E402
+from pipelines.recipes import recipe  # noqa: E402
+from pipelines.rollout import RolloutActor, RolloutJob, StepPlan, load_ar  # noqa: E402
+from pipelines.stages import StageError, locked, write_json  # noqa: E402
+from pipelines.step import StudentStep, learning_rate, to_batch  # noqa: E402
+from pipelines.store import TokenStore, to_numpy  # noqa: E402
+from pipelines.train import Grown, Wrapped, own_share  # noqa: E402
+
+BUCKETS = {2: 24, 4: 6, 8: 2}
+CONTEXTS = 10
+SAMPLES = 16_384
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A named change to one of the two recipes."""
+
+    name: str
+    recipe: str
+    words: dict[str, Any] = field(default_factory=dict)
+    ks: tuple[int, ...] = (2, 4)
+    """Stages that are measured."""
+    early: float | None = None
+    """Share of the budget of k = 4 to spend on k = 2, when it is not the paper's."""
+
+
+def variants() -> list[Variant]:
+    """The two recipes, then one change at a time to the second."""
+    part = "student.design.sequential."
+    changes: dict[str, dict[str, Any]] = {
+        "head alone": {part + "hints": "none"},
+        "hints: 1 layer": {part + "hint_layers": 1},
+        "hints: half": {part + "hint_layers": 2},
+        "hints: adapters": {part + "hints": "adapter"},
+        "hints see token 1": {part + "draft": "first"},
+        "hints see a bigram draft": {part + "draft": "bigram"},
+        "m = 8": {"rollout.top_m": 8},
+        "m = full": {"rollout.top_m": 512},
+        "local labels": {"rollout.top_m": None},
+        "local, own windows": {"rollout.top_m": None, "train.own_windows": 0.5},
+        "hard targets": {"loss": "hard"},
+        "all weights": {part + "freeze_trunk": False},
+        "shortlist 32": {part + "shortlist": 32},
+    }
+    return [
+        Variant("paper", "paper"),
+        Variant("paper, AR targets", "paper", {"targets": "ar"}),
+        Variant("sequential", "quickstart"),
+        *(Variant(name, "quickstart", words) for name, words in changes.items()),
+        Variant("early k = 4", "quickstart", {}, (4,), early=0.15),
+        Variant("token 1, early k = 4", "quickstart", {part + "draft": "first"}, (4,), early=0.15),
+        Variant("bigram, early k = 4", "quickstart", {part + "draft": "bigram"}, (4,), early=0.15),
+        Variant("k = 8", "quickstart", {"student.k": 8}, (2, 4, 8)),
+    ]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One variant with one seed, and all its process needs."""
+
+    variant: Variant
+    config: Config
+    """With the trial's seed."""
+    teacher: str
+    train: str
+    heldout: str
+    folder: str
+    budgets: dict[int, float]
+    """FLOPs to have spent up to each k."""
+    references: str
+    """Folder of the teacher's samples."""
+
+
+class Student:
+    """Trains the stages of a trial in this process: the pipeline's steps without its distribution."""
+
+    def __init__(self, trial: Trial):
+        self.trial = trial
+        self.store = TokenStore(trial.train, trial.config.seed)
+        self.spent = 0.0
+
+    def stage(self, k: int, steps: int | None, budget: float | None, previous: Path | None) -> dict[str, Any]:
+        """Train PFLM(k) for so many steps, or until a FLOP budget is spent; returns what it cost."""
+        config = self.trial.config.stage(f"k{k}")
+        init: Any = Grown(str(previous), k, config.loss)
+        if previous is None:
+            init = Wrapped(self.trial.teacher, k, config.student.design, config.loss, config.seed)
+        module = init.build().eval()
+        folder = Path(self.trial.folder, f"k{k}")
+        cost = {"flops": 0.0, "steps": 0, "seconds": 0.0}
+        if config.student.design.learns(k):
+            cost = self._train(module, config, k, steps, budget, previous)
+        module.model.save_pretrained(folder)
+        return cost
+
+    def _train(
+        self,
+        module: StudentStep,
+        config: Config,
+        k: int,
+        steps: int | None,
+        budget: float | None,
+        previous: Path | None,
+    ) -> dict[str, Any]:
+        ar = config.targets == "ar" or previous is None or k == 1
+        job = RolloutJob(
+            self.trial.teacher if ar else str(previous),
+            ar,
+            k,
+            config.rollout.windows,
+            config.seed,
+            f"k{k}",
+            config.student.design,
+            config.rollout.top_m if config.loss == "soft" else None,
+            config.rollout.batch,
+            threads=1,
+        )
+        actor = RolloutActor(job)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        train = config.train
+        optimizer = torch.optim.AdamW(
+            trained, lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay
+        )
+        average = [p.detach().clone() for p in trained]
+        step_flops = self._count(module, actor, train, k)
+        if steps is None:
+            assert budget is not None
+            steps = max(1, round((budget - self.spent) / step_flops))
+        started = time.monotonic()
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, train.lr, train.warmup, train.schedule)
+            own = own_share(step, dataclasses.replace(train, steps=steps))
+            sums = module(to_batch(self._rows(actor, train.batch, step), "cpu", derive_key(config.seed, k, "own"), own))
+            optimizer.zero_grad()
+            (sums.loss / sums.tokens).backward()
+            torch.nn.utils.clip_grad_norm_(trained, train.clip)
+            optimizer.step()
+            with torch.no_grad():
+                for mean, parameter in zip(average, trained, strict=True):
+                    mean.lerp_(parameter, 1 - min(train.ema, (1 + step) / (10 + step)))
+            if step % 200 == 199:
+                print(
+                    f"{self.trial.variant.name}  k{k}  {step + 1}/{steps}  loss {sums.loss / sums.tokens:.3f}",
+                    flush=True,
+                )
+        with torch.no_grad():
+            for mean, parameter in zip(average, trained, strict=True):
+                parameter.copy_(mean)
+        self.spent += steps * step_flops
+        return {
+            "flops": steps * step_flops,
+            "steps": steps,
+            "seconds": time.monotonic() - started,
+            "trained_parameters": sum(p.numel() for p in trained),
+        }
+
+    def _rows(self, actor: RolloutActor, batch: int, step: int) -> pa.Table:
+        return actor(self.store.read(StepPlan(batch, 1, step + 1, step, 1).positions(0)))
+
+    def _count(self, module: StudentStep, actor: RolloutActor, train: Any, k: int) -> float:
+        """FLOPs of one step, rollouts included, of which own windows count by their share."""
+        with flop_counter() as rollouts:
+            rows = self._rows(actor, train.batch, 0)
+
+        def flops(own: float) -> float:
+            with flop_counter() as counter:
+                sums = module(to_batch(rows, "cpu", 0, own))
+                sums.loss.backward()
+            module.zero_grad()
+            return counter.get_total_flops()
+
+        later = (1 - train.own_from) if train.own_windows else 0.0
+        return (
+            rollouts.get_total_flops() + (1 - later) * flops(0.0) + (later * flops(train.own_windows) if later else 0)
+        )
+
+
+def run_trial(trial: Trial) -> dict[str, Any]:
+    """Train a trial's stages and measure each k."""
+    torch.set_num_threads(1)
+    file = Path(trial.folder, "result.json")
+    if file.is_file():
+        return json.loads(file.read_text())
+    student = Student(trial)
+    teacher = load_ar(trial.teacher)
+    previous: Path | None = None
+    result: dict[str, Any] = {"variant": trial.variant.name, "seed": trial.config.seed, "k": {}}
+    for k in trial.config.ks():
+        fixed = trial.config.stage(f"k{k}").train.steps if not trial.budgets else None
+        cost = student.stage(k, fixed, trial.budgets.get(k), previous)
+        previous = Path(trial.folder, f"k{k}")
+        figures = {"cost": cost, "spent": student.spent}
+        if k in trial.variant.ks:
+            model = PushForwardLM.from_pretrained(previous)
+            figures |= conditional_figures(model, teacher, trial, k) | joint_figures(model, trial, k)
+        result["k"][str(k)] = figures
+    write_json(file, result)
+    return result
+
+
+def heldout_windows(trial: Trial, k: int, blocks: int = 64, windows: int = 16) -> list[Windows]:
+    """Held-out windows with noise, the same for every variant and seed."""
+    store = TokenStore(trial.heldout, 0)
+    rows = store.read(np.arange(blocks))
+    seq = torch.from_numpy(rows["seq"].to_numpy().copy())
+    tokens = torch.from_numpy(to_numpy(rows["tokens"]).astype(np.int64))
+    anchors = sample_anchors(derive_key(0, "compare", "anchors"), seq, tokens.shape[1], windows)
+    noise = window_noise(derive_key(0, "compare", "noise"), seq, anchors, k)
+    whole = Windows(tokens, anchors, noise, torch.ones(len(seq)))
+    return [whole.rows(torch.arange(i, i + 16)) for i in range(0, blocks, 16)]
+
+
+@torch.inference_mode()
+def conditional_figures(model: PushForwardLM, teacher: Any, trial: Trial, k: int) -> dict[str, Any]:
+    """KL and target NLL by offset along the teacher's tokens; match under each coupling; what a shortlist loses."""
+    design = model.config.design
+    names = list(COUPLINGS) if design.conditional else [design.coupling]
+    kl, nll, tail = [], [], []
+    match: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    for windows in heldout_windows(trial, k):
+        context = read_context(teacher, windows.context_BN)
+        for name in names:
+            theirs = ARTeacher(teacher, COUPLINGS[name]).rollout(windows)
+            model.readout.coupling = COUPLINGS[name]
+            drawn = model.draw(windows)
+            match[name].append((drawn.tokens_BWK == theirs).flatten(0, 1))
+        logp = ar_block_logits(teacher, context, windows.anchors_BW, theirs).log_softmax(-1)
+        scores = model.scores(windows, theirs)
+        nll.append(-scores.logits_BWKV.log_softmax(-1).gather(-1, theirs[..., None])[..., 0].flatten(0, 1))
+        if design.conditional:
+            kl.append(soft_target_kl(scores.logits_BWKV, SoftTargets(logp)).flatten(0, 1))
+        if design.sequential.shortlist:
+            best = scores.side[-1].topk(design.sequential.shortlist, dim=-1).indices
+            tail.append(1 - logp[:, :, 1:].exp().gather(-1, best).sum(-1).flatten(0, 1))
+    hits = {name: torch.cat(parts).float() for name, parts in match.items()}
+    figures: dict[str, Any] = {
+        "target_nll": torch.cat(nll).mean(0).tolist(),
+        "match": {name: hit.mean(0).tolist() for name, hit in hits.items()},
+        "block_match": {name: hit.prod(1).mean().item() for name, hit in hits.items()},
+    }
+    if kl:
+        figures["kl"] = torch.cat(kl).mean(0).tolist()
+    if tail:
+        figures["shortlist_tail"] = torch.cat(tail).mean(0).tolist()
+    return figures
+
+
+def joint_contexts(trial: Trial) -> torch.Tensor:
+    """Held-out contexts whose next tokens are sampled, (CONTEXTS, N): the same for every variant."""
+    rows = TokenStore(trial.heldout, 0).read(np.arange(CONTEXTS) + 1000)
+    return torch.from_numpy(to_numpy(rows["tokens"]).astype(np.int64))
+
+
+def teacher_samples(trial: Trial) -> list[dict[str, torch.Tensor]]:
+    """For each context two samples of the teacher's next tokens; made once and kept."""
+    file = Path(trial.references, "teacher-samples.pt")
+    if not file.is_file():
+        torch.set_num_threads(1)
+        teacher = ARTeacher(load_ar(trial.teacher), COUPLINGS["inverse_cdf"])
+        keys = {name: derive_key(0, "compare", name) for name in ("one", "two")}
+        longest = max(BUCKETS)
+        made = [
+            {name: sample_blocks(teacher.rollout, context, longest, SAMPLES, key) for name, key in keys.items()}
+            for context in joint_contexts(trial)
+        ]
+        partial = file.with_suffix(".partial")
+        torch.save(made, partial)
+        partial.rename(file)
+    return torch.load(file)
+
+
+@torch.inference_mode()
+def joint_figures(model: PushForwardLM, trial: Trial, k: int) -> dict[str, Any]:
+    """Joint total variation and entropy on fixed contexts, with floor, independent line and the teacher's entropy."""
+    figures: dict[str, list[float]] = {n: [] for n in ("tv", "floor", "independent", "entropy", "teacher_entropy")}
+    key = derive_key(trial.config.seed, "compare", "student")
+    for context, teacher in zip(joint_contexts(trial), teacher_samples(trial), strict=True):
+        one, two = teacher["one"][:, :k], teacher["two"][:, :k]
+        mine = sample_blocks(lambda w: model.draw(w).tokens_BWK, context, k, SAMPLES, key)
+        figures["tv"].append(joint_tv(mine, one, BUCKETS[k]))
+        figures["floor"].append(joint_tv(two, one, BUCKETS[k]))
+        figures["independent"].append(joint_tv(independent(two, 0), one, BUCKETS[k]))
+        figures["entropy"].append(position_entropy(mine))
+        figures["teacher_entropy"].append(position_entropy(one))
+    return {name: statistics.mean(values) for name, values in figures.items()}
+
+
+def trial_of(variant: Variant, seed: int, share: float, common: dict[str, str], words: list[str], root: Path) -> Trial:
+    """A variant's config with a seed; `share` scales the paper's steps, and with them every budget."""
+    config = dataclasses.replace(recipe(variant.recipe), seed=seed)
+    for name, value in variant.words.items():
+        config = override(config, name, value)
+    for word in words:
+        name, _, value = word.partition("=")
+        config = override(config, name, value)
+    if variant.recipe == "paper":
+        for k in config.ks():
+            steps = config.stage(f"k{k}").train.steps
+            config = override(config, f"stages.k{k}.train.steps", max(1, round(share * steps)))
+    validate(dataclasses.replace(config, output_dir=str(root / "none")))
+    name = fingerprint(config, share, common["teacher_id"], variant.early)
+    folder = root / "trials" / f"{variant.name.replace(' ', '-').replace(':', '')}-s{seed}-{name}"
+    return Trial(variant, config, common["teacher"], common["train"], common["heldout"], str(folder), {}, str(root))
+
+
+def with_budgets(trial: Trial, paper: dict[str, Any]) -> Trial:
+    """The same trial, to spend what the paper's recipe has spent at each k (k = 8 spends as much again as k = 4)."""
+    spent = {int(k): figures["spent"] for k, figures in paper["k"].items()}
+    spent[8] = 2 * spent[4] - spent[2]
+    if trial.variant.early is not None:
+        spent[2] = trial.variant.early * spent[4]
+    return dataclasses.replace(trial, budgets=spent)
+
+
+def run_all(trials: list[Trial]) -> list[dict[str, Any]]:
+    """All trials as cluster tasks of one CPU, with a line for each that ends."""
+    import ray
+
+    task = ray.remote(num_cpus=1, max_retries=1)(run_trial)
+    waiting = {task.remote(trial): trial for trial in trials}
+    order, results = list(waiting), {}
+    while waiting:
+        done, _ = ray.wait(list(waiting))
+        trial = waiting.pop(done[0])
+        results[done[0]] = ray.get(done[0])
+        say(f"{trial.variant.name}, seed {trial.config.seed}: done, {len(waiting)} to go")
+    return [results[ref] for ref in order]
+
+
+def mean(results: list[dict[str, Any]], k: int, *path: Any) -> tuple[float, float] | None:
+    """(mean, half range) of a figure over seeds, or None where it does not exist."""
+    values = []
+    for result in results:
+        value: Any = result["k"].get(str(k), {})
+        for key in path:
+            if isinstance(value, dict):
+                value = value.get(key)
+            elif isinstance(value, list):
+                value = value[key] if key < len(value) else None
+        if value is None or isinstance(value, dict | list):
+            return None
+        values.append(value)
+    return statistics.mean(values), (max(values) - min(values)) / 2
+
+
+def cell(figure: tuple[float, float] | None, digits: int = 3) -> str:
+    """A mean with its half range over seeds, or a dash."""
+    if figure is None:
+        return "–"
+    middle, half = figure
+    return f"{middle:.{digits}f}" + (f" ± {half:.{digits}f}" if half else "")
+
+
+def table(by_name: dict[str, list[dict[str, Any]]], k: int) -> str:
+    """The table of one k."""
+    lines = [
+        f"| k = {k} | seeds | PFLOP | TV (floor, independent) | entropy (teacher) | KL by offset | "
+        "match, inverse CDF: by offset, block | match, Gumbel: by offset, block | trained parameters |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, results in by_name.items():
+        if mean(results, k, "tv") is None:
+            continue
+        kl = " ".join(cell(mean(results, k, "kl", j)) for j in range(1, k)) if mean(results, k, "kl", 0) else "–"
+
+        def matches(coupling: str, results: list[dict[str, Any]] = results) -> str:
+            if mean(results, k, "block_match", coupling) is None:
+                return "–"
+            offsets = " ".join(f"{m[0]:.2f}" for j in range(k) if (m := mean(results, k, "match", coupling, j)))
+            return f"{offsets}, {cell(mean(results, k, 'block_match', coupling))}"
+
+        flops = mean(results, k, "spent")
+        assert flops is not None
+        lines.append(
+            f"| {name} | {len(results)} | {flops[0] / 1e15:.3f} | "
+            f"{cell(mean(results, k, 'tv'))} ({cell(mean(results, k, 'floor'))}, {cell(mean(results, k, 'independent'))}) | "
+            f"{cell(mean(results, k, 'entropy'), 2)} ({cell(mean(results, k, 'teacher_entropy'), 2)}) | {kl} | "
+            f"{matches('inverse_cdf')} | {matches('gumbel')} | {results[0]['k'][str(k)]['cost']['trained_parameters']:,} |"
+        )
+    return "\n".join(lines)
+
+
+def run(only: list[str] | None, seeds: int, share: float, words: list[str]) -> dict[str, Any]:
+    """Teacher, trials, table."""
+    config = override(recipe("paper"), "output_dir", "runs/compare")
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in ("output_dir", "data.cache_dir", "tracking.uri"):
+            config = override(config, name, value)
+    words = [word for word in words if word.partition("=")[0] not in ("output_dir", "data.cache_dir", "tracking.uri")]
+    validate(config)
+    chosen = [v for v in variants() if only is None or v.name in only or v.name == "paper"]
+    with locked(config), connected(config):
+        with Pipeline(config) as pipeline:
+            prepared = pipeline.prepare()
+            teacher = pipeline.teacher(prepared)
+        folders = {name: str(prepared.split(name)) for name in ("train", "heldout")}
+        common = {"teacher": str(teacher.folder), "teacher_id": teacher.fingerprint, **folders}
+        first = trial_of(chosen[0], 0, share, common, words, config.root)
+        import ray
+
+        ray.get(ray.remote(num_cpus=1)(teacher_samples).remote(first))
+        paper = run_all([first])[0]
+        trials = [first]
+        for variant in chosen:
+            for seed in range(seeds):
+                trial = trial_of(variant, seed, share, common, words, config.root)
+                trials.append(trial if variant.name == "paper" else with_budgets(trial, paper))
+        results = run_all(trials)[1:]
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        by_name.setdefault(result["variant"], []).append(result)
+    write_json(config.root / "compare.json", by_name)
+    text = "\n\n".join(table(by_name, k) for k in (2, 4, 8))
+    (config.root / "compare.md").write_text(text + "\n")
+    print(text)
+    return {"path": str(config.root / "compare.json"), "trials": len(results)}
+
+
+def main() -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="NAMES", help="variants, separated by semicolons; the paper's always runs")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds of each variant (default 1)")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="share of the paper recipe's steps to spend (default 1)"
+    )
+    parser.add_argument("words", nargs="*", metavar="section.field=value", help="for every variant")
+    options = parser.parse_intermixed_args()
+    try:
+        record = run(options.only.split(";") if options.only else None, options.seeds, options.share, options.words)
+    except (ConfigError, StageError) as error:
+        sys.exit(f"error: {error}")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
