@@ -125,10 +125,13 @@ class PushForwardLM(nn.Module):
         self._check_k(windows.k)
         return self.readout.scores(self.backbone, windows, tokens_BWK, context)
 
-    def draw(self, windows: Windows) -> Draw:
-        """One step of decoding: the tokens that the windows' noise maps to."""
+    def draw(self, windows: Windows, context: Context | None = None) -> Draw:
+        """One step of decoding: the tokens that the windows' noise maps to.
+
+        With the `context` of what was read before and the tokens since as `windows.prefix_BWP`, this is a cached step.
+        """
         self._check_k(windows.k)
-        return self.readout.draw(self.backbone, windows)
+        return self.readout.draw(self.backbone, windows, context)
 
     def forward(self, context_ids: Tensor, noise: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
         """Next-k-token logits: (B, N) int64 context and (B, K) noise, K ≤ k, → (B, K, V).

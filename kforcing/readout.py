@@ -58,7 +58,7 @@ class Readout(nn.Module):
         """(..., V) logits of `scores` and their (...) noise → (...) tokens."""
 
     @abstractmethod
-    def draw(self, backbone: PreTrainedModel, windows: Windows) -> Draw:
+    def draw(self, backbone: PreTrainedModel, windows: Windows, context: Context | None = None) -> Draw:
         """One step of decoding: the tokens that the windows' noise maps to."""
 
     @abstractmethod
@@ -144,7 +144,7 @@ class ArgmaxReadout(Readout):
         """p_j(· | context, z_1 … z_j): the tokens do not matter here."""
         return BlockScores(self._logits(backbone, windows, context))
 
-    def _logits(self, backbone: PreTrainedModel, windows: Windows, context: Context | None = None) -> Tensor:
+    def _logits(self, backbone: PreTrainedModel, windows: Windows, context: Context | None) -> Tensor:
         context = context or read_context(backbone, windows.context_BN)
         noise_BWK = windows.noise_BWK
         block = self.noise_encoder(noise_BWK, windows.temperature_B[:, None, None].expand_as(noise_BWK))
@@ -157,9 +157,9 @@ class ArgmaxReadout(Readout):
         """The likeliest token; the noise has done its work inside the network."""
         return logits.argmax(dim=-1)
 
-    def draw(self, backbone: PreTrainedModel, windows: Windows) -> Draw:
+    def draw(self, backbone: PreTrainedModel, windows: Windows, context: Context | None = None) -> Draw:
         """All k tokens from one pass."""
-        logits_BWKV = self._logits(backbone, windows)
+        logits_BWKV = self._logits(backbone, windows, context)
         return Draw(logits_BWKV.argmax(dim=-1), logits_BWKV)
 
     def grow(self, k: int) -> None:

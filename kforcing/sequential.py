@@ -150,12 +150,14 @@ class SequentialReadout(Readout):
             )
         if config.hints != "none":
             self.layers = hint_stack(backbone.base_model, config)
-            self.queries = nn.Parameter(torch.randn(max(k - 1, 1), width) * embeddings(backbone).weight.std().item())
+            self.queries = nn.Embedding(max(k - 1, 1), width)
+            nn.init.normal_(self.queries.weight, std=embeddings(backbone).weight.std().item())
         if config.draft == "bigram":
             self.bigram = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
         self.token_norm = nn.LayerNorm(width)
         self.entry = nn.Linear(3 * width, width)
-        self.positions = nn.Parameter(torch.randn(k, width) * 0.02)
+        self.positions = nn.Embedding(k, width)
+        nn.init.normal_(self.positions.weight, std=0.02)
         self.block = HeadBlock(width, backbone.config.num_attention_heads)
         self.norm = nn.LayerNorm(width)
         self.correct = nn.Linear(width, width)
@@ -167,10 +169,9 @@ class SequentialReadout(Readout):
 
     def grow(self, k: int) -> None:
         """New hints and places in the block begin as the last known ones."""
-        with torch.no_grad():
-            self.positions = nn.Parameter(_extended(self.positions, k))
-            if self.config.hints != "none":
-                self.queries = nn.Parameter(_extended(self.queries, max(k - 1, 1)))
+        self.positions = _extended(self.positions, k)
+        if self.config.hints != "none":
+            self.queries = _extended(self.queries, max(k - 1, 1))
 
     def pick(self, logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
         """The coupled draw."""
@@ -192,9 +193,9 @@ class SequentialReadout(Readout):
         logits = lm_head(backbone, hints_BWHD + corrections_BWHD)
         return BlockScores(torch.cat([first_BW1V, logits], dim=2), side)
 
-    def draw(self, backbone: PreTrainedModel, windows: Windows) -> Draw:
+    def draw(self, backbone: PreTrainedModel, windows: Windows, context: Context | None = None) -> Draw:
         """Token 1 from the trunk, then K−1 turns of the head."""
-        trunk_BWD, reader = self._trunk(backbone, windows, None)
+        trunk_BWD, reader = self._trunk(backbone, windows, context)
         logits = [lm_head(backbone, trunk_BWD)]
         tokens = [self._pick_at(logits[0], windows, 0)]
         if windows.k > 1:
@@ -251,7 +252,8 @@ class SequentialReadout(Readout):
         """States (B, W, H, D) that stand for the block before its tokens are known."""
         if self.config.hints == "none":
             return trunk_BWD[:, :, None].expand(-1, -1, k - 1, -1)
-        inputs = self.queries[: k - 1].expand(*trunk_BWD.shape[:2], -1, -1)
+        numbers_H = torch.arange(k - 1, device=trunk_BWD.device)
+        inputs = self.queries(numbers_H).expand(*trunk_BWD.shape[:2], -1, -1)
         if drafts:
             seen = embeddings(backbone)(torch.stack(drafts, dim=2))
             inputs = inputs + nn.functional.pad(seen, (0, 0, 0, k - 1 - len(drafts)))
@@ -270,7 +272,7 @@ class SequentialReadout(Readout):
         before_BWLD = torch.zeros_like(hints_BWLD) if before_BWLD is None else self.token_norm(before_BWLD)
         trunk_BWLD = trunk_BWD[:, :, None].expand(-1, -1, L, -1)
         x = self.entry(torch.cat([trunk_BWLD, hints_BWLD, before_BWLD], dim=-1))
-        x = x + self.positions[first + 1 : first + 1 + L]
+        x = x + self.positions(torch.arange(first + 1, first + 1 + L, device=x.device))
         x, past = self.block(x.reshape(B * W, L, D), past)
         return self.correct(self.norm(x)).view(B, W, L, D), past
 
@@ -282,6 +284,8 @@ class SequentialReadout(Readout):
         return torch.full_like(parallel, -torch.inf).scatter(-1, ids, corrected)
 
 
-def _extended(rows: Tensor, n: int) -> Tensor:
+def _extended(table: nn.Embedding, n: int) -> nn.Embedding:
     """The first n rows, with the last repeated as often as rows are missing."""
-    return torch.cat([rows, rows[-1:].expand(max(0, n - len(rows)), -1)])[:n].clone()
+    rows = table.weight.detach()
+    rows = torch.cat([rows, rows[-1:].expand(max(0, n - len(rows)), -1)])[:n]
+    return nn.Embedding.from_pretrained(rows.clone(), freeze=False)

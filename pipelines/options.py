@@ -64,6 +64,8 @@ def validate(config: Config) -> None:
         _check_train("teacher.train", config.teacher.train)
     for name in known:
         stage = config.stage(name)
+        if not config.student.design.learns(int(name[1:])):
+            continue
         _check_train(f"{name}: train", stage.train)
         _check_targets(name, stage)
         if not 1 <= stage.rollout.windows <= config.data.block:
@@ -160,14 +162,20 @@ def _check_data(config: Config) -> None:
 def _check_teacher(config: Config) -> None:
     teacher = config.teacher
     if teacher.path is None:
-        limits: tuple[int | None, int | None] = (teacher.max_positions, None)
+        limits: tuple[int | None, int | None, int | None] = (teacher.max_positions, None, teacher.layers)
         if teacher.hidden % teacher.heads or teacher.hidden // teacher.heads % 2:
             raise ConfigError(
                 f"teacher.hidden={teacher.hidden} must be an even multiple of teacher.heads={teacher.heads} (rotary halves)"
             )
     else:
         limits = _limits(teacher.path, teacher.gguf_file)
-    positions, vocabulary = limits
+    positions, vocabulary, layers = limits
+    wanted = config.student.design.sequential.hint_layers
+    if config.student.design.conditional and layers is not None and wanted > layers:
+        raise ConfigError(
+            f"student.design.sequential.hint_layers={wanted}: the teacher has {layers} layers; choose 1 to {layers}, or 0 "
+            "for all"
+        )
     path, gguf_file = tokenizer_source(config)
     if path is not None:
         try:
@@ -198,8 +206,8 @@ def _check_teacher(config: Config) -> None:
         )
 
 
-def _limits(path: str, gguf_file: str | None) -> tuple[int | None, int | None]:
-    """(longest context, vocabulary) of a Hugging Face model, from its config alone."""
+def _limits(path: str, gguf_file: str | None) -> tuple[int | None, int | None, int | None]:
+    """(longest context, vocabulary, layers) of a Hugging Face model, from its config alone."""
     try:
         extra = {"gguf_file": gguf_file} if gguf_file else {}
         config = AutoConfig.from_pretrained(path, **extra)
@@ -209,7 +217,8 @@ def _limits(path: str, gguf_file: str | None) -> tuple[int | None, int | None]:
             f"teacher.path={path}: no causal LM there ({kind}; {_first_line(error)}). Give a folder with config.json and "
             "weights, or a hub id this machine can reach"
         ) from None
-    return getattr(config, "max_position_embeddings", None), getattr(config, "vocab_size", None)
+    positions, vocabulary = getattr(config, "max_position_embeddings", None), getattr(config, "vocab_size", None)
+    return positions, vocabulary, getattr(config, "num_hidden_layers", None)
 
 
 def _first_line(error: Exception) -> str:

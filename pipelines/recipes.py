@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable
+from typing import Any
 
-from kforcing.model import Design, NoiseConfig
+from kforcing.model import Design, NoiseConfig, SequentialConfig
 from pipelines.config import (
     Config,
     ConfigError,
@@ -20,22 +21,26 @@ from pipelines.config import (
 )
 
 
+def sequential(config: Config, **parts: Any) -> Config:
+    """A config turned to the sequential recipe: exact AR trunk, parallel hints, a small head, soft AR targets."""
+    design = Design("sequential", "gumbel", sequential=SequentialConfig(**parts))
+    student = dataclasses.replace(config.student, design=design)
+    return dataclasses.replace(config, targets="ar", loss="soft", student=student)
+
+
 def smoke() -> Config:
     """Every moving part in minutes on two cores: a tiny model, few steps, figures without meaning."""
     train = TrainConfig(steps=24, batch=8, micro_batch=4, warmup=4, checkpoint_every=8, log_every=4, lr=2e-3)
-    return Config(
+    config = Config(
         "smoke",
         data=DataConfig(max_docs=64, docs_per_shard=8, block=32, heldout_fraction=0.1),
         tokenizer=TokenizerConfig(vocab_size=300, sample_chars=1_000_000),
         teacher=TeacherConfig(hidden=32, layers=2, heads=2, mlp=64, train=train),
-        student=StudentConfig(k=4),
         rollout=RolloutConfig(windows=8, batch=8),
         train=train,
         eval=EvalConfig(blocks=32, windows=8, bootstrap=200, prompt_tokens=8, new_tokens=16),
     )
-
-
-SEQUENTIAL = Design("sequential", "gumbel")
+    return sequential(config)
 
 
 def _two_cores(name: str) -> Config:
@@ -50,9 +55,7 @@ def _two_cores(name: str) -> Config:
 
 def quickstart() -> Config:
     """A readable result in 20 minutes on two cores and no GPU, by the sequential recipe."""
-    return dataclasses.replace(
-        _two_cores("quickstart"), targets="ar", loss="soft", student=StudentConfig(design=SEQUENTIAL)
-    )
+    return sequential(_two_cores("quickstart"))
 
 
 def paper() -> Config:
@@ -122,7 +125,7 @@ def hf() -> Config:
         checkpoint_every=1_000,
         log_every=50,
     )
-    return Config(
+    config = Config(
         "hf",
         data=DataConfig(block=512, docs_per_shard=256),
         teacher=TeacherConfig(path="HuggingFaceTB/SmolLM2-135M"),
@@ -130,6 +133,7 @@ def hf() -> Config:
         train=train,
         eval=EvalConfig(blocks=512, gpus_per_actor=1),
     )
+    return sequential(config)
 
 
 RECIPES: dict[str, Callable[[], Config]] = {r.__name__: r for r in (smoke, quickstart, paper, lm1b, owt, hf)}

@@ -165,14 +165,12 @@ def optimizer_step(engine: Any, micro_batches: Sequence[TokenBatch | WindowBatch
 def reduce_sums(sums: LossSums) -> dict[str, Any]:
     """Means over all ranks: loss, per-offset NLL and match, block match, target tokens."""
     K = len(sums.nll_K)
-    packed = torch.cat(
-        [sums.nll_K, sums.match_K, sums.block[None], torch.tensor([float(sums.windows)], device=sums.nll_K.device)]
-    ).double()
+    scalars = torch.stack([sums.block, sums.loss.detach(), torch.full_like(sums.block, float(sums.windows))])
+    packed = torch.cat([sums.nll_K, sums.match_K, scalars]).double()
     dist.all_reduce(packed)
-    values = packed.tolist()
-    windows = values[-1]
+    *values, loss, windows = packed.tolist()
     return {
-        "loss": sum(values[:K]) / (windows * K),
+        "loss": loss / (windows * K),
         "nll": [v / windows for v in values[:K]],
         "match": [v / windows for v in values[K : 2 * K]],
         "block_match": values[2 * K] / windows,

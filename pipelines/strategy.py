@@ -125,7 +125,8 @@ class MovingAverage:
 def save_checkpoint(engine: Any, average: MovingAverage | None, folder: Path, step: int) -> None:
     """Write a checkpoint from all ranks; `latest.json` then names it atomically, and older ones go."""
     tag = f"step-{step:08d}"
-    engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    # Frozen weights are those every stage begins with: a checkpoint neither holds nor restores them.
+    engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
     if average:
         save_file(average.average, folder / tag / f"average-{dist.get_rank()}.safetensors")
     dist.barrier()
@@ -151,7 +152,7 @@ def load_checkpoint(engine: Any, average: MovingAverage | None, folder: Path) ->
     tag = latest["tag"]
     if latest["world_size"] != dist.get_world_size():
         tag = _universal(folder, tag)
-    loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
+    loaded, _ = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
     assert loaded is not None, f"DeepSpeed found no checkpoint {tag} in {folder}"
     if average:
         average.load(folder / latest["tag"], latest["world_size"])

@@ -48,9 +48,9 @@ def test_mistakes_name_the_key_and_the_nearest_one(word, message):
 
 
 def test_a_stage_has_its_own_exceptions():
-    config = apply(recipe("smoke"), {}, ["stages.k2.train.steps=5", "stages.k2.targets=ar", "train.steps=9"])
-    assert (config.stage("k2").train.steps, config.stage("k2").targets) == (5, "ar")
-    assert (config.stage("k4").train.steps, config.stage("k4").targets) == (9, "self")
+    config = apply(recipe("smoke"), {}, ["stages.k2.train.steps=5", "stages.k2.targets=self", "train.steps=9"])
+    assert (config.stage("k2").train.steps, config.stage("k2").targets) == (5, "self")
+    assert (config.stage("k4").train.steps, config.stage("k4").targets) == (9, "ar")
 
 
 def test_a_config_file_may_hold_exceptions_too(tmp_path):

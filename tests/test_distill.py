@@ -77,6 +77,19 @@ def test_every_stage_leaves_a_loadable_model_and_the_report_says_so(smoke):
     assert len(report(run)["samples"]) == 3
 
 
+def test_the_teacher_is_inside_every_student(smoke):
+    """k = 1 is the teacher without training, and later stages leave its weights alone."""
+    run, done = smoke
+    assert "k1  is the teacher itself: nothing to train" in done.stdout
+    stages = report(run)["stages"]
+    assert stages[0]["match"][0]["value"] == 1.0
+    assert all(s["match"][0]["value"] > 0.999 for s in stages)
+    teacher = load_file(run / "teacher" / "model.safetensors")
+    for name in ("k1", "k2", "k4"):
+        student = load_file(run / name / "model.safetensors")
+        assert all(torch.equal(student[f"backbone.{n}"], w) for n, w in teacher.items())
+
+
 def test_progress_is_one_readable_line_and_ray_is_quiet(smoke):
     _, done = smoke
     line = r"k4       step 24/24  loss \d+\.\d+  match( \d\.\d\d){4}  [\d,]+ tokens/s  data wait \d+%  ETA 0:00"
@@ -104,11 +117,11 @@ def test_mlflow_holds_a_parent_and_comparable_children(smoke):
         "train/data_wait",
         "tokens_seen",
     }
-    for name, child in children.items():
-        assert common <= set(child.data.metrics), name
-        steps = [m.step for m in client.get_metric_history(child.info.run_id, "train/loss")]
+    for name in ("teacher", "k2", "k4"):
+        assert common <= set(children[name].data.metrics), name
+        steps = [m.step for m in client.get_metric_history(children[name].info.run_id, "train/loss")]
         assert sorted(set(steps)) == [4, 8, 12, 16, 20, 24]
-    assert "eval/block_match" in children["k4"].data.metrics
+    assert all("eval/block_match" in children[f"k{k}"].data.metrics for k in (1, 2, 4))
     for k in (1, 2, 4):
         version = client.get_model_version_by_alias("kforcing-smoke", f"k{k}")
         assert version.run_id == children[f"k{k}"].info.run_id
@@ -162,10 +175,15 @@ def test_a_killed_run_continues_to_the_same_figures(smoke, tmp_path):
 
 
 def test_a_changed_stage_reruns_alone_and_the_old_one_is_kept(smoke):
-    """k4 again, with the AR teacher's targets and cached rollouts."""
+    """k4 again: cached rollouts without labels, and windows of the student's own."""
     run, _ = smoke
     before = {name: (run / name / "model.safetensors").stat().st_mtime_ns for name in ("teacher", "k1", "k2")}
-    change = ("stages.k4.targets=ar", "stages.k4.rollout.cache=true", "stages.k4.train.steps=12")
+    change = (
+        "stages.k4.rollout.top_m=none",
+        "stages.k4.rollout.cache=true",
+        "stages.k4.train.own_windows=0.5",
+        "stages.k4.train.steps=12",
+    )
     done = distill("--recipe", "smoke", "output_dir=runs/smoke", *change, cwd=run.parent.parent)
     assert "k2  finished before, skipped" in done.stdout
     assert "k4       step 12/12" in done.stdout
@@ -193,11 +211,15 @@ def hf_teacher(tmp_path):
     return tmp_path / "teacher"
 
 
-def test_a_given_teacher_and_jsonl_corpus_with_tracking_unreachable(hf_teacher, tmp_path):
+def test_the_papers_recipe_on_a_given_teacher_and_jsonl_corpus_with_tracking_unreachable(hf_teacher, tmp_path):
     lines = [json.dumps({"body": f"Document {i}. " + "The state of the union is strong. " * 20}) for i in range(60)]
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
     words = [
         "--recipe=smoke",
+        "student.design.readout=argmax",
+        "student.design.coupling=inverse_cdf",
+        "targets=self",
+        "loss=hard",
         f"teacher.path={hf_teacher}",
         "data.source=corpus.jsonl",
         "data.text_column=body",
@@ -213,7 +235,7 @@ def test_a_given_teacher_and_jsonl_corpus_with_tracking_unreachable(hf_teacher, 
     assert [s["k"] for s in report(tmp_path / "run")["stages"]] == [1, 2]
     student = PushForwardLM.from_pretrained(tmp_path / "run" / "k2")
     assert student.backbone.config.model_type == "qwen2"
-    assert student.config.noise.temperature_min == 0.7
+    assert student.config.design.noise.temperature_min == 0.7
     events = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert any(e.get("event") == "train" and e["stage"] == "k2" and e["step"] == 8 for e in events)
 

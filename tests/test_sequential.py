@@ -109,7 +109,7 @@ def test_committed_tokens_are_context():
 def test_new_hint_layers_are_the_trunks(backbone, hints):
     """A hint that carries token 1 and no query is the AR model's own state for token 2."""
     student = make_sequential(backbone, hints=hints, draft="first")
-    torch.nn.init.zeros_(student.readout.queries)
+    torch.nn.init.zeros_(student.readout.queries.weight)
     student.readout.start(backbone)
     w = windows(K=2)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from kforcing.staircase import Windows
 from pipelines import strategy
 from pipelines.config import TrainConfig
 from pipelines.step import StudentStep, WindowBatch, learning_rate, optimizer_step, reduce_sums
-from tests.conftest import VOCAB, make_backbone
+from tests.conftest import VOCAB, make_backbone, make_sequential
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.cluster
@@ -25,6 +25,12 @@ def step_module():
     for parameter in student.readout.parameters():
         parameter.data.normal_(0, 0.1)
     return StudentStep(student).eval()
+
+
+def sequential_module():
+    """A sequential student with a frozen trunk, whose labels come from that trunk."""
+    torch.manual_seed(1)
+    return StudentStep(make_sequential(make_backbone(scale=2.0), k=2, hint_layers=1), "soft")
 
 
 def windows(step, rows, n_windows):
@@ -51,9 +57,9 @@ def uneven_micro_batches(step, rank, world):
     return [windows(step, rows, 3) for rows in parts[rank * 4 // world : (rank + 1) * 4 // world]]
 
 
-def train(rank, world, out, zero_stage, deal, steps=3, resume_at=None, precision="fp32"):
+def train(rank, world, out, zero_stage, deal, steps=3, resume_at=None, precision="fp32", module=step_module):
     config = dataclasses.replace(TRAIN, zero_stage=zero_stage, workers=world, precision=precision)
-    engine = strategy.build_engine(step_module(), config, out / "checkpoints")
+    engine = strategy.build_engine(module(), config, out / "checkpoints")
     average = strategy.MovingAverage(engine, config.ema)
     start = strategy.load_checkpoint(engine, average, out / "checkpoints")
     assert start == (resume_at or 0)
@@ -87,9 +93,13 @@ class _Call:
 @pytest.fixture(scope="module")
 def plain():
     """Three steps of plain torch AdamW on the whole batch, with the moving average."""
-    module = step_module()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1, betas=(0.9, 0.999), eps=1e-6, weight_decay=0)
-    average = {n: p.detach().clone() for n, p in module.named_parameters()}
+    return train_plainly(step_module())
+
+
+def train_plainly(module):
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1, betas=(0.9, 0.999), eps=1e-6, weight_decay=0)
+    average = {n: p.detach().clone() for n, p in trained.items()}
     losses = []
     for step in range(3):
         for group in optimizer.param_groups:
@@ -97,11 +107,11 @@ def plain():
         sums = module(windows(step, range(8), 3))
         optimizer.zero_grad()
         (sums.loss / sums.tokens).backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), TRAIN.clip)
+        torch.nn.utils.clip_grad_norm_(trained.values(), TRAIN.clip)
         optimizer.step()
         losses.append(sums.loss.item() / sums.tokens)
         weight = 1 - min(TRAIN.ema, (1 + step) / (10 + step))
-        for name, parameter in module.named_parameters():
+        for name, parameter in trained.items():
             average[name].lerp_(parameter.detach(), weight)
     return {**average, "losses": torch.tensor(losses)}
 
@@ -134,6 +144,18 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(tmp_path, plain, zero_
     again = run(tmp_path, "resumed", 2, zero_stage, even_micro_batches, steps=3, resume_at=2)
     again["losses"] = torch.cat([plain["losses"][:2], again["losses"]])
     assert_same(again, plain)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_a_frozen_trunk_stays_out_of_training_and_resuming(tmp_path, zero_stage):
+    """Weights that come back are the trained ones, and those of plain torch; 2 ranks, then resumed by 1."""
+    plainly = train_plainly(sequential_module())
+    assert not any("backbone" in name for name in plainly)
+    run(tmp_path, "frozen", 2, zero_stage, even_micro_batches, steps=2, module=sequential_module)
+    options = {"steps": 3, "resume_at": 2, "module": sequential_module}
+    again = run(tmp_path, "frozen", 1, zero_stage, even_micro_batches, **options)
+    again["losses"] = torch.cat([plainly["losses"][:2], again["losses"]])
+    assert_same(again, plainly)
 
 
 def test_bf16_trains_close_to_fp32(tmp_path, plain):
