@@ -40,8 +40,8 @@ class SequentialConfig:
     """How many of the last layers; 0 for all."""
     adapter_rank: int = 16
     """Rank of the additions of `adapter`."""
-    draft: str = "none"
-    """What hint j sees of token j: `none`; `first` (hint 1 carries the token the trunk has just made); or `bigram`
+    draft: str = "first"
+    """What hint j sees of token j: `first` (hint 1 carries the token the trunk has just made), `none`, or `bigram`
     (later hints carry a guess by a bigram model under the same noise, too)."""
     shortlist: int = 0
     """Score hint states against the vocabulary in parallel and let the head re-score only this many best tokens of
@@ -63,7 +63,10 @@ class SequentialConfig:
                 f"adapter_rank={self.adapter_rank} at least 1"
             )
         if self.hints == "none" and (self.draft != "none" or self.shortlist):
-            raise ValueError("a draft and a shortlist need hints: choose hints=copy or hints=adapter")
+            raise ValueError(
+                f"hints=none has nothing to show draft={self.draft} to or to choose a shortlist of {self.shortlist} from; "
+                "set draft=none and shortlist=0, or hints=copy"
+            )
 
 
 class LowRank(nn.Module):

@@ -56,6 +56,8 @@ from pipelines.train import Grown, Wrapped, own_share  # noqa: E402
 BUCKETS = {2: 24, 4: 6, 8: 2}
 CONTEXTS = 10
 SAMPLES = 16_384
+EARLY = 0.15
+"""Share of the budget of k = 4 that the sequential recipe spends on k = 2."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,14 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    """The two recipes, then one change at a time to the second."""
+    """Both recipes, then one change at a time to the sequential one."""
     part = "student.design.sequential."
     changes: dict[str, dict[str, Any]] = {
-        "head alone": {part + "hints": "none"},
+        "head alone": {part + "hints": "none", part + "draft": "none"},
         "hints: 1 layer": {part + "hint_layers": 1},
-        "hints: half": {part + "hint_layers": 2},
+        "hints: half (2 layers)": {part + "hint_layers": 2},
         "hints: adapters": {part + "hints": "adapter"},
-        "hints see token 1": {part + "draft": "first"},
+        "hints see no token": {part + "draft": "none"},
         "hints see a bigram draft": {part + "draft": "bigram"},
         "m = 8": {"rollout.top_m": 8},
         "m = full": {"rollout.top_m": 512},
@@ -87,17 +89,16 @@ def variants() -> list[Variant]:
         "local, own windows": {"rollout.top_m": None, "train.own_windows": 0.5},
         "hard targets": {"loss": "hard"},
         "all weights": {part + "freeze_trunk": False},
-        "shortlist 32": {part + "shortlist": 32},
+        "shortlist of 32": {part + "shortlist": 32},
     }
     return [
         Variant("paper", "paper"),
         Variant("paper, AR targets", "paper", {"targets": "ar"}),
-        Variant("sequential", "quickstart"),
-        *(Variant(name, "quickstart", words) for name, words in changes.items()),
-        Variant("early k = 4", "quickstart", {}, (4,), early=0.15),
-        Variant("token 1, early k = 4", "quickstart", {part + "draft": "first"}, (4,), early=0.15),
-        Variant("bigram, early k = 4", "quickstart", {part + "draft": "bigram"}, (4,), early=0.15),
-        Variant("k = 8", "quickstart", {"student.k": 8}, (2, 4, 8)),
+        Variant("sequential, k = 2", "quickstart", {"student.k": 2}, (2,)),
+        Variant("sequential", "quickstart", ks=(4,), early=EARLY),
+        *(Variant(name, "quickstart", words, (4,), EARLY) for name, words in changes.items()),
+        Variant("long k = 2", "quickstart", ks=(4,)),
+        Variant("k = 8", "quickstart", {"student.k": 8}, (8,), EARLY),
     ]
 
 

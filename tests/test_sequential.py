@@ -13,11 +13,11 @@ from pipelines.step import StudentStep, WindowBatch
 from tests.conftest import VOCAB, make_backbone, make_sequential
 
 PARTS = [
-    {"hints": "none"},
-    {"hints": "copy"},
+    {"hints": "none", "draft": "none"},
+    {"hints": "copy", "draft": "none"},
     {"hints": "copy", "hint_layers": 1},
     {"hints": "adapter"},
-    {"hints": "copy", "draft": "first"},
+    {"hints": "copy"},
     {"hints": "adapter", "hint_layers": 1, "draft": "bigram"},
 ]
 
@@ -255,7 +255,7 @@ def test_saving_loading_and_growing(tmp_path, parts, name):
         (lambda: Design("sequential", sequential=SequentialConfig(hints="all")), "hints=all: choose one of"),
         (lambda: Design("sequential", sequential=SequentialConfig(draft="last")), "draft=last: choose one of"),
         (lambda: Design("sequential", sequential=SequentialConfig(adapter_rank=0)), "adapter_rank=0 at least 1"),
-        (lambda: Design("sequential", sequential=SequentialConfig(hints="none", shortlist=4)), "need hints"),
+        (lambda: Design("sequential", sequential=SequentialConfig(hints="none")), "nothing to show draft=first"),
     ],
 )
 def test_impossible_designs_name_the_value(design, message):
