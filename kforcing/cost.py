@@ -96,8 +96,8 @@ def predicted_step(student: PushForwardLM, k: int) -> StepCost:
     """The same from parameter counts: matrices × positions, attention over the context left out.
 
     Paper's read-out: trunk, noise encoder and head are read once, for 2k, k and k positions. Sequential: the trunk once
-    for k positions, hint layers once for k − 1, the head's block at each of its k turns, and the LM head at each token,
-    or twice and m rows a token with a shortlist of m.
+    for k positions, hint layers once for k − 1, the head's block at each of its k − 1 turns, and the LM head at each
+    token, or twice and m rows a token with a shortlist of m.
     """
     backbone, readout = student.backbone, student.readout
     size = next(student.parameters()).element_size()
@@ -113,8 +113,9 @@ def predicted_step(student: PushForwardLM, k: int) -> StepCost:
     block = _matrices(readout) - (_matrices(readout.layers) if readout.config.hints != "none" else 0)
     block -= readout.positions.weight.numel() + (readout.queries.weight.numel() if hints else 0)
     m, width = readout.config.shortlist, head(backbone).weight.shape[1]
-    flops = k * trunk + (k - 1) * hints + k * block + k * lm_head + (k - 1) * m * width
-    reads = trunk + hints + k * block + (2 * lm_head + (k - 1) * m * width if m else k * lm_head)
+    first = readout.entry.weight.numel() + readout.block.qkv.weight.numel()  # the trunk state's keys and values
+    flops = k * trunk + (k - 1) * (hints + block + m * width) + first + k * lm_head
+    reads = trunk + hints + (k - 1) * block + first + (2 * lm_head + (k - 1) * m * width if m else k * lm_head)
     return StepCost(2 * flops, size * reads)
 
 

@@ -115,7 +115,7 @@ def hint_stack(trunk: Any, config: SequentialConfig) -> PreTrainedModel:
     return stack
 
 
-Past = tuple[Tensor, Tensor] | None
+Past = tuple[Tensor, Tensor]
 
 
 class HeadBlock(nn.Module):
@@ -128,12 +128,20 @@ class HeadBlock(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x_TLD: Tensor, past: Past = None) -> tuple[Tensor, Past]:
+    def _qkv(self, x_TLD: Tensor) -> Tensor:
+        T, L, _ = x_TLD.shape
+        return self.qkv(self.attention_norm(x_TLD)).view(T, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+
+    def remember(self, x_TLD: Tensor) -> Past:
+        """Keys and values of entries whose outputs nobody needs."""
+        _, k, v = self._qkv(x_TLD)
+        return k, v
+
+    def forward(self, x_TLD: Tensor, past: Past) -> tuple[Tensor, Past]:
         """(T, L, D) new entries after those in `past` → their (T, L, D) outputs, and keys and values of all."""
         T, L, _ = x_TLD.shape
-        q, k, v = self.qkv(self.attention_norm(x_TLD)).view(T, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        if past is not None:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        q, k, v = self._qkv(x_TLD)
+        k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         mask = torch.ones(L, k.shape[2], dtype=torch.bool, device=k.device).tril(k.shape[2] - L)
         mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x_TLD = x_TLD + self.out(mixed.transpose(1, 2).reshape(T, L, -1))
@@ -263,21 +271,23 @@ class SequentialReadout(Readout):
         return reader.fork(self.layers, self.layers.config.num_hidden_layers).read(inputs)
 
     def _first_entry(self, trunk_BWD: Tensor) -> Past:
-        """The head's memory after the trunk state alone."""
+        """The head's memory of the trunk state alone."""
         nothing = torch.zeros_like(trunk_BWD[:, :, None])
-        return self._head(trunk_BWD, nothing, None, -1, None)[1]
+        return self.block.remember(self._entries(trunk_BWD, nothing, nothing, 0))
 
     def _head(
-        self, trunk_BWD: Tensor, hints_BWLD: Tensor, before_BWLD: Tensor | None, first: int, past: Past
+        self, trunk_BWD: Tensor, hints_BWLD: Tensor, before_BWLD: Tensor, first: int, past: Past
     ) -> tuple[Tensor, Past]:
         """What the head adds to the hint states once the tokens before are known; `first` numbers the first hint."""
-        B, W, L, D = hints_BWLD.shape
-        before_BWLD = torch.zeros_like(hints_BWLD) if before_BWLD is None else self.token_norm(before_BWLD)
+        x_TLD, past = self.block(self._entries(trunk_BWD, hints_BWLD, self.token_norm(before_BWLD), first + 1), past)
+        return self.correct(self.norm(x_TLD)).view(hints_BWLD.shape), past
+
+    def _entries(self, trunk_BWD: Tensor, hints_BWLD: Tensor, before_BWLD: Tensor, place: int) -> Tensor:
+        """What the head reads at the places from `place` on: (B·W, L, D)."""
+        L = hints_BWLD.shape[2]
         trunk_BWLD = trunk_BWD[:, :, None].expand(-1, -1, L, -1)
         x = self.entry(torch.cat([trunk_BWLD, hints_BWLD, before_BWLD], dim=-1))
-        x = x + self.positions(torch.arange(first + 1, first + 1 + L, device=x.device))
-        x, past = self.block(x.reshape(B * W, L, D), past)
-        return self.correct(self.norm(x)).view(B, W, L, D), past
+        return (x + self.positions(torch.arange(place, place + L, device=x.device))).flatten(0, 1)
 
     def _shortlisted(self, backbone: PreTrainedModel, parallel: Tensor, corrections: Tensor) -> Tensor:
         """Parallel logits, corrected on the shortlist of their best tokens and −inf elsewhere: (..., V)."""

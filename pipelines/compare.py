@@ -1,6 +1,7 @@
 """Recipes and their parts side by side: one teacher, one corpus, equal counted FLOPs, several seeds.
 
-    python pipelines/compare.py [--only NAME,NAME] [--seeds N] [--share X] [section.field=value …]
+    python pipelines/compare.py [--only "NAME;NAME"] [--seeds N] [--share X] [section.field=value …]
+    python pipelines/compare.py --cost        # parameters, FLOPs and bytes of a decoding step; trains nothing
 
 The corpus and the AR teacher are the quickstart recipe's (trained once, kept in output_dir). Then every variant trains
 its stages in a process of one core, rollouts included, until it has spent what the paper's recipe spends up to the
@@ -24,7 +25,7 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,18 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
-from kforcing.cost import flop_counter  # noqa: E402
+from kforcing.cost import flop_counter, measured_step, predicted_step  # noqa: E402
 from kforcing.coupling import COUPLINGS  # noqa: E402
 from kforcing.joint import independent, joint_tv, position_entropy, sample_blocks  # noqa: E402
 from kforcing.losses import SoftTargets, soft_target_kl  # noqa: E402
-from kforcing.model import PushForwardLM  # noqa: E402
+from kforcing.model import Design, PushForwardLM, SequentialConfig  # noqa: E402
 from kforcing.noise import derive_key, sample_anchors, window_noise  # noqa: E402
 from kforcing.rollout import ARTeacher  # noqa: E402
 from kforcing.staircase import Windows, ar_block_logits, read_context  # noqa: E402
 from pipelines.cluster import connected  # noqa: E402
-from pipelines.config import Config, ConfigError, fingerprint, override  # noqa: E402
+from pipelines.config import Config, ConfigError, apply, fingerprint, override  # noqa: E402
 from pipelines.options import validate  # noqa: E402
 from pipelines.pipeline import Pipeline, say  # noqa: E402
 from pipelines.recipes import recipe  # noqa: E402
@@ -55,7 +57,6 @@ from pipelines.train import Grown, Wrapped, own_share  # noqa: E402
 
 BUCKETS = {2: 24, 4: 6, 8: 2}
 CONTEXTS = 10
-SAMPLES = 16_384
 EARLY = 0.15
 """Share of the budget of k = 4 that the sequential recipe spends on k = 2."""
 
@@ -117,6 +118,8 @@ class Trial:
     """FLOPs to have spent up to each k."""
     references: str
     """Folder of the teacher's samples."""
+    samples: int
+    """Blocks drawn after each context for the joint figures."""
 
 
 class Student:
@@ -302,14 +305,14 @@ def joint_contexts(trial: Trial) -> torch.Tensor:
 
 def teacher_samples(trial: Trial) -> list[dict[str, torch.Tensor]]:
     """For each context two samples of the teacher's next tokens; made once and kept."""
-    file = Path(trial.references, "teacher-samples.pt")
+    file = Path(trial.references, f"teacher-samples-{trial.samples}.pt")
     if not file.is_file():
         torch.set_num_threads(1)
         teacher = ARTeacher(load_ar(trial.teacher), COUPLINGS["inverse_cdf"])
         keys = {name: derive_key(0, "compare", name) for name in ("one", "two")}
         longest = max(BUCKETS)
         made = [
-            {name: sample_blocks(teacher.rollout, context, longest, SAMPLES, key) for name, key in keys.items()}
+            {name: sample_blocks(teacher.rollout, context, longest, trial.samples, key) for name, key in keys.items()}
             for context in joint_contexts(trial)
         ]
         partial = file.with_suffix(".partial")
@@ -325,7 +328,7 @@ def joint_figures(model: PushForwardLM, trial: Trial, k: int) -> dict[str, Any]:
     key = derive_key(trial.config.seed, "compare", "student")
     for context, teacher in zip(joint_contexts(trial), teacher_samples(trial), strict=True):
         one, two = teacher["one"][:, :k], teacher["two"][:, :k]
-        mine = sample_blocks(lambda w: model.draw(w).tokens_BWK, context, k, SAMPLES, key)
+        mine = sample_blocks(lambda w: model.draw(w).tokens_BWK, context, k, trial.samples, key)
         figures["tv"].append(joint_tv(mine, one, BUCKETS[k]))
         figures["floor"].append(joint_tv(two, one, BUCKETS[k]))
         figures["independent"].append(joint_tv(independent(two, 0), one, BUCKETS[k]))
@@ -334,22 +337,30 @@ def joint_figures(model: PushForwardLM, trial: Trial, k: int) -> dict[str, Any]:
     return {name: statistics.mean(values) for name, values in figures.items()}
 
 
-def trial_of(variant: Variant, seed: int, share: float, common: dict[str, str], words: list[str], root: Path) -> Trial:
-    """A variant's config with a seed; `share` scales the paper's steps, and with them every budget."""
+def trial_of(variant: Variant, seed: int, options: Options, common: dict[str, str], root: Path) -> Trial:
+    """A variant's config with a seed; `options.share` scales the paper's steps, and with them every budget."""
     config = dataclasses.replace(recipe(variant.recipe), seed=seed)
     for name, value in variant.words.items():
         config = override(config, name, value)
-    for word in words:
-        name, _, value = word.partition("=")
-        config = override(config, name, value)
+    config = apply(config, {}, [word for word in options.words if not word.startswith(PLACES)])
     if variant.recipe == "paper":
         for k in config.ks():
             steps = config.stage(f"k{k}").train.steps
-            config = override(config, f"stages.k{k}.train.steps", max(1, round(share * steps)))
+            config = override(config, f"stages.k{k}.train.steps", max(1, round(options.share * steps)))
     validate(dataclasses.replace(config, output_dir=str(root / "none")))
-    name = fingerprint(config, share, common["teacher_id"], variant.early)
+    name = fingerprint(config, options.share, common["teacher_id"], variant.early, options.samples)
     folder = root / "trials" / f"{variant.name.replace(' ', '-').replace(':', '')}-s{seed}-{name}"
-    return Trial(variant, config, common["teacher"], common["train"], common["heldout"], str(folder), {}, str(root))
+    return Trial(
+        variant,
+        config,
+        common["teacher"],
+        common["train"],
+        common["heldout"],
+        str(folder),
+        {},
+        str(root),
+        options.samples,
+    )
 
 
 def with_budgets(trial: Trial, paper: dict[str, Any]) -> Trial:
@@ -429,31 +440,44 @@ def table(by_name: dict[str, list[dict[str, Any]]], k: int) -> str:
     return "\n".join(lines)
 
 
-def run(only: list[str] | None, seeds: int, share: float, words: list[str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    only: list[str] | None
+    seeds: int
+    share: float
+    samples: int
+    words: list[str]
+
+
+PLACES = ("output_dir=", "data.cache_dir=", "tracking.")
+
+
+def run(options: Options) -> dict[str, Any]:
     """Teacher, trials, table."""
-    config = override(recipe("paper"), "output_dir", "runs/compare")
-    for word in words:
-        name, _, value = word.partition("=")
-        if name in ("output_dir", "data.cache_dir", "tracking.uri"):
-            config = override(config, name, value)
-    words = [word for word in words if word.partition("=")[0] not in ("output_dir", "data.cache_dir", "tracking.uri")]
+    config = apply(override(recipe("paper"), "output_dir", "runs/compare"), {}, options.words)
     validate(config)
-    chosen = [v for v in variants() if only is None or v.name in only or v.name == "paper"]
+    known = [v.name for v in variants()]
+    for name in options.only or []:
+        if name not in known:
+            raise ConfigError(f"--only {name}: the variants are {'; '.join(known)}")
+    chosen = [v for v in variants() if options.only is None or v.name in options.only or v.name == "paper"]
     with locked(config), connected(config):
         with Pipeline(config) as pipeline:
             prepared = pipeline.prepare()
             teacher = pipeline.teacher(prepared)
         folders = {name: str(prepared.split(name)) for name in ("train", "heldout")}
         common = {"teacher": str(teacher.folder), "teacher_id": teacher.fingerprint, **folders}
-        first = trial_of(chosen[0], 0, share, common, words, config.root)
+        first = trial_of(chosen[0], 0, options, common, config.root)
         import ray
 
         ray.get(ray.remote(num_cpus=1)(teacher_samples).remote(first))
         paper = run_all([first])[0]
         trials = [first]
         for variant in chosen:
-            for seed in range(seeds):
-                trial = trial_of(variant, seed, share, common, words, config.root)
+            for seed in range(options.seeds):
+                trial = trial_of(variant, seed, options, common, config.root)
                 trials.append(trial if variant.name == "paper" else with_budgets(trial, paper))
         results = run_all(trials)[1:]
     by_name: dict[str, list[dict[str, Any]]] = {}
@@ -466,6 +490,58 @@ def run(only: list[str] | None, seeds: int, share: float, words: list[str]) -> d
     return {"path": str(config.root / "compare.json"), "trials": len(results)}
 
 
+COST_SHAPES = {
+    "quickstart (3 × 128, vocabulary 512)": (512, 128, 3, 4, 512),
+    "12 × 768, vocabulary 32,000": (32_000, 768, 12, 12, 3072),
+}
+
+
+def cost_table(k: int = 4, context: int = 60) -> tuple[str, dict[str, Any]]:
+    """One cached decoding step of each kind of student with new weights: predicted and measured."""
+    parts = {
+        "paper": Design(),
+        "sequential, all layers": Design("sequential", "gumbel"),
+        "sequential, 1 layer": Design("sequential", "gumbel", sequential=SequentialConfig(hint_layers=1)),
+        "sequential, 1 layer, shortlist 64": Design(
+            "sequential", "gumbel", sequential=SequentialConfig(hint_layers=1, shortlist=64)
+        ),
+        "sequential, adapters": Design("sequential", "gumbel", sequential=SequentialConfig(hints="adapter")),
+        "head alone": Design("sequential", "gumbel", sequential=SequentialConfig(hints="none", draft="none")),
+    }
+    lines, records = [], {}
+    for shape, sizes in COST_SHAPES.items():
+        vocabulary, width, layers, heads, mlp = sizes
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=mlp,
+            max_position_embeddings=512,
+        )
+        lines += [
+            f"| {shape}, k = {k} | parameters, M (beside the AR model) | MFLOP a token: predicted, measured | "
+            "MB of weights a step: predicted, measured | against the paper's: FLOP, bytes |",
+            "|---|---|---|---|---|",
+        ]
+        backbone = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        own = sum(p.numel() for p in backbone.parameters())
+        paper: Any = None
+        for name, design in parts.items():
+            student = PushForwardLM.from_backbone(backbone, k, design).eval()
+            count = sum(p.numel() for p in student.parameters())
+            said, seen = predicted_step(student, k), measured_step(student, k, context)
+            paper = paper or seen
+            lines.append(
+                f"| {name} | {count / 1e6:.2f} ({(count - own) / 1e6:.2f}) | {said.flops / k / 1e6:.1f}, "
+                f"{seen.flops / k / 1e6:.1f} | {said.bytes / 1e6:.1f}, {seen.bytes / 1e6:.1f} | "
+                f"{seen.flops / paper.flops:.2f}×, {seen.bytes / paper.bytes:.2f}× |"
+            )
+            records[f"{shape}: {name}"] = {"predicted": asdict(said), "measured": asdict(seen), "parameters": count}
+        lines.append("")
+    return "\n".join(lines), records
+
+
 def main() -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -474,10 +550,18 @@ def main() -> None:
     parser.add_argument(
         "--share", type=float, default=1.0, help="share of the paper recipe's steps to spend (default 1)"
     )
+    parser.add_argument("--cost", action="store_true", help="print what a decoding step costs, and nothing else")
     parser.add_argument("words", nargs="*", metavar="section.field=value", help="for every variant")
-    options = parser.parse_intermixed_args()
+    parser.add_argument("--samples", type=int, default=16_384, help="blocks drawn after each context (default 16384)")
+    given = parser.parse_intermixed_args()
+    if given.cost:
+        text, record = cost_table()
+        print(text)
+        print(json.dumps(record))
+        return
     try:
-        record = run(options.only.split(";") if options.only else None, options.seeds, options.share, options.words)
+        only = given.only.split(";") if given.only else None
+        record = run(Options(only, given.seeds, given.share, given.samples, given.words))
     except (ConfigError, StageError) as error:
         sys.exit(f"error: {error}")
     print(json.dumps(record))

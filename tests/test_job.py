@@ -43,7 +43,7 @@ def cluster(tmp_path):
 
 
 def submit(env, name, run, *more):
-    words = ["--recipe", "smoke", "student.k=1", "train.steps=400", f"output_dir={run}", *more]
+    words = ["--recipe", "smoke", "student.k=2", "train.steps=400", f"output_dir={run}", *more]
     line = [RAY, "job", "submit", f"--submission-id={name}", "--working-dir", ".", *_flags(more)]
     return subprocess.run(
         [*line, "--", "python", "pipelines/distill.py", *[w for w in words if not w.startswith("--no")]],
@@ -63,7 +63,7 @@ def test_a_stopped_job_is_continued_by_the_next_submit(cluster, tmp_path):
     run = tmp_path / "runs" / "job"
     assert submit(cluster, "first", run, "--no-wait").returncode == 0
     deadline = time.monotonic() + 300
-    while not re.search(r"k1 +step (1[2-9]|[2-9]\d|\d{3})/400", logs(cluster, "first")):  # past the first checkpoint
+    while not re.search(r"k2 +step (1[2-9]|[2-9]\d|\d{3})/400", logs(cluster, "first")):  # past the first checkpoint
         assert time.monotonic() < deadline, logs(cluster, "first")
         assert "Traceback" not in logs(cluster, "first")
         time.sleep(0.5)
@@ -73,7 +73,7 @@ def test_a_stopped_job_is_continued_by_the_next_submit(cluster, tmp_path):
     out = done.stdout + done.stderr
     assert done.returncode == 0, out[-4000:]
     assert "teacher  finished before, skipped" in out
-    resumed = re.search(r"k1 +step (\d+)/400", out)  # none when training ended before the stop took hold
+    resumed = re.search(r"k2 +step (\d+)/400", out)  # none when training ended before the stop took hold
     assert resumed is None or int(resumed[1]) > 8
     assert (run / "report.md").is_file()
-    assert (run / "k1" / "manifest.json").is_file()
+    assert (run / "k2" / "manifest.json").is_file()
