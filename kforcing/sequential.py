@@ -15,6 +15,7 @@ Shapes: B batch, W windows, K tokens of a block, H = K − 1 hints, D width, V v
 from __future__ import annotations
 
 import copy
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -169,7 +170,7 @@ class SequentialReadout(Readout):
         self.entry = nn.Linear(3 * width, width)
         self.positions = nn.Embedding(k, width)
         nn.init.normal_(self.positions.weight, std=0.02)
-        self.block = HeadBlock(width, backbone.config.num_attention_heads)
+        self.block = HeadBlock(width, math.gcd(width, backbone.config.num_attention_heads))
         self.norm = nn.LayerNorm(width)
         self.correct = nn.Linear(width, width)
 
@@ -199,7 +200,7 @@ class SequentialReadout(Readout):
         drafts, draft_logits = self._drafts(backbone, windows, tokens_BWK)
         hints_BWHD = self._hints(backbone, trunk_BWD, reader, drafts, windows.k)
         before_BWHD = embeddings(backbone)(tokens_BWK[..., :-1])
-        corrections_BWHD, _ = self._head(trunk_BWD, hints_BWHD, before_BWHD, 0, self._first_entry(trunk_BWD))
+        corrections_BWHD, _ = self._head(trunk_BWD, hints_BWHD, before_BWHD, 1, self._first_entry(trunk_BWD))
         side = (*draft_logits, lm_head(backbone, hints_BWHD)) if self.config.shortlist else draft_logits
         logits = lm_head(backbone, hints_BWHD + corrections_BWHD)
         return BlockScores(torch.cat([first_BW1V, logits], dim=2), side)
@@ -217,7 +218,7 @@ class SequentialReadout(Readout):
             for j in range(windows.k - 1):
                 hint_BW1D = hints_BWHD[:, :, j : j + 1]
                 before_BW1D = embeddings(backbone)(tokens[-1])[:, :, None]
-                correction_BW1D, past = self._head(trunk_BWD, hint_BW1D, before_BW1D, j, past)
+                correction_BW1D, past = self._head(trunk_BWD, hint_BW1D, before_BW1D, j + 1, past)
                 if parallel_BWHV is None:
                     logits.append(lm_head(backbone, hint_BW1D + correction_BW1D)[:, :, 0])
                 else:
@@ -276,10 +277,10 @@ class SequentialReadout(Readout):
         return self.block.remember(self._entries(trunk_BWD, nothing, nothing, 0))
 
     def _head(
-        self, trunk_BWD: Tensor, hints_BWLD: Tensor, before_BWLD: Tensor, first: int, past: Past
+        self, trunk_BWD: Tensor, hints_BWLD: Tensor, before_BWLD: Tensor, place: int, past: Past
     ) -> tuple[Tensor, Past]:
-        """What the head adds to the hint states once the tokens before are known; `first` numbers the first hint."""
-        x_TLD, past = self.block(self._entries(trunk_BWD, hints_BWLD, self.token_norm(before_BWLD), first + 1), past)
+        """What the head adds to the hint states from `place` on, once the tokens before are known."""
+        x_TLD, past = self.block(self._entries(trunk_BWD, hints_BWLD, self.token_norm(before_BWLD), place), past)
         return self.correct(self.norm(x_TLD)).view(hints_BWLD.shape), past
 
     def _entries(self, trunk_BWD: Tensor, hints_BWLD: Tensor, before_BWLD: Tensor, place: int) -> Tensor:

@@ -24,6 +24,7 @@ import dataclasses
 import json
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -138,7 +139,7 @@ class Student:
             init = Wrapped(self.trial.teacher, k, config.student.design, config.loss, config.seed)
         module = init.build().eval()
         folder = Path(self.trial.folder, f"k{k}")
-        cost = {"flops": 0.0, "steps": 0, "seconds": 0.0}
+        cost = {"flops": 0.0, "step_flops": 0.0, "steps": 0, "seconds": 0.0}
         if config.student.design.learns(k):
             cost = self._train(module, config, k, steps, budget, previous)
         module.model.save_pretrained(folder)
@@ -201,6 +202,7 @@ class Student:
         self.spent += steps * step_flops
         return {
             "flops": steps * step_flops,
+            "step_flops": step_flops,
             "steps": steps,
             "seconds": time.monotonic() - started,
             "trained_parameters": sum(p.numel() for p in trained),
@@ -363,10 +365,22 @@ def trial_of(variant: Variant, seed: int, options: Options, common: dict[str, st
     )
 
 
-def with_budgets(trial: Trial, paper: dict[str, Any]) -> Trial:
+def budgets_of(trial: Trial) -> dict[int, float]:
+    """FLOPs that the paper's trial will have spent up to each k, from one counted step of each stage."""
+    torch.set_num_threads(1)
+    spent, previous = {0: 0.0}, None
+    with tempfile.TemporaryDirectory() as folder:
+        student = Student(dataclasses.replace(trial, folder=folder))
+        for k in trial.config.ks():
+            cost = student.stage(k, 0, None, previous)
+            previous = Path(folder, f"k{k}")
+            spent[k] = max(spent.values()) + trial.config.stage(f"k{k}").train.steps * cost["step_flops"]
+    return spent
+
+
+def with_budgets(trial: Trial, paper: dict[int, float]) -> Trial:
     """The same trial, to spend what the paper's recipe has spent at each k (k = 8 spends as much again as k = 4)."""
-    spent = {int(k): figures["spent"] for k, figures in paper["k"].items()}
-    spent[8] = 2 * spent[4] - spent[2]
+    spent = {**paper, 8: 2 * paper[4] - paper[2]}
     if trial.variant.early is not None:
         spent[2] = trial.variant.early * spent[4]
     return dataclasses.replace(trial, budgets=spent)
@@ -472,14 +486,15 @@ def run(options: Options) -> dict[str, Any]:
         first = trial_of(chosen[0], 0, options, common, config.root)
         import ray
 
-        ray.get(ray.remote(num_cpus=1)(teacher_samples).remote(first))
-        paper = run_all([first])[0]
-        trials = [first]
+        prepare_samples = ray.remote(num_cpus=1)(teacher_samples).remote(first)
+        paper = ray.get(ray.remote(num_cpus=1)(budgets_of).remote(first))
+        ray.get(prepare_samples)
+        trials = []
         for variant in chosen:
             for seed in range(options.seeds):
                 trial = trial_of(variant, seed, options, common, config.root)
                 trials.append(trial if variant.name == "paper" else with_budgets(trial, paper))
-        results = run_all(trials)[1:]
+        results = run_all(trials)
     by_name: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         by_name.setdefault(result["variant"], []).append(result)

@@ -43,7 +43,7 @@ class TeacherAsHead:
         self.reader = reader.fork(backbone.base_model, backbone.config.num_hidden_layers)
         return torch.zeros(*trunk.shape[:2], k - 1, trunk.shape[2])
 
-    def head(self, trunk, hints, before, first, past):
+    def head(self, trunk, hints, before, place, past):
         return self.reader.read(before), None
 
 
