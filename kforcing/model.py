@@ -63,6 +63,13 @@ class Design:
         """Whether the AR model stays inside the student unchanged."""
         return self.conditional and self.sequential.freeze_trunk
 
+    def effective(self) -> Design:
+        """The same design with the parts that its read-out does not have at their defaults."""
+        if not self.conditional:
+            return dataclasses.replace(self, sequential=SequentialConfig())
+        low, high = self.noise.temperature_min, self.noise.temperature_max
+        return dataclasses.replace(self, noise=NoiseConfig(temperature_min=low, temperature_max=high))
+
     def learns(self, k: int) -> bool:
         """Whether a student of this k has anything to learn: a sequential one's first token is the AR model's."""
         return not self.conditional or k > 1

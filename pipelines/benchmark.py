@@ -38,7 +38,7 @@ DEFAULTS = [
     "train.steps=200",
     "eval.blocks=16",
     "student.k=2",
-    "stages.k1.train.steps=200",
+    *(f"stages.k{k}.train.steps=200" for k in (1, 2, 4)),
     "output_dir=runs/benchmark",
 ]
 

@@ -14,7 +14,7 @@ measured on held-out documents:
   KL_j      from the teacher's distribution to the student's at offset j, given the teacher's tokens before
   match     same token as the teacher under the same noise, by offset and for the whole block, under both couplings
 
-The table goes to `compare.md`, the figures to `compare.json`. The last line is one JSON object.
+The table goes to `compare.md`, the figures to `compare.json`, a plot to `compare.png`. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -32,9 +32,13 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import matplotlib  # noqa: E402
+
+matplotlib.use("Agg")
 import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import torch  # noqa: E402
+from matplotlib import pyplot as plt  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
 from kforcing.cost import flop_counter, measured_step, predicted_step  # noqa: E402
@@ -345,6 +349,8 @@ def trial_of(variant: Variant, seed: int, options: Options, common: dict[str, st
     for name, value in variant.words.items():
         config = override(config, name, value)
     config = apply(config, {}, [word for word in options.words if not word.startswith(PLACES)])
+    stages = {name: stage for name, stage in config.stages.items() if name in [f"k{k}" for k in config.ks()]}
+    config = dataclasses.replace(config, stages=stages)
     if variant.recipe == "paper":
         for k in config.ks():
             steps = config.stage(f"k{k}").train.steps
@@ -454,6 +460,32 @@ def table(by_name: dict[str, list[dict[str, Any]]], k: int) -> str:
     return "\n".join(lines)
 
 
+def plot(by_name: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Total variation and entropy of every variant measured at k = 4, with their reference lines."""
+    rows = [(name, results) for name, results in by_name.items() if mean(results, 4, "tv")][::-1]
+    if not rows:
+        return
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 1.4 + 0.3 * len(rows)), sharey=True, layout="constrained")
+    names = [name for name, _ in rows]
+
+    def values(figure: str) -> list[tuple[float, float]]:
+        return [mean(results, 4, figure) or (0.0, 0.0) for _, results in rows]
+
+    tv, entropy, teacher = values("tv"), values("entropy"), values("teacher_entropy")[0][0]
+    left.barh(names, [v for v, _ in tv], xerr=[h for _, h in tv], color="tab:blue", alpha=0.8)
+    for label, style in (("floor", ":"), ("independent", "--")):
+        left.axvline(values(label)[0][0], color="black", linestyle=style, label=label)
+    left.set(xlabel="joint total variation to the teacher, k = 4")
+    right.barh(names, [v / teacher for v, _ in entropy], color="tab:green", alpha=0.8)
+    right.axvline(1, color="black", linestyle=":")
+    right.set(xlabel="entropy of the four tokens, share of the teacher's")
+    left.legend(frameon=False, loc="lower right")
+    left.grid(alpha=0.3, axis="x")
+    right.grid(alpha=0.3, axis="x")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 @dataclass(frozen=True)
 class Options:
     """The command line."""
@@ -501,6 +533,7 @@ def run(options: Options) -> dict[str, Any]:
     write_json(config.root / "compare.json", by_name)
     text = "\n\n".join(table(by_name, k) for k in (2, 4, 8))
     (config.root / "compare.md").write_text(text + "\n")
+    plot(by_name, config.root / "compare.png")
     print(text)
     return {"path": str(config.root / "compare.json"), "trials": len(results)}
 

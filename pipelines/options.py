@@ -67,7 +67,7 @@ def validate(config: Config) -> None:
         if not config.student.design.learns(int(name[1:])):
             continue
         _check_train(f"{name}: train", stage.train)
-        _check_targets(name, stage)
+        check_targets(name, stage)
         if not 1 <= stage.rollout.windows <= config.data.block:
             raise ConfigError(
                 f"rollout.windows={stage.rollout.windows}: a block of data.block={config.data.block} tokens has 1 to "
@@ -107,7 +107,7 @@ def _check_train(section: str, train: TrainConfig) -> None:
         )
 
 
-def _check_targets(name: str, stage: Config) -> None:
+def check_targets(name: str, stage: Config) -> None:
     """Targets, labels and loss of a stage that learns must fit each other and the student's read-out."""
     _check_choices(f"{name}: targets", stage.targets, ("self", "ar"))
     _check_choices(f"{name}: loss", stage.loss, ("hard", "soft"))

@@ -100,7 +100,7 @@ class Pipeline:
         """PFLM(k), from the stage before it: rollouts, training, evaluation, registration."""
         config = self.config.stage(f"k{k}")
         upstream = [teacher.fingerprint, previous.fingerprint if previous else None]
-        name = fingerprint(prepared.id, config.seed, config.student.design, upstream, *_effective(k, config))
+        name = fingerprint(prepared.id, config.seed, upstream, *_effective(k, config))
         stage = open_stage(self.root, f"k{k}", name)
         measured = [config.eval.blocks, config.eval.windows, config.eval.bootstrap]
         scores = open_stage(self.root / "eval", f"k{k}", fingerprint(name, measured))
@@ -220,16 +220,17 @@ class Pipeline:
 def _effective(k: int, config: Config) -> list[Any]:
     """A stage's settings without those that have no effect on it.
 
-    A stage with nothing to learn has none; the first one has one possible teacher and one possible start; only cached
-    rollouts have epochs, and only a soft loss has labels.
+    Each read-out has parts of its own; a stage with nothing to learn has no training; the first one has one possible
+    teacher and one possible start; only cached rollouts have epochs, and only a soft loss has labels.
     """
-    if not config.student.design.learns(k):
-        return []
+    design = config.student.design.effective()
+    if not design.learns(k):
+        return [design]
     first, rollout = k == 1, config.rollout
     train = dataclasses.replace(config.train, warm_start="teacher") if first else config.train
     rollout = rollout if rollout.cache else dataclasses.replace(rollout, cache_epochs=0)
     rollout = rollout if config.loss == "soft" else dataclasses.replace(rollout, top_m=None)
-    return [train, rollout, "ar" if first else config.targets, config.loss]
+    return [design, train, rollout, "ar" if first else config.targets, config.loss]
 
 
 def print_table(report: dict[str, Any]) -> None:

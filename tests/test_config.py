@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 
 from pipelines.config import ConfigError, apply, describe_fields, fingerprint, override
+from pipelines.options import check_targets
 from pipelines.recipes import RECIPES, recipe
 
 
@@ -96,6 +97,28 @@ def test_recipes_are_consistent(name):
         train = config.stage(f"k{k}").train
         assert train.batch % (train.workers * train.micro_batch) == 0
         assert config.rollout.windows <= config.data.block
+
+
+SEQUENTIAL = ("student.design.readout=sequential", "student.design.coupling=gumbel", "targets=ar", "loss=soft")
+PAPER = ("student.design.readout=argmax", "student.design.coupling=inverse_cdf", "targets=self", "loss=hard")
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+@pytest.mark.parametrize("words", [SEQUENTIAL, PAPER])
+def test_every_recipe_takes_the_parts_of_either(name, words):
+    config = apply(recipe(name), {}, words)
+    config.student.design.check()
+    for k in config.ks():
+        check_targets(f"k{k}", config.stage(f"k{k}"))
+
+
+def test_parts_a_read_out_does_not_have_do_not_name_its_stages():
+    words = ["student.design.noise.max_cycles=9", "student.design.sequential.hint_layers=1"]
+    for parts, effect in ((SEQUENTIAL, "student.design.sequential.hint_layers=1"), (PAPER, words[0])):
+        plain = apply(recipe("smoke"), {}, parts).student.design.effective()
+        assert apply(recipe("smoke"), {}, [*parts, effect]).student.design.effective() != plain
+        (idle,) = set(words) - {effect}
+        assert apply(recipe("smoke"), {}, [*parts, idle]).student.design.effective() == plain
 
 
 def test_the_papers_recipes_carry_the_papers_settings():
