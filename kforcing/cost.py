@@ -112,10 +112,14 @@ def predicted_step(student: PushForwardLM, k: int) -> StepCost:
         hints += trunk * readout.layers.config.num_hidden_layers // backbone.config.num_hidden_layers
     block = _matrices(readout) - (_matrices(readout.layers) if readout.config.hints != "none" else 0)
     block -= readout.positions.weight.numel() + (readout.queries.weight.numel() if hints else 0)
-    m, width = readout.config.shortlist, head(backbone).weight.shape[1]
+    if k == 1:
+        return StepCost(2 * (trunk + lm_head), size * (trunk + lm_head))
+    m, width = min(readout.config.shortlist, len(head(backbone).weight)), head(backbone).weight.shape[1]
+    drafts = (k - 2) * lm_head if readout.config.draft == "bigram" else 0
     first = readout.entry.weight.numel() + readout.block.qkv.weight.numel()  # the trunk state's keys and values
-    flops = k * trunk + (k - 1) * (hints + block + m * width) + first + k * lm_head
-    reads = trunk + hints + (k - 1) * block + first + (2 * lm_head + (k - 1) * m * width if m else k * lm_head)
+    flops = k * trunk + (k - 1) * (hints + block + m * width) + first + k * lm_head + drafts
+    reads = trunk + hints + (k - 1) * block + first + drafts
+    reads += 2 * lm_head + (k - 1) * m * width if m else k * lm_head
     return StepCost(2 * flops, size * reads)
 
 

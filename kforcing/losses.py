@@ -79,30 +79,27 @@ def soft_target_kl(logits_BWKV: Tensor, soft: SoftTargets) -> Tensor:
     p = soft.logp_BWKM.exp()
     if soft.ids_BWKM is None:
         return (p * (soft.logp_BWKM - logq)).sum(dim=-1)
-    logq = logq.gather(-1, soft.ids_BWKM)
-    tail_q = (1 - logq.exp().sum(dim=-1)).clamp(min=1e-6)
-    tail_p = soft.tail_BWK
-    tail = torch.special.xlogy(tail_p, tail_p) - tail_p * tail_q.log()
-    return (p * (soft.logp_BWKM - logq)).sum(dim=-1) + tail
+    divergence = (p * (soft.logp_BWKM - logq.gather(-1, soft.ids_BWKM))).sum(dim=-1)
+    if soft.ids_BWKM.shape[-1] == logq.shape[-1]:
+        return divergence
+    tail_p, tail_logq = soft.tail_BWK, logq.scatter(-1, soft.ids_BWKM, -torch.inf).logsumexp(dim=-1)
+    return divergence + torch.special.xlogy(tail_p, tail_p) - tail_p * tail_logq
 
 
 @torch.no_grad()
-def block_sums(loss: Tensor, nll_BWK: Tensor, right_BWK: Tensor) -> LossSums:
-    """Add up what was measured of each token.
-
-    `right_BWK` may hold some of the windows only: the shares found there are taken for all.
-    """
-    nll_K = nll_BWK.flatten(0, 1).sum(0)
-    right = right_BWK.flatten(0, 1)
-    windows = nll_BWK[..., 0].numel()
-    scale = windows / len(right)
-    return LossSums(loss, nll_K, right.float().sum(0) * scale, right.all(-1).float().sum() * scale, windows)
+def block_sums(loss: Tensor, windows: int, right_RK: Tensor, nll_RK: Tensor) -> LossSums:
+    """The sums of so many windows, of which match and NLL were measured on some: those stand for all."""
+    right, nll = right_RK.flatten(0, -2).float(), nll_RK.flatten(0, -2)
+    share = windows / len(right)
+    block = right.prod(-1).sum() * share
+    return LossSums(loss, nll.sum(0) * (windows / len(nll)), right.sum(0) * share, block, windows)
 
 
 def hard_target_loss(logits_BWKV: Tensor, targets_BWK: Tensor) -> LossSums:
     """−log p_j(target_j) in float32, summed over batch, windows and offsets (K-Forcing's training loss)."""
     nll_BWK = target_nll(logits_BWKV, targets_BWK)
-    return block_sums(nll_BWK.sum(), nll_BWK, logits_BWKV.argmax(dim=-1) == targets_BWK)
+    right_BWK = logits_BWKV.argmax(dim=-1) == targets_BWK
+    return block_sums(nll_BWK.sum(), nll_BWK[..., 0].numel(), right_BWK, nll_BWK)
 
 
 def next_token_loss(backbone: PreTrainedModel, context_BN: Tensor) -> LossSums:

@@ -205,7 +205,8 @@ class PushForwardLM(nn.Module):
     def from_pretrained(cls, path: str | os.PathLike[str]) -> PushForwardLM:
         """Load what `save_pretrained` wrote. Missing or unexpected weights are an error."""
         config = read_config(path)
-        student = cls(config, build_backbone(config.backbone))
+        backbone = build_backbone(config.backbone)
+        student = cls(config, backbone).to(dtype=next(backbone.parameters()).dtype)
         load_model(student, str(Path(path) / "model.safetensors"), strict=True)
         return student.eval()
 
@@ -226,7 +227,7 @@ def one_window(context_ids: Tensor, noise: Tensor, temperature: Tensor | float =
         )
     B, N = context_ids.shape
     anchors_BW = torch.full((B, 1), N - 1, device=context_ids.device)
-    temperature_B = torch.as_tensor(temperature, dtype=torch.float32, device=context_ids.device).expand(B)
+    temperature_B = torch.as_tensor(temperature, dtype=torch.float64, device=context_ids.device).expand(B)
     return Windows(context_ids, anchors_BW, noise[:, None], temperature_B)
 
 

@@ -4,7 +4,7 @@
     SequentialReadout              hints carry no noise; a small head turns their states into explicit distributions,
     (sequential.py)                one after the other, and a coupling draws from them outside the network
 
-Whoever trains, evaluates or decodes uses `Readout`'s three methods and does not ask which side it is.
+Whoever trains, evaluates or decodes uses `Readout`'s methods and does not ask which side it is.
 
 Shapes: B batch, N context, W windows, P committed tokens, K tokens to make, D width, V vocabulary.
 """
@@ -43,6 +43,10 @@ class Draw(NamedTuple):
 
 class Readout(nn.Module):
     """From windows to blocks of tokens, around a backbone that the caller owns."""
+
+    @abstractmethod
+    def start(self, backbone: PreTrainedModel) -> None:
+        """Set new weights to what suits the backbone, before any training."""
 
     @abstractmethod
     def scores(

@@ -36,7 +36,7 @@ class SequentialConfig:
 
     hints: str = "copy"
     """Layers that hints go through: `none` (no hints), `copy` (copies of the trunk's last layers, trained) or `adapter`
-    (the trunk's own last layers with trained low-rank additions that only hints see)."""
+    (the trunk's own last layers, with trained low-rank additions and norms of their own that only hints see)."""
     hint_layers: int = 0
     """How many of the last layers; 0 for all."""
     adapter_rank: int = 16
@@ -58,10 +58,10 @@ class SequentialConfig:
             raise ValueError(f"hints={self.hints}: choose one of none, copy, adapter")
         if self.draft not in ("none", "first", "bigram"):
             raise ValueError(f"draft={self.draft}: choose one of none, first, bigram")
-        if self.hint_layers < 0 or self.shortlist < 0 or self.adapter_rank < 1:
+        if min(self.hint_layers, self.shortlist, self.side_weight) < 0 or self.adapter_rank < 1:
             raise ValueError(
-                f"hint_layers={self.hint_layers} and shortlist={self.shortlist} must be at least 0, "
-                f"adapter_rank={self.adapter_rank} at least 1"
+                f"hint_layers={self.hint_layers}, shortlist={self.shortlist} and side_weight={self.side_weight} must be at "
+                f"least 0, adapter_rank={self.adapter_rank} at least 1"
             )
         if self.hints == "none" and (self.draft != "none" or self.shortlist):
             raise ValueError(
@@ -71,7 +71,7 @@ class SequentialConfig:
 
 
 class LowRank(nn.Module):
-    """A frozen linear map of the trunk plus a trained low-rank one: base(x) + up(down(x)), zero at the start (LoRA)."""
+    """A linear map of the trunk plus a low-rank one of its own: base(x) + up(down(x)), the latter zero at first (LoRA)."""
 
     def __init__(self, base: Any, rank: int):
         super().__init__()
@@ -95,8 +95,9 @@ def hint_stack(trunk: Any, config: SequentialConfig) -> PreTrainedModel:
         raise ValueError(f"hint_layers={layers}: the backbone has {total} layers; choose 1 to {total}, or 0 for all")
     shallow = copy.deepcopy(trunk.config)
     shallow.num_hidden_layers, shallow.vocab_size, shallow.pad_token_id = layers, 1, None
-    if getattr(shallow, "layer_types", None):
-        shallow.layer_types = shallow.layer_types[-layers:]
+    for name, value in vars(trunk.config).items():
+        if isinstance(value, list) and len(value) == total:  # a setting for each layer, like layer_types
+            setattr(shallow, name, value[-layers:])
     stack = AutoModel.from_config(shallow, attn_implementation="sdpa")
     stack.set_input_embeddings(nn.Identity())  # hints come as embeddings
 
@@ -105,6 +106,12 @@ def hint_stack(trunk: Any, config: SequentialConfig) -> PreTrainedModel:
         return re.sub(r"(?<=\.)\d+(?=\.)", lambda m: str(int(m[0]) + total - layers), name, count=1)
 
     source = trunk.state_dict()
+    missing = [name for name in stack.state_dict() if original(name) not in source]
+    if missing:
+        raise ValueError(
+            f"hint_layers={layers}: the last layers of {type(trunk).__name__} are built differently when they stand alone "
+            f"(no {original(missing[0])}); use hint_layers=0, or hints=none with draft=none"
+        )
     stack.load_state_dict({name: source[original(name)] for name in stack.state_dict()})
     if config.hints == "adapter":
         for name, module in list(stack.named_modules()):

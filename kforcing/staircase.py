@@ -4,7 +4,8 @@
     window w       [ y1 .. yP | h1 .. hK ]    sees c0..c_anchor(w), then itself causally; no other window
 
 A window's block holds tokens already committed and hints, read together or a few entries at a time. Block entry l sits
-at position anchor + 1 + l: a hint stands at the position of the token it predicts. Context and blocks are two passes:
+at position anchor + 1 + l, so a token committed to the block stands where it belongs, and so does the paper's hint, which
+stands at the position of the token it predicts. Context and blocks are two passes:
 the first leaves keys and values, the second reads them through a mask of (W·L) × (N + W·L), so the context is never
 recomputed for the blocks.
 
@@ -70,7 +71,8 @@ class Context:
 
 def read_context(backbone: PreTrainedModel, context_BN: Tensor) -> Context:
     """A plain causal pass over (B, N) int64 token ids."""
-    out = backbone.base_model(input_ids=context_BN, use_cache=True)
+    # A cache without windows: block masks number keys by position, so none may be dropped.
+    out = backbone.base_model(input_ids=context_BN, past_key_values=DynamicCache(), use_cache=True)
     return Context(out.last_hidden_state, cached_layers(out))
 
 

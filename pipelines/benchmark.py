@@ -46,6 +46,8 @@ DEFAULTS = [
 def run(config: Config) -> dict[str, Any]:
     """Both ways of feeding the last stage; returns the record that is printed."""
     name = f"k{config.student.k}"
+    if not config.student.design.learns(config.student.k):
+        raise ConfigError(f"student.k={config.student.k} has nothing to train under this recipe; choose 2 or more")
     modes: dict[str, Any] = {}
     with locked(config), connected(config):
         for mode in ("streaming", "cached"):

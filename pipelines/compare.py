@@ -49,7 +49,7 @@ from kforcing.model import Design, PushForwardLM, SequentialConfig  # noqa: E402
 from kforcing.noise import derive_key, sample_anchors, window_noise  # noqa: E402
 from kforcing.rollout import ARTeacher  # noqa: E402
 from kforcing.staircase import Windows, ar_block_logits, read_context  # noqa: E402
-from pipelines.cluster import connected  # noqa: E402
+from pipelines.cluster import connected, with_lasting_root  # noqa: E402
 from pipelines.config import Config, ConfigError, apply, fingerprint, override  # noqa: E402
 from pipelines.options import validate  # noqa: E402
 from pipelines.pipeline import Pipeline, say  # noqa: E402
@@ -90,7 +90,7 @@ def variants() -> list[Variant]:
         "hints see no token": {part + "draft": "none"},
         "hints see a bigram draft": {part + "draft": "bigram"},
         "m = 8": {"rollout.top_m": 8},
-        "m = full": {"rollout.top_m": 512},
+        "m = full": {"rollout.top_m": 10**9},
         "local labels": {"rollout.top_m": None},
         "local, own windows": {"rollout.top_m": None, "train.own_windows": 0.5},
         "hard targets": {"loss": "hard"},
@@ -122,7 +122,7 @@ class Trial:
     budgets: dict[int, float]
     """FLOPs to have spent up to each k."""
     references: str
-    """Folder of the teacher's samples."""
+    """File of the teacher's samples."""
     samples: int
     """Blocks drawn after each context for the joint figures."""
 
@@ -139,7 +139,7 @@ class Student:
         """Train PFLM(k) for so many steps, or until a FLOP budget is spent; returns what it cost."""
         config = self.trial.config.stage(f"k{k}")
         init: Any = Grown(str(previous), k, config.loss)
-        if previous is None:
+        if previous is None or config.train.warm_start == "teacher":
             init = Wrapped(self.trial.teacher, k, config.student.design, config.loss, config.seed)
         module = init.build().eval()
         folder = Path(self.trial.folder, f"k{k}")
@@ -190,7 +190,8 @@ class Student:
             sums = module(to_batch(self._rows(actor, train.batch, step), "cpu", derive_key(config.seed, k, "own"), own))
             optimizer.zero_grad()
             (sums.loss / sums.tokens).backward()
-            torch.nn.utils.clip_grad_norm_(trained, train.clip)
+            if train.clip:
+                torch.nn.utils.clip_grad_norm_(trained, train.clip)
             optimizer.step()
             with torch.no_grad():
                 for mean, parameter in zip(average, trained, strict=True):
@@ -279,7 +280,8 @@ def conditional_figures(model: PushForwardLM, teacher: Any, trial: Trial, k: int
         context = read_context(teacher, windows.context_BN)
         for name in names:
             theirs = ARTeacher(teacher, COUPLINGS[name]).rollout(windows)
-            model.readout.coupling = COUPLINGS[name]
+            if design.conditional:
+                model.readout.coupling = COUPLINGS[name]
             drawn = model.draw(windows)
             match[name].append((drawn.tokens_BWK == theirs).flatten(0, 1))
         logp = ar_block_logits(teacher, context, windows.anchors_BW, theirs).log_softmax(-1)
@@ -287,9 +289,11 @@ def conditional_figures(model: PushForwardLM, teacher: Any, trial: Trial, k: int
         nll.append(-scores.logits_BWKV.log_softmax(-1).gather(-1, theirs[..., None])[..., 0].flatten(0, 1))
         if design.conditional:
             kl.append(soft_target_kl(scores.logits_BWKV, SoftTargets(logp)).flatten(0, 1))
-        if design.sequential.shortlist:
-            best = scores.side[-1].topk(design.sequential.shortlist, dim=-1).indices
+        if design.conditional and design.sequential.shortlist:
+            best = scores.side[-1].topk(min(design.sequential.shortlist, logp.shape[-1]), dim=-1).indices
             tail.append(1 - logp[:, :, 1:].exp().gather(-1, best).sum(-1).flatten(0, 1))
+    if design.conditional:
+        model.readout.coupling = COUPLINGS[design.coupling]
     hits = {name: torch.cat(parts).float() for name, parts in match.items()}
     figures: dict[str, Any] = {
         "target_nll": torch.cat(nll).mean(0).tolist(),
@@ -311,7 +315,7 @@ def joint_contexts(trial: Trial) -> torch.Tensor:
 
 def teacher_samples(trial: Trial) -> list[dict[str, torch.Tensor]]:
     """For each context two samples of the teacher's next tokens; made once and kept."""
-    file = Path(trial.references, f"teacher-samples-{trial.samples}.pt")
+    file = Path(trial.references)
     if not file.is_file():
         torch.set_num_threads(1)
         teacher = ARTeacher(load_ar(trial.teacher), COUPLINGS["inverse_cdf"])
@@ -343,8 +347,8 @@ def joint_figures(model: PushForwardLM, trial: Trial, k: int) -> dict[str, Any]:
     return {name: statistics.mean(values) for name, values in figures.items()}
 
 
-def trial_of(variant: Variant, seed: int, options: Options, common: dict[str, str], root: Path) -> Trial:
-    """A variant's config with a seed; `options.share` scales the paper's steps, and with them every budget."""
+def config_of(variant: Variant, seed: int, options: Options) -> Config:
+    """A variant's config with a seed, validated; `options.share` scales the paper's steps, and with them every budget."""
     config = dataclasses.replace(recipe(variant.recipe), seed=seed)
     for name, value in variant.words.items():
         config = override(config, name, value)
@@ -355,20 +359,28 @@ def trial_of(variant: Variant, seed: int, options: Options, common: dict[str, st
         for k in config.ks():
             steps = config.stage(f"k{k}").train.steps
             config = override(config, f"stages.k{k}.train.steps", max(1, round(options.share * steps)))
-    validate(dataclasses.replace(config, output_dir=str(root / "none")))
-    name = fingerprint(config, options.share, common["teacher_id"], variant.early, options.samples)
+    with tempfile.TemporaryDirectory() as folder:
+        validate(dataclasses.replace(config, output_dir=f"{folder}/none"))
+    noise = config.student.design.noise
+    for name, value, only in (
+        ("rollout.cache", config.rollout.cache, False),
+        ("train.precision", config.train.precision, "fp32"),
+        ("student.design.noise.temperature_min", noise.temperature_min, 1.0),
+        ("student.design.noise.temperature_max", noise.temperature_max, 1.0),
+    ):
+        if value != only:
+            raise ConfigError(f"{name}={value}: variants are compared with {name}={only} only; leave it out")
+    return config
+
+
+def trial_of(variant: Variant, seed: int, options: Options, common: dict[str, str], root: Path) -> Trial:
+    """A variant with a seed, on the common teacher and corpus."""
+    config, teacher = config_of(variant, seed, options), common["teacher_id"]
+    name = fingerprint(config, options.share, teacher, variant.early, options.samples)
     folder = root / "trials" / f"{variant.name.replace(' ', '-').replace(':', '')}-s{seed}-{name}"
-    return Trial(
-        variant,
-        config,
-        common["teacher"],
-        common["train"],
-        common["heldout"],
-        str(folder),
-        {},
-        str(root),
-        options.samples,
-    )
+    samples = root / f"teacher-samples-{teacher}-{options.samples}.pt"
+    stores = common["train"], common["heldout"]
+    return Trial(variant, config, common["teacher"], *stores, str(folder), {}, str(samples), options.samples)
 
 
 def budgets_of(trial: Trial) -> dict[int, float]:
@@ -442,6 +454,8 @@ def table(by_name: dict[str, list[dict[str, Any]]], k: int) -> str:
         if mean(results, k, "tv") is None:
             continue
         kl = " ".join(cell(mean(results, k, "kl", j)) for j in range(1, k)) if mean(results, k, "kl", 0) else "–"
+        if tail := [mean(results, k, "shortlist_tail", j) for j in range(k - 1)] if "shortlist" in name else []:
+            kl += f" before the shortlist, which leaves out {' '.join(cell(t) for t in tail)} of the teacher's mass"
 
         def matches(coupling: str, results: list[dict[str, Any]] = results) -> str:
             if mean(results, k, "block_match", coupling) is None:
@@ -502,13 +516,21 @@ PLACES = ("output_dir=", "data.cache_dir=", "tracking.")
 
 def run(options: Options) -> dict[str, Any]:
     """Teacher, trials, table."""
-    config = apply(override(recipe("paper"), "output_dir", "runs/compare"), {}, options.words)
+    config = with_lasting_root(apply(override(recipe("paper"), "output_dir", "runs/compare"), {}, options.words))
     validate(config)
+    if options.seeds < 1 or options.share <= 0 or options.samples < 1:
+        raise ConfigError(
+            f"--seeds {options.seeds}, --share {options.share} and --samples {options.samples} must be positive"
+        )
+    if any(word.startswith("student.k=") for word in options.words):
+        raise ConfigError("student.k belongs to the variants here, which compare k = 2, 4 and 8; leave it out")
     known = [v.name for v in variants()]
     for name in options.only or []:
         if name not in known:
             raise ConfigError(f"--only {name}: the variants are {'; '.join(known)}")
     chosen = [v for v in variants() if options.only is None or v.name in options.only or v.name == "paper"]
+    for variant in chosen:
+        config_of(variant, 0, options)
     with locked(config), connected(config):
         with Pipeline(config) as pipeline:
             prepared = pipeline.prepare()

@@ -133,6 +133,22 @@ def check_targets(name: str, stage: Config) -> None:
             f"{name}: targets=self has no AR teacher on the rollout actors to make rollout.top_m={top_m} labels; "
             "use targets=ar, or rollout.top_m=none"
         )
+    temperatures = design.noise.temperature_min, design.noise.temperature_max
+    if stage.loss == "hard" and design.conditional and temperatures != (1.0, 1.0):
+        raise ConfigError(
+            f"{name}: loss=hard with temperatures {temperatures[0]} to {temperatures[1]}: tokens drawn at another "
+            "temperature would teach a sequential student other distributions; use loss=soft, or temperature 1"
+        )
+    if local and train.precision == "bf16":
+        raise ConfigError(
+            f"{name}: rollout.top_m=none with train.precision=bf16 would take labels from a rounded AR model; give "
+            "rollout.top_m, for example 32"
+        )
+    if train.own_windows and design.sequential.shortlist and train.zero_stage == 3:
+        raise ConfigError(
+            f"{name}: train.own_windows with a shortlist reads rows of the LM head, which train.zero_stage=3 scatters; use "
+            "zero_stage=1 or 2"
+        )
     if train.own_windows and not local:
         raise ConfigError(
             f"{name}: train.own_windows={train.own_windows} needs labels for windows no rollout actor has seen: set "
@@ -170,6 +186,8 @@ def _check_teacher(config: Config) -> None:
     else:
         limits = _limits(teacher.path, teacher.gguf_file)
     positions, vocabulary, layers = limits
+    if teacher.path is not None:
+        _check_attention_window(config, teacher.path)
     wanted = config.student.design.sequential.hint_layers
     if config.student.design.conditional and layers is not None and wanted > layers:
         raise ConfigError(
@@ -206,11 +224,28 @@ def _check_teacher(config: Config) -> None:
         )
 
 
+def _check_attention_window(config: Config, path: str) -> None:
+    """Blocks see their whole context: a backbone that attends to a shorter window would not be itself."""
+    hf_config = AutoConfig.from_pretrained(path, **_gguf(config.teacher.gguf_file))
+    window = getattr(hf_config, "sliding_window", None)
+    if not window or getattr(hf_config, "use_sliding_window", True) is False:
+        return
+    needed = max(config.data.block, config.eval.prompt_tokens + config.eval.new_tokens) + config.student.k
+    if window < needed:
+        raise ConfigError(
+            f"teacher.path={path}: some of its layers attend to the last {window} tokens only, and data.block, or prompt "
+            f"and new tokens of eval, and student.k make {needed}; use shorter ones, or a model without a sliding window"
+        )
+
+
+def _gguf(file: str | None) -> dict[str, str]:
+    return {"gguf_file": file} if file else {}
+
+
 def _limits(path: str, gguf_file: str | None) -> tuple[int | None, int | None, int | None]:
     """(longest context, vocabulary, layers) of a Hugging Face model, from its config alone."""
     try:
-        extra = {"gguf_file": gguf_file} if gguf_file else {}
-        config = AutoConfig.from_pretrained(path, **extra)
+        config = AutoConfig.from_pretrained(path, **_gguf(gguf_file))
     except Exception as error:
         kind = "folder" if Path(path).exists() or is_remote(path) or path.startswith((".", "/")) else "hub id"
         raise ConfigError(

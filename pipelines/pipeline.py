@@ -221,13 +221,15 @@ def _effective(k: int, config: Config) -> list[Any]:
     """A stage's settings without those that have no effect on it.
 
     Each read-out has parts of its own; a stage with nothing to learn has no training; the first one has one possible
-    teacher and one possible start; only cached rollouts have epochs, and only a soft loss has labels.
+    teacher and one possible start; only
+    cached rollouts have epochs, only a soft loss has labels, only own windows begin somewhere.
     """
     design = config.student.design.effective()
     if not design.learns(k):
         return [design]
-    first, rollout = k == 1, config.rollout
-    train = dataclasses.replace(config.train, warm_start="teacher") if first else config.train
+    first, rollout, train = k == 1, config.rollout, config.train
+    train = dataclasses.replace(train, warm_start="teacher") if first else train
+    train = train if train.own_windows else dataclasses.replace(train, own_from=0.0)
     rollout = rollout if rollout.cache else dataclasses.replace(rollout, cache_epochs=0)
     rollout = rollout if config.loss == "soft" else dataclasses.replace(rollout, top_m=None)
     return [design, train, rollout, "ar" if first else config.targets, config.loss]

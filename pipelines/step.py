@@ -29,7 +29,7 @@ from kforcing.readout import BlockScores
 from kforcing.staircase import Context, Windows, ar_block_logits, read_context
 from pipelines.store import to_numpy
 
-# Training's match is measured on every so-many-th window: couplings over the whole vocabulary are not free.
+# Training's match is measured on every so-many-th window, since couplings over the whole vocabulary are not free.
 MATCH_STRIDE = 4
 
 
@@ -108,19 +108,21 @@ class StudentStep(nn.Module):
             later = soft.after_first()
             loss = soft_target_kl(scores.logits_BWKV, soft).sum()
             loss = loss + self._side(scores, lambda logits: soft_target_kl(logits, later))
-        some = slice(None, None, MATCH_STRIDE)
+        some = slice(min(MATCH_STRIDE, nll.shape[1]) // 2, None, MATCH_STRIDE)
         noise, temperature = windows.noise_BWK[:, some], windows.temperature_BW[:, some, None]
         with torch.no_grad():
             picked = model.readout.pick(scores.logits_BWKV[:, some], noise, temperature.expand_as(noise))
-        return block_sums(loss, nll, picked == targets[:, some])
+        right, windows_here = picked == targets[:, some], nll[..., 0].numel()
+        if batch.own_B is not None and not batch.own_B.all():  # a student's own tokens always match its noise
+            return block_sums(loss, windows_here, right[~batch.own_B], nll.detach()[~batch.own_B])
+        return block_sums(loss, windows_here, right, nll.detach())
 
     def _own_windows(self, batch: WindowBatch) -> Tensor:
-        if batch.own_B is None or not batch.own_B.any():
+        if batch.own_B is None:
             return batch.targets_BWK
-        targets = batch.targets_BWK.clone()
-        with torch.no_grad():
-            targets[batch.own_B] = self.model.draw(batch.windows.rows(batch.own_B)).tokens_BWK
-        return targets
+        with torch.no_grad():  # all sequences, so that every rank gathers the same parameters under ZeRO 3
+            own = self.model.draw(batch.windows).tokens_BWK
+        return torch.where(batch.own_B[:, None, None], own, batch.targets_BWK)
 
     @torch.no_grad()
     def _local_targets(self, windows: Windows, context: Context, targets_BWK: Tensor) -> SoftTargets:

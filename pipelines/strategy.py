@@ -125,7 +125,7 @@ class MovingAverage:
 def save_checkpoint(engine: Any, average: MovingAverage | None, folder: Path, step: int) -> None:
     """Write a checkpoint from all ranks; `latest.json` then names it atomically, and older ones go."""
     tag = f"step-{step:08d}"
-    # Frozen weights are those every stage begins with: a checkpoint neither holds nor restores them.
+    # Frozen weights are those the stage begins with: a checkpoint need not hold them, and resuming does not ask.
     engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
     if average:
         save_file(average.average, folder / tag / f"average-{dist.get_rank()}.safetensors")

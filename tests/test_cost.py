@@ -30,10 +30,18 @@ def test_weights_are_counted_as_often_as_they_are_read():
 
 @pytest.mark.parametrize(
     "parts",
-    [None, {}, {"hint_layers": 1}, {"hints": "adapter"}, {"hints": "none", "draft": "none"}, {"shortlist": 5}],
+    [
+        None,
+        {},
+        {"hint_layers": 1},
+        {"hints": "adapter"},
+        {"hints": "none", "draft": "none"},
+        {"shortlist": 5},
+        {"draft": "bigram"},
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize("k", [1, 2, 4])
 def test_a_step_costs_what_its_shapes_predict(parts, k):
     config = LlamaConfig(
         vocab_size=300,

@@ -67,6 +67,6 @@ def test_a_truncated_target_is_the_divergence_of_the_lumped_distributions():
 def test_match_counted_on_some_windows_stands_for_all():
     nll = torch.ones(2, 4, 3)
     right = torch.tensor([[[1, 1, 1]], [[1, 0, 1]]]).bool()
-    sums = block_sums(nll.sum(), nll, right)
+    sums = block_sums(nll.sum(), 8, right, nll)
     assert sums.match_K.tolist() == [8, 4, 8]
     assert (sums.block.item(), sums.windows, sums.nll_K.tolist()) == (4, 8, [8, 8, 8])
