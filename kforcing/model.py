@@ -113,9 +113,10 @@ class PushForwardLM(nn.Module):
     def from_backbone(cls, backbone: PreTrainedModel, k: int, design: Design | None = None) -> PushForwardLM:
         """Wrap an AR model: its weights are kept, the read-out is new (drawn from torch's global generator)."""
         check_backbone(backbone)
-        student = cls(PushForwardConfig(k, backbone.config.to_dict(), design or Design()), backbone)
-        student.readout.start(backbone)
         parameter = next(backbone.parameters())
+        record = {**backbone.config.to_dict(), "dtype": str(parameter.dtype).removeprefix("torch.")}
+        student = cls(PushForwardConfig(k, record, design or Design()), backbone)
+        student.readout.start(backbone)
         return student.to(device=parameter.device, dtype=parameter.dtype)
 
     def set_k(self, k: int) -> None:

@@ -64,6 +64,18 @@ def test_a_truncated_target_is_the_divergence_of_the_lumped_distributions():
     torch.testing.assert_close(soft.tail_BWK, 1 - teacher.softmax(-1).gather(-1, best.indices).sum(-1))
 
 
+def test_a_lost_tail_is_pulled_back():
+    """The student has all but left out what the labels lump together: its logits must still rise."""
+    teacher = torch.tensor([0.5, 0.3, 0.1, 0.1]).log()
+    student = torch.tensor([0.0, 0.0, -30.0, -30.0], requires_grad=True)
+    soft = SoftTargets(teacher[None, None, None, :2], torch.tensor([[[[0, 1]]]]))
+    kl = soft_target_kl(student[None, None, None], soft).sum()
+    kl.backward()
+    assert kl.item() > 5
+    assert (student.grad[2:] < -0.05).all()
+    assert (student.grad[:2] > 0).any()
+
+
 def test_match_counted_on_some_windows_stands_for_all():
     nll = torch.ones(2, 4, 3)
     right = torch.tensor([[[1, 1, 1]], [[1, 0, 1]]]).bool()

@@ -4,6 +4,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoModelForCausalLM, MistralConfig
 
 from pipelines.cluster import preflight
 from pipelines.config import ConfigError, apply
@@ -123,6 +124,9 @@ def files(tmp_path):
         (["targets=self"], "targets=self has no AR teacher"),
         (["train.own_windows=0.5"], "needs labels for windows no rollout actor has seen"),
         (["train.own_windows=2"], "is a share: give 0 to 1"),
+        (["loss=hard", "student.design.noise.temperature_min=0.7"], "would teach a sequential student other"),
+        (["rollout.top_m=none", "train.precision=bf16"], "labels from a rounded AR model"),
+        (["student.design.sequential.side_weight=-1"], "side_weight=-1.0 must be at least 0"),
     ],
 )
 def test_bad_input_is_one_clear_error_before_any_cluster(tmp_path, files, words, message):
@@ -136,6 +140,20 @@ def test_a_run_directory_of_another_recipe_is_refused(tmp_path):
     (run / "run.json").write_text('{"recipe": "quickstart"}')
     with pytest.raises(ConfigError, match="belongs to a run of recipe 'quickstart', not 'smoke'"):
         read(tmp_path)
+
+
+def test_a_backbone_that_forgets_is_refused(tmp_path):
+    sizes = {
+        "vocab_size": 23,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    config = MistralConfig(**sizes, num_key_value_heads=1, sliding_window=32)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="attend to the last 32 tokens only"):
+        read(tmp_path, f"teacher.path={tmp_path / 'model'}")
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from kforcing import Design, PushForwardLM, SequentialConfig
 from kforcing.coupling import COUPLINGS
@@ -176,6 +177,44 @@ def test_own_windows_are_scored_along_the_students_tokens():
             step(WindowBatch(w.rows(torch.tensor([1])), drawn[1:])),
         ]
     torch.testing.assert_close(mixed.loss, parts[0].loss + parts[1].loss, rtol=1e-4, atol=1e-4)
+
+
+def test_own_windows_do_not_count_as_matches():
+    student = make_sequential(make_backbone())
+    w = windows(W=8)
+    wrong = (student.draw(w).tokens_BWK + 1) % VOCAB
+    with torch.no_grad():
+        sums = StudentStep(student, "soft")(WindowBatch(w, wrong, own_B=torch.tensor([False, True])))
+    assert sums.match_K[0] == 0
+    assert sums.windows == 16
+
+
+@pytest.mark.parametrize("parts", [None, {}, {"hints": "adapter"}], ids=str)
+def test_a_bf16_student_comes_back_as_it_was(tmp_path, parts):
+    backbone = make_backbone().bfloat16()
+    student = make_sequential(backbone, **parts) if parts is not None else PushForwardLM.from_backbone(backbone, 4)
+    student.save_pretrained(tmp_path)
+    again = PushForwardLM.from_pretrained(tmp_path)
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    prompt = windows().context_BN
+    assert again.generate(prompt, max_new_tokens=6) == student.eval().generate(prompt, max_new_tokens=6)
+
+
+def test_layers_that_differ_alone_are_refused():
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_experts=2,
+        num_experts_per_tok=1,
+        decoder_sparse_step=2,
+    )
+    with pytest.raises(ValueError, match="built differently when they stand alone"):
+        make_sequential(AutoModelForCausalLM.from_config(config), hint_layers=1)
 
 
 def test_the_loss_is_the_divergence_from_the_teacher():
