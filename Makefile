@@ -5,12 +5,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup distill smoke ui benchmark check format test test-fast test-slow
+.PHONY: setup distill smoke ui benchmark compare check format test test-fast test-slow
 
 setup: .venv/.installed
 distill: setup ; $(BIN)/python pipelines/distill.py $(ARGS)
 smoke: setup ; $(BIN)/python pipelines/distill.py --recipe smoke $(ARGS)
 benchmark: setup ; $(BIN)/python pipelines/benchmark.py $(ARGS)
+compare: setup ; $(BIN)/python pipelines/compare.py $(ARGS)
 ui: setup ; $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
 check: .venv/.dev ; $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 format: .venv/.dev ; $(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -163,6 +163,13 @@ def test_bf16_trains_close_to_fp32(tmp_path, plain):
     torch.testing.assert_close(losses, plain["losses"], rtol=0.03, atol=0.03)
 
 
+def test_a_frozen_trunk_trains_in_bf16_too(tmp_path):
+    plainly = train_plainly(sequential_module())
+    weights = run(tmp_path, "bf16", 2, 2, even_micro_batches, precision="bf16", module=sequential_module)
+    torch.testing.assert_close(weights["losses"], plainly["losses"], rtol=0.1, atol=0.01)
+    assert not any("backbone" in name for name in weights)
+
+
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_a_run_of_two_ranks_is_resumed_by_one(tmp_path, plain, zero_stage):
     run(tmp_path, "shrunk", 2, zero_stage, even_micro_batches, steps=2)
