@@ -138,7 +138,7 @@ def plot_match(stages: list[Record], path: Path) -> None:
         low = [max(0.0, m["value"] - m["lo"]) for m in s["match"]]
         high = [max(0.0, m["hi"] - m["value"]) for m in s["match"]]
         axes.errorbar(range(1, s["k"] + 1), values, yerr=[low, high], marker="o", capsize=3, label=s["name"])
-    axes.set(xlabel="offset in the block", ylabel="match with the AR teacher", ylim=(0, 1))
+    axes.set(xlabel="offset in the block", ylabel="match with the AR teacher", ylim=(0, 1.03))
     axes.set_xticks(range(1, max(s["k"] for s in stages) + 1))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -153,7 +153,8 @@ def plot_training(log: dict[str, list[Record]], path: Path) -> None:
         steps = [r["step"] for r in records]
         left.plot(steps, [r["loss"] for r in records], label=name)
         right.plot(steps, [r["block_match"] for r in records], label=name)
-    left.set(xlabel="step", ylabel="loss (nats a token)")
+    # AR training and hard targets are in nats of NLL, soft targets in nats of KL: orders of magnitude apart.
+    left.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")
     right.set(xlabel="step", ylabel="block match with the stage's targets", ylim=(0, 1))
     for axes in (left, right):
         axes.grid(alpha=0.3)
