@@ -36,9 +36,9 @@ def read_command_line(description: str, words: list[str] | None = None, defaults
     named = tree.pop("recipe", None)
     start = apply(recipe(options.recipe or named or "quickstart"), {}, defaults)
     config = with_lasting_root(apply(start, tree, options.overrides))
-    # A recipe's exceptions for stages that a smaller student.k leaves out are not the user's mistake.
-    left_out = {name for name in config.stages if name not in (f"k{k}" for k in config.ks())}
-    kept = {n: s for n, s in config.stages.items() if n not in left_out or s != start.stages.get(n)}
+    # A recipe's exceptions for stages that this run does not train are not the user's mistake.
+    learning = [f"k{k}" for k in config.ks() if config.student.design.learns(k)]
+    kept = {n: s for n, s in config.stages.items() if n in learning or s != start.stages.get(n)}
     config = dataclasses.replace(config, stages=kept)
     validate(config)
     return config
@@ -60,6 +60,11 @@ def validate(config: Config) -> None:
     for name in config.stages:
         if name not in known:
             raise ConfigError(f"stages.{name}: this run has the stages {', '.join(known)}")
+        if not config.student.design.learns(int(name[1:])):
+            raise ConfigError(
+                f"stages.{name}: with student.design.readout={config.student.design.readout} a student of one token a step is "
+                "its teacher and trains nothing; leave it out"
+            )
     if config.teacher.path is None:
         _check_train("teacher.train", config.teacher.train)
     for name in known:

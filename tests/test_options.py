@@ -89,6 +89,7 @@ def files(tmp_path):
         (["student.k=3"], "not reachable by doubling"),
         (["targets=both"], "targets=both: choose one of self, ar"),
         (["stages.k8.train.steps=3"], "this run has the stages k1, k2, k4"),
+        (["stages.k1.train.steps=3"], "trains nothing; leave it out"),
         (["stages.k2.targets=both"], "targets=both"),
         (["train.zero_stage=4"], "choose one of 1, 2, 3"),
         (["train.workers=3"], "batch=8 cannot be dealt to 3 ZeRO workers"),
