@@ -62,8 +62,8 @@ def validate(config: Config) -> None:
             raise ConfigError(f"stages.{name}: this run has the stages {', '.join(known)}")
         if not config.student.design.learns(int(name[1:])):
             raise ConfigError(
-                f"stages.{name}: with student.design.readout={config.student.design.readout} a student of one token a step is "
-                "its teacher and trains nothing; leave it out"
+                f"stages.{name}: with student.design.readout={config.student.design.readout} a student of one token a step "
+                "is its teacher and trains nothing; leave it out"
             )
     if config.teacher.path is None:
         _check_train("teacher.train", config.teacher.train)

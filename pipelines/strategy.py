@@ -152,11 +152,20 @@ def load_checkpoint(engine: Any, average: MovingAverage | None, folder: Path) ->
     tag = latest["tag"]
     if latest["world_size"] != dist.get_world_size():
         tag = _universal(folder, tag)
-    loaded, _ = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+    loaded, _ = engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=_load_trained)
     assert loaded is not None, f"DeepSpeed found no checkpoint {tag} in {folder}"
     if average:
         average.load(folder / latest["tag"], latest["world_size"])
     return latest["step"]
+
+
+def _load_trained(src: dict[str, Any], dst: nn.Module) -> None:
+    """Load a state dictionary that may lack frozen weights, and nothing else."""
+    result = dst.load_state_dict(src, strict=False)
+    frozen = {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
+    wrong = [*(name for name in result.missing_keys if name not in frozen), *result.unexpected_keys]
+    if wrong:
+        raise RuntimeError(f"a checkpoint and the model of its stage disagree on {', '.join(sorted(wrong))}")
 
 
 def _universal(folder: Path, tag: str) -> str:
