@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kforcing.coupling import COUPLINGS
-from kforcing.noise import derive_key, uniform
 from kforcing.readout import ArgmaxReadout, BlockScores, Draw, NoiseConfig
 from kforcing.sequential import SequentialConfig, SequentialReadout
 from kforcing.staircase import Context, Windows, head, lm_head
@@ -149,7 +148,6 @@ class PushForwardLM(nn.Module):
         """
         return self.draw(one_window(context_ids, noise, temperature)).logits_BWKV[:, 0]
 
-    @torch.no_grad()
     def generate(
         self,
         prompt_ids: Tensor,
@@ -160,9 +158,9 @@ class PushForwardLM(nn.Module):
         eos_token_id: int | None = None,
         temperature: float = 1.0,
     ) -> list[list[int]]:
-        """Continue prompts k tokens at a time; noise is a function of (seed, absolute position) alone.
+        """Continue prompts k tokens at a time, all in one batch of the engine (`kforcing.engine`).
 
-        Each step runs the whole context again: this is the plain reference decoder.
+        Noise is a function of (seed, absolute position) alone, so decoders of different k can be compared under it.
 
         Args:
             prompt_ids: (B, N) int64, or (N,) for one prompt.
@@ -174,26 +172,20 @@ class PushForwardLM(nn.Module):
         Returns:
             For each prompt its new token ids, without EOS.
         """
-        k = self.k if k is None else k
-        self._check_k(k)
-        self._check_temperature(temperature)
+        from kforcing.engine import Engine, EngineConfig, Request, Sampling  # which is built on this module
 
-        def step(ids: Tensor, noise: Tensor) -> Tensor:
-            return self.draw(one_window(ids, noise, temperature)).tokens_BWK[:, 0]
-
-        limit = getattr(self.backbone.config, "max_position_embeddings", None)
-        return decode(step, prompt_ids, k, max_new_tokens, seed, eos_token_id, limit)
+        rows = (prompt_ids[None] if prompt_ids.ndim == 1 else prompt_ids).tolist()
+        training = self.training
+        engine = Engine(self, EngineConfig(slots=len(rows), max_len=len(rows[0]) + max(max_new_tokens, 1), k=k, packed=False))
+        stop_ids = frozenset() if eos_token_id is None else frozenset([eos_token_id])
+        sampling = Sampling(temperature)
+        done = engine.generate([Request(row, max_new_tokens, seed, stop_ids, sampling=sampling) for row in rows])
+        self.train(training)
+        return [completion.tokens for completion in done]
 
     def _check_k(self, k: int) -> None:
         if not 1 <= k <= self.k:
             raise ValueError(f"k={k} tokens asked of a student of k={self.k}; choose 1 to {self.k}")
-
-    def _check_temperature(self, temperature: float) -> None:
-        low, high = self.config.design.noise.temperature_min, self.config.design.noise.temperature_max
-        if temperature <= 0:
-            raise ValueError(f"temperature={temperature} must be positive")
-        if not self.config.design.conditional and not low <= temperature <= high:
-            raise ValueError(f"temperature={temperature} asked of a student trained for {low} to {high}")
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write `config.json` and `model.safetensors`; no pickle."""
@@ -275,27 +267,3 @@ def check_backbone(backbone: PreTrainedModel) -> None:
             f"{type(backbone).__name__} changes its logits after the LM head (scaling or soft-capping); the hints "
             "share the head and would not see it. Choose a backbone without such a step, like Llama, Qwen or GPT-2."
         )
-
-
-def decode(step, prompt_ids: Tensor, k: int, max_new_tokens: int, seed: int, eos: int | None, limit: int | None):
-    """The decode loop shared by push-forward and AR reference decoders.
-
-    `step` maps (B, n) ids and (B, k) noise to (B, k) tokens. The token at absolute position p is made from
-    z(seed, p), whatever k is, so decoders of different k can be compared under the same noise.
-    """
-    ids = prompt_ids[None] if prompt_ids.ndim == 1 else prompt_ids
-    B, N = ids.shape
-    if N < 1 or max_new_tokens < 1:
-        raise ValueError(f"need a prompt and at least one new token, got {N} and {max_new_tokens}")
-    if limit is not None and N + max_new_tokens + k - 1 > limit:
-        raise ValueError(
-            f"{N} prompt tokens + {max_new_tokens} new ones (+ {k - 1} of a last block) exceed the model's {limit} "
-            "positions; shorten the prompt or ask for fewer tokens"
-        )
-    key = derive_key(seed, "decode")
-    zero = torch.zeros(1, dtype=torch.int64, device=ids.device)
-    for start in range(N, N + max_new_tokens, k):
-        noise_K = uniform(key, zero, 0, torch.arange(start, start + k, device=ids.device))
-        ids = torch.cat([ids, step(ids, noise_K.expand(B, k))], dim=1)
-    rows = [row[N : N + max_new_tokens] for row in ids.tolist()]
-    return [row[: row.index(eos)] if eos is not None and eos in row else row for row in rows]

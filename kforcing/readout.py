@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kforcing.staircase import BlockReader, Context, Windows, embeddings, lm_head, read_context
+from kforcing.staircase import BlockReader, Context, Reader, Windows, embeddings, lm_head, read_context
 
 
 class BlockScores(NamedTuple):
@@ -39,6 +40,13 @@ class Draw(NamedTuple):
     """int64 token ids."""
     logits_BWKV: Tensor
     """What each was read from."""
+
+
+Pick = Callable[[Tensor, int], Tensor]
+"""(B, W, V) logits and the offset of their token in the block → (B, W) int64 tokens."""
+
+Turn = tuple[Tensor, Tensor]
+"""(B, W, V) logits of one offset and the (B, W) tokens picked from them."""
 
 
 class Readout(nn.Module):
@@ -62,8 +70,26 @@ class Readout(nn.Module):
         """(..., V) logits of `scores` and their (...) noise → (...) tokens."""
 
     @abstractmethod
+    def turns(
+        self, backbone: PreTrainedModel, windows: Windows, reader: Reader, known_BWD: Tensor | None, pick: Pick
+    ) -> Iterator[Turn]:
+        """One step of decoding, offset by offset; `reader` reads `windows.prefix_BWP` and hints after the context.
+
+        `known_BWD` are the trunk's states at the anchors, for windows without committed tokens.
+        """
+
     def draw(self, backbone: PreTrainedModel, windows: Windows, context: Context | None = None) -> Draw:
         """One step of decoding: the tokens that the windows' noise maps to."""
+        context = context or read_context(backbone, windows.context_BN)
+        reader = BlockReader(backbone.base_model, context.layers, windows.anchors_BW)
+
+        def pick(logits_BWV: Tensor, offset: int) -> Tensor:
+            return self.pick(logits_BWV, windows.noise_BWK[..., offset], windows.temperature_BW)
+
+        logits, tokens = zip(
+            *self.turns(backbone, windows, reader, context.at(windows.anchors_BW), pick), strict=True
+        )
+        return Draw(torch.stack(tokens, dim=2), torch.stack(logits, dim=2))
 
     @abstractmethod
     def grow(self, k: int) -> None:
@@ -146,25 +172,27 @@ class ArgmaxReadout(Readout):
         self, backbone: PreTrainedModel, windows: Windows, tokens_BWK: Tensor, context: Context | None = None
     ) -> BlockScores:
         """p_j(· | context, z_1 … z_j): the tokens do not matter here."""
-        return BlockScores(self._logits(backbone, windows, context))
-
-    def _logits(self, backbone: PreTrainedModel, windows: Windows, context: Context | None) -> Tensor:
         context = context or read_context(backbone, windows.context_BN)
+        reader = BlockReader(backbone.base_model, context.layers, windows.anchors_BW)
+        return BlockScores(self._logits(backbone, windows, reader))
+
+    def _logits(self, backbone: PreTrainedModel, windows: Windows, reader: Reader) -> Tensor:
         noise_BWK = windows.noise_BWK
         block = self.noise_encoder(noise_BWK, windows.temperature_B[:, None, None].expand_as(noise_BWK))
         if windows.prefix_BWP is not None:
             block = torch.cat([embeddings(backbone)(windows.prefix_BWP), block], dim=2)
-        states = BlockReader(backbone.base_model, context.layers, windows.anchors_BW).read(block)
-        return lm_head(backbone, states[:, :, -windows.k :])
+        return lm_head(backbone, reader.read(block)[:, :, -windows.k :])
 
     def pick(self, logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
         """The likeliest token; the noise has done its work inside the network."""
         return logits.argmax(dim=-1)
 
-    def draw(self, backbone: PreTrainedModel, windows: Windows, context: Context | None = None) -> Draw:
+    def turns(
+        self, backbone: PreTrainedModel, windows: Windows, reader: Reader, known_BWD: Tensor | None, pick: Pick
+    ) -> Iterator[Turn]:
         """All k tokens from one pass."""
-        logits_BWKV = self._logits(backbone, windows, context)
-        return Draw(logits_BWKV.argmax(dim=-1), logits_BWKV)
+        for offset, logits_BWV in enumerate(self._logits(backbone, windows, reader).unbind(2)):
+            yield logits_BWV, pick(logits_BWV, offset)
 
     def grow(self, k: int) -> None:
         """Nothing to do: hints differ by position and noise alone."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from kforcing.coupling import Coupling
 from kforcing.losses import SoftTargets
-from kforcing.model import PushForwardLM, decode
+from kforcing.model import PushForwardLM
 from kforcing.staircase import BlockReader, Windows, embeddings, lm_head, read_context
 
 
@@ -62,25 +62,6 @@ class ARTeacher:
             ids.append(best.indices)
             logp.append(best.values)
         return torch.stack(tokens, dim=2), SoftTargets(torch.stack(logp, dim=2), torch.stack(ids, dim=2))
-
-    @torch.no_grad()
-    def generate(
-        self,
-        prompt_ids: Tensor,
-        *,
-        max_new_tokens: int,
-        seed: int = 0,
-        eos_token_id: int | None = None,
-        temperature: float = 1.0,
-    ) -> list[list[int]]:
-        """Plain AR decoding under the same coupling and noise as `PushForwardLM.generate`."""
-
-        def step(ids: Tensor, noise: Tensor) -> Tensor:
-            logits = self.backbone(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-            return self.coupling(logits, noise[:, 0], temperature)[:, None]
-
-        limit = getattr(self.backbone.config, "max_position_embeddings", None)
-        return decode(step, prompt_ids, 1, max_new_tokens, seed, eos_token_id, limit)
 
 
 class StudentTeacher:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,8 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 from transformers import AutoModel, PreTrainedModel
 
 from kforcing.coupling import Coupling
-from kforcing.readout import BlockScores, Draw, Readout
-from kforcing.staircase import BlockReader, Context, Windows, embeddings, head, lm_head, read_context
+from kforcing.readout import BlockScores, Pick, Readout, Turn
+from kforcing.staircase import BlockReader, Context, Reader, Windows, embeddings, head, lm_head, read_context
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,9 @@ class SequentialReadout(Readout):
         self, backbone: PreTrainedModel, windows: Windows, tokens_BWK: Tensor, context: Context | None = None
     ) -> BlockScores:
         """p(· | context, tokens before) over the whole vocabulary, for every token of the given blocks."""
-        trunk_BWD, reader = self._trunk(backbone, windows, context)
+        context = context or read_context(backbone, windows.context_BN)
+        reader = BlockReader(backbone.base_model, context.layers, windows.anchors_BW)
+        trunk_BWD = self._trunk(backbone, windows, reader, context.at(windows.anchors_BW))
         first_BW1V = lm_head(backbone, trunk_BWD[:, :, None])
         if windows.k == 1:
             return BlockScores(first_BW1V)
@@ -212,39 +215,39 @@ class SequentialReadout(Readout):
         logits = lm_head(backbone, hints_BWHD + corrections_BWHD)
         return BlockScores(torch.cat([first_BW1V, logits], dim=2), side)
 
-    def draw(self, backbone: PreTrainedModel, windows: Windows, context: Context | None = None) -> Draw:
+    def turns(
+        self, backbone: PreTrainedModel, windows: Windows, reader: Reader, known_BWD: Tensor | None, pick: Pick
+    ) -> Iterator[Turn]:
         """Token 1 from the trunk, then K−1 turns of the head."""
-        trunk_BWD, reader = self._trunk(backbone, windows, context)
-        logits = [lm_head(backbone, trunk_BWD)]
-        tokens = [self._pick_at(logits[0], windows, 0)]
-        if windows.k > 1:
-            drafts, _ = self._drafts(backbone, windows, tokens[0][..., None])
-            hints_BWHD = self._hints(backbone, trunk_BWD, reader, drafts, windows.k)
-            parallel_BWHV = lm_head(backbone, hints_BWHD) if self.config.shortlist else None
-            past = self._first_entry(trunk_BWD)
-            for j in range(windows.k - 1):
-                hint_BW1D = hints_BWHD[:, :, j : j + 1]
-                before_BW1D = embeddings(backbone)(tokens[-1])[:, :, None]
-                correction_BW1D, past = self._head(trunk_BWD, hint_BW1D, before_BW1D, j + 1, past)
-                if parallel_BWHV is None:
-                    logits.append(lm_head(backbone, hint_BW1D + correction_BW1D)[:, :, 0])
-                else:
-                    logits.append(self._shortlisted(backbone, parallel_BWHV[:, :, j], correction_BW1D[:, :, 0]))
-                tokens.append(self._pick_at(logits[-1], windows, j + 1))
-        return Draw(torch.stack(tokens, dim=2), torch.stack(logits, dim=2))
-
-    def _pick_at(self, logits_BWV: Tensor, windows: Windows, offset: int) -> Tensor:
-        return self.pick(logits_BWV, windows.noise_BWK[..., offset], windows.temperature_BW)
+        trunk_BWD = self._trunk(backbone, windows, reader, known_BWD)
+        logits_BWV = lm_head(backbone, trunk_BWD)
+        token_BW = pick(logits_BWV, 0)
+        yield logits_BWV, token_BW
+        if windows.k == 1:
+            return
+        drafts, _ = self._drafts(backbone, windows, token_BW[..., None])
+        hints_BWHD = self._hints(backbone, trunk_BWD, reader, drafts, windows.k)
+        parallel_BWHV = lm_head(backbone, hints_BWHD) if self.config.shortlist else None
+        past = self._first_entry(trunk_BWD)
+        for j in range(windows.k - 1):
+            hint_BW1D = hints_BWHD[:, :, j : j + 1]
+            before_BW1D = embeddings(backbone)(token_BW)[:, :, None]
+            correction_BW1D, past = self._head(trunk_BWD, hint_BW1D, before_BW1D, j + 1, past)
+            if parallel_BWHV is None:
+                logits_BWV = lm_head(backbone, hint_BW1D + correction_BW1D)[:, :, 0]
+            else:
+                logits_BWV = self._shortlisted(backbone, parallel_BWHV[:, :, j], correction_BW1D[:, :, 0])
+            token_BW = pick(logits_BWV, j + 1)
+            yield logits_BWV, token_BW
 
     def _trunk(
-        self, backbone: PreTrainedModel, windows: Windows, context: Context | None
-    ) -> tuple[Tensor, BlockReader]:
-        """The trunk's state at the last known token of each window, and its keys and values to read on from."""
-        context = context or read_context(backbone, windows.context_BN)
-        reader = BlockReader(backbone.base_model, context.layers, windows.anchors_BW)
+        self, backbone: PreTrainedModel, windows: Windows, reader: Reader, known_BWD: Tensor | None
+    ) -> Tensor:
+        """The trunk's state at the last known token of each window."""
         if windows.prefix_BWP is None:
-            return context.at(windows.anchors_BW), reader
-        return reader.read(embeddings(backbone)(windows.prefix_BWP))[:, :, -1], reader
+            assert known_BWD is not None
+            return known_BWD
+        return reader.read(embeddings(backbone)(windows.prefix_BWP))[:, :, -1]
 
     def _drafts(
         self, backbone: PreTrainedModel, windows: Windows, tokens_BWK: Tensor
@@ -262,11 +265,11 @@ class SequentialReadout(Readout):
         with torch.no_grad():
             for j in range(1, windows.k - 1):
                 logits = bigram(drafts[-1])
-                drafts.append(self._pick_at(logits, windows, j))
+                drafts.append(self.pick(logits, windows.noise_BWK[..., j], windows.temperature_BW))
         return drafts, (bigram(tokens_BWK[..., :-1]),) if torch.is_grad_enabled() else ()
 
     def _hints(
-        self, backbone: PreTrainedModel, trunk_BWD: Tensor, reader: BlockReader, drafts: list[Tensor], k: int
+        self, backbone: PreTrainedModel, trunk_BWD: Tensor, reader: Reader, drafts: list[Tensor], k: int
     ) -> Tensor:
         """States (B, W, H, D) that stand for the block before its tokens are known."""
         if self.config.hints == "none":

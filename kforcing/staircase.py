@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,18 @@ def cached_layers(out: Any) -> list[tuple[Tensor, Tensor]]:
     return [(layer.keys, layer.values) for layer in out.past_key_values.layers]
 
 
+class Reader(Protocol):
+    """Reads entries of blocks that follow a context which was read before."""
+
+    def read(self, block_BWLD: Tensor) -> Tensor:
+        """The next L entries of every window, as input embeddings → their final hidden states (B, W, L, D)."""
+        ...
+
+    def fork(self, stack: nn.Module, depth: int) -> Reader:
+        """A reader that goes on from here through a stack of its own, above the keys and values of the last layers."""
+        ...
+
+
 class BlockReader:
     """Reads entries of the windows' blocks through a stack of transformer layers, a few at a time.
 
@@ -97,7 +109,7 @@ class BlockReader:
         self.length = 0
 
     def fork(self, stack: nn.Module, depth: int) -> BlockReader:
-        """A reader that goes on from here through a stack of its own, above the keys and values of the last layers."""
+        """See `Reader.fork`."""
         other = copy.copy(self)
         other.stack, other.layers = stack, self.layers[-depth:]
         return other

@@ -13,11 +13,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from kforcing.coupling import COUPLINGS
+from kforcing.engine import Engine, EngineConfig, Request, Sampling
 from kforcing.metrics import cluster_bootstrap, window_scores
 from kforcing.model import PushForwardLM
 from kforcing.noise import derive_key, sample_anchors, window_noise
-from kforcing.rollout import ARTeacher
 from kforcing.staircase import Windows
 from pipelines.config import EvalConfig
 from pipelines.prepare import Prepared, load_tokenizer
@@ -137,19 +136,18 @@ def continue_prompts(job: SampleJob) -> list[dict[str, str]]:
     device = pick_device()
     students = {name: PushForwardLM.from_pretrained(path).to(device) for name, path in job.students.items()}
     design = next(iter(students.values())).config.design
-    teacher = ARTeacher(load_ar(job.teacher).to(device), COUPLINGS[design.coupling])
-    decoders: dict[str, Any] = {"teacher": teacher, **students}
-    temperature = design.noise.clamp(1.0)
-    records = []
-    for row, tokens in enumerate(to_numpy(prompts["tokens"])):
-        prompt = torch.from_numpy(tokens[: job.config.prompt_tokens].astype(np.int64)).to(device)[None]
-        record = {"prompt": str(tokenizer.decode(prompt[0]))}
-        for name, decoder in decoders.items():
-            new = decoder.generate(
-                prompt, max_new_tokens=job.config.new_tokens, seed=job.seed + row, temperature=temperature
-            )[0]
-            record[name] = str(tokenizer.decode(new))
-        records.append(record)
+    sampling = Sampling(temperature=design.noise.clamp(1.0))
+    tokens = to_numpy(prompts["tokens"])[:, : job.config.prompt_tokens].tolist()
+    requests = [
+        Request(row, job.config.new_tokens, seed=job.seed + i, sampling=sampling) for i, row in enumerate(tokens)
+    ]
+    engine_config = EngineConfig(
+        slots=len(requests), max_len=len(tokens[0]) + job.config.new_tokens, coupling=design.coupling
+    )
+    records = [{"prompt": str(tokenizer.decode(row))} for row in tokens]
+    for name, model in {"teacher": load_ar(job.teacher).to(device), **students}.items():
+        for record, completion in zip(records, Engine(model, engine_config).generate(requests), strict=True):
+            record[name] = str(tokenizer.decode(completion.tokens))
     return records
 
 

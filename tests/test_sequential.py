@@ -8,6 +8,7 @@ from kforcing import Design, PushForwardLM, SequentialConfig
 from kforcing.coupling import COUPLINGS
 from kforcing.losses import SoftTargets, soft_target_kl
 from kforcing.noise import uniform
+from kforcing.reference import decode
 from kforcing.rollout import ARTeacher, StudentTeacher
 from kforcing.staircase import BlockReader, Windows, ar_block_logits, embeddings, read_context
 from pipelines.step import StudentStep, WindowBatch
@@ -54,15 +55,16 @@ def test_with_the_teachers_distributions_it_is_plain_ar_decoding(backbone, coupl
     student = make_sequential(backbone, coupling=coupling)
     TeacherAsHead(student)
     prompts = windows(N=7).context_BN
-    ar = ARTeacher(backbone, COUPLINGS[coupling])
-    assert student.generate(prompts, k=k, max_new_tokens=13, seed=4) == ar.generate(prompts, max_new_tokens=13, seed=4)
+    ar = [decode(backbone, row, 13, seed=4, coupling=COUPLINGS[coupling]) for row in prompts.tolist()]
+    assert student.generate(prompts, k=k, max_new_tokens=13, seed=4) == ar
 
 
 @pytest.mark.parametrize("coupling", list(COUPLINGS))
 def test_one_token_a_step_is_the_teacher(backbone, coupling):
     student = make_sequential(backbone, coupling=coupling)
     prompts = windows(N=7).context_BN
-    ar = ARTeacher(backbone, COUPLINGS[coupling]).generate(prompts, max_new_tokens=9, seed=1, temperature=0.7)
+    options = {"seed": 1, "temperature": 0.7}
+    ar = [decode(backbone, row, 9, **options, coupling=COUPLINGS[coupling]) for row in prompts.tolist()]
     assert student.generate(prompts, k=1, max_new_tokens=9, seed=1, temperature=0.7) == ar
 
 

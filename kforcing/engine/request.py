@@ -1,0 +1,91 @@
+"""What is asked of the engine and what it answers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn from a request's distributions."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest token. An argmax student knows only those it was trained for."""
+    top_k: int = 0
+    """Draw from this many likeliest tokens only; 0 for all. Needs explicit distributions: AR or a sequential student."""
+    top_p: float = 1.0
+    """Draw from the smallest set of likeliest tokens that holds this probability (nucleus). Needs the same."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time the request has made it before. With an argmax student a heuristic:
+    hints of the same block have not seen the change."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logits of tokens that the request has made before; the same holds."""
+
+    def check(self) -> None:
+        """Raise ValueError for a value out of range."""
+        for name, value, low, high in (
+            ("temperature", self.temperature, 0.0, 100.0),
+            ("top_p", self.top_p, 0.0, 1.0),
+            ("frequency_penalty", self.frequency_penalty, -100.0, 100.0),
+            ("presence_penalty", self.presence_penalty, -100.0, 100.0),
+        ):
+            if not (math.isfinite(value) and low <= value <= high):
+                raise ValueError(f"{name}={value} must be a number from {low:g} to {high:g}")
+        if self.top_p == 0:
+            raise ValueError("top_p=0 leaves no token to draw; use temperature=0 for the likeliest")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be at least 0 (0 for all tokens)")
+
+    @property
+    def plain(self) -> bool:
+        """Whether tokens are drawn from the distributions as they are, but for temperature."""
+        return self.temperature > 0 and not self.filters and not self.penalises
+
+    @property
+    def filters(self) -> bool:
+        """Whether some tokens are left out."""
+        return self.top_k > 0 or self.top_p < 1
+
+    @property
+    def penalises(self) -> bool:
+        """Whether tokens made before weigh less."""
+        return self.frequency_penalty != 0 or self.presence_penalty != 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to continue."""
+
+    prompt: list[int]
+    """Token ids, at least one."""
+    max_new_tokens: int | None = None
+    """Tokens returned at most; none for as many as the engine's context holds."""
+    seed: int = 0
+    """Of the noise: the token at a position is made from z(seed, position)."""
+    stop_ids: frozenset[int] = frozenset()
+    """Ends the continuation before the first of these (EOS belongs here)."""
+    k: int | None = None
+    """Tokens a step, at most the engine's, which is the default."""
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a step made for a request."""
+
+    id: int
+    tokens: list[int]
+    finish_reason: str | None = None
+    """`stop` (a stop id came), `length` (as many tokens as asked for) or none yet."""
+    stop_id: int | None = None
+    """The id that ended it; not among the tokens."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole continuation."""
+
+    tokens: list[int]
+    finish_reason: str
+    stop_id: int | None = None

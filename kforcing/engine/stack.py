@@ -1,0 +1,175 @@
+"""Transformer layers over a slot cache.
+
+`LeanStack` runs the layers of Llama and its relatives with their own linear maps and a few operations around them: no
+masks to rebuild, no caches to concatenate, hooks and output records left out. `StockStack` runs any other base model of
+transformers as it is, on the same cache. `build_stack` takes the first if it agrees with the model, number by number.
+
+Shapes: R slots, L entries, D width, H heads, G query heads a key head, E width of a head, C columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kforcing.engine.cache import SlotCache, Span
+from kforcing.engine.packing import joined
+
+LEAN = ("LlamaModel", "Qwen2Model", "Qwen3Model", "MistralModel")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+class Stack(Protocol):
+    """Layers of a base model over the last layers of a cache."""
+
+    def __call__(self, x_RLD: Tensor, span: Span) -> Tensor:
+        """Entries as input embeddings → their final hidden states; their keys and values go to the cache."""
+        ...
+
+
+class LeanStack:
+    """Llama, Qwen and Mistral layers (RMSNorm, rotary positions, grouped queries, gated MLP) as plain functions."""
+
+    def __init__(self, model: Any, cache: SlotCache):
+        self.model, self.cache = model, cache
+        self.first = len(cache.layers) - len(model.layers)
+        attention = model.layers[0].self_attn
+        self.groups, self.scale = attention.num_key_value_groups, attention.scaling
+        self.eps = model.config.rms_norm_eps
+        positions = torch.arange(cache.columns, device=cache.layers[0][0].device)
+        cos, sin = model.rotary_emb(cache.layers[0][0], positions[None])  # (1, C, E)
+        half = sin.shape[-1] // 2
+        self.cos_CE = cos[0]
+        self.sin_CE = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)  # the sign of rotate-half is in the table
+        self.layers = [
+            (
+                layer,
+                joined([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]),
+                joined([layer.mlp.gate_proj, layer.mlp.up_proj]),
+            )
+            for layer in model.layers
+        ]
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """Whether the layers are of a kind that is known here."""
+        config = model.config
+        rope = getattr(config, "rope_parameters", None) or {}
+        sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        return (
+            type(model).__name__ in LEAN and rope.get("rope_type", "default") in STATIC_ROPE and not sliding
+        )
+
+    def __call__(self, x_RLD: Tensor, span: Span) -> Tensor:
+        """See `Stack`."""
+        R, L, _ = x_RLD.shape
+        E = self.cache.width
+        # One head's worth of positions for all heads.
+        cos, sin = self.cos_CE[span.positions_RL][:, :, None], self.sin_CE[span.positions_RL][:, :, None]
+        mask = span.mask_R1LC
+        if mask is not None and self.groups > 1:
+            mask = mask.repeat_interleave(self.groups, dim=2)
+        x = x_RLD
+        for i, (layer, qkv, gate_up) in enumerate(self.layers, start=self.first):
+            attention, mlp = layer.self_attn, layer.mlp
+            q, k, v = (part.view(R, L, -1, E) for part in qkv(self._norm(x, layer.input_layernorm)))
+            if hasattr(attention, "q_norm"):
+                q, k = self._norm(q, attention.q_norm), self._norm(k, attention.k_norm)
+            q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+            keys, values = self.cache.write(i, k.transpose(1, 2), v.transpose(1, 2), span)
+            # Query heads that share a key head become more entries of that head.
+            q = q.view(R, L, -1, self.groups, E).transpose(1, 2).reshape(R, -1, L * self.groups, E)
+            mixed = scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scale)
+            mixed = mixed.reshape(R, -1, L, self.groups * E).transpose(1, 2).reshape(R, L, -1)
+            x = x + attention.o_proj(mixed)
+            gate, up = gate_up(self._norm(x, layer.post_attention_layernorm))
+            x = x + mlp.down_proj(mlp.act_fn(gate) * up)
+        return self._norm(x, self.model.norm)
+
+    def _norm(self, x: Tensor, norm: Any) -> Tensor:
+        return rms_norm(x, (x.shape[-1],), norm.weight, self.eps)
+
+
+def _rotated(x_RLHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: x · cos + rotate_half(x) · sin, the half's sign being in `sin`."""
+    return x_RLHE * cos + x_RLHE.roll(x_RLHE.shape[-1] // 2, dims=-1) * sin
+
+
+class StockStack:
+    """Any base model of transformers with sdpa attention, over the same cache."""
+
+    def __init__(self, model: Any, cache: SlotCache):
+        self.model = model
+        first = len(cache.layers) - model.config.num_hidden_layers
+        self.layers = [_StockLayer(cache, first + i) for i in range(model.config.num_hidden_layers)]
+        self.cache = cache
+
+    def __call__(self, x_RLD: Tensor, span: Span) -> Tensor:
+        """See `Stack`."""
+        for layer in self.layers:
+            layer.span = span
+        mask = span.mask_R1LC
+        if mask is None:
+            shape = (*x_RLD.shape[:1], 1, x_RLD.shape[1], span.columns)
+            mask = torch.zeros(shape, dtype=x_RLD.dtype, device=x_RLD.device)
+        return self.model(
+            inputs_embeds=x_RLD,
+            position_ids=span.positions_RL,
+            attention_mask=mask,
+            past_key_values=Cache(layers=self.layers),
+            use_cache=True,
+        ).last_hidden_state
+
+
+class _StockLayer(CacheLayerMixin):
+    """A layer of the slot cache as transformers wants it."""
+
+    def __init__(self, cache: SlotCache, index: int):
+        super().__init__()
+        self.cache, self.index = cache, index
+        self.span: Span | None = None
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        assert self.span is not None
+        return self.cache.write(self.index, key_states, value_states, self.span)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        assert self.span is not None
+        return self.span.columns, 0
+
+    def get_max_length(self) -> int:
+        return self.cache.columns
+
+
+def key_heads(model: nn.Module) -> tuple[int, int]:
+    """Heads of keys of a base model, and their width."""
+    config: Any = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+@torch.inference_mode()
+def build_stack(model: Any, cache: SlotCache) -> Stack:
+    """The leanest stack that computes what the model computes (checked on a few entries, which the cache forgets)."""
+    stock = StockStack(model, cache)
+    if not LeanStack.fits(model):
+        return stock
+    lean = LeanStack(model, cache)
+    n = min(4, cache.columns)
+    device, dtype = cache.layers[0][0].device, cache.layers[0][0].dtype
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    probe = torch.randn(1, n, model.config.hidden_size, generator=generator).to(device, dtype)
+    span = cache.span(slice(0, 1), torch.arange(n, device=device)[None], n)
+    mine, theirs = lean(probe, span), stock(probe, span)
+    return lean if torch.allclose(mine.float(), theirs.float(), rtol=1e-2, atol=1e-2) else stock
