@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import PreTrainedModel
 
 from kforcing.model import PushForwardLM
 from kforcing.readout import ArgmaxReadout
@@ -92,12 +93,28 @@ def measured_step(student: PushForwardLM, k: int, context: int) -> StepCost:
     return StepCost(flops.get_total_flops(), reads.bytes)
 
 
+def predicted_ar_step(backbone: PreTrainedModel) -> StepCost:
+    """One step of plain AR decoding: every matrix read once for one position."""
+    matrices = _matrices(backbone.base_model) - embeddings(backbone).weight.numel() + head(backbone).weight.numel()
+    return StepCost(2 * matrices, next(backbone.parameters()).element_size() * matrices)
+
+
+def attention_step(backbone: PreTrainedModel, entries: int, context: int) -> StepCost:
+    """What attention adds for each sequence of a batch: its keys and values read once, `entries` queries over them."""
+    config: Any = backbone.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = next(backbone.parameters()).element_size()
+    columns = config.num_hidden_layers * context * width
+    return StepCost(4 * entries * columns * config.num_attention_heads, 2 * size * columns * heads)
+
+
 def predicted_step(student: PushForwardLM, k: int) -> StepCost:
     """The same from parameter counts: matrices × positions, attention over the context left out.
 
     Paper's read-out: trunk, noise encoder and head are read once, for 2k, k and k positions. Sequential: the trunk once
     for k positions, hint layers once for k − 1, the head's block at each of its k − 1 turns, and the LM head at each
-    token, or twice and m rows a token with a shortlist of m.
+    token; with a shortlist of m twice (once if hints wait for no draft) and m rows a token.
     """
     backbone, readout = student.backbone, student.readout
     size = next(student.parameters()).element_size()
@@ -119,7 +136,8 @@ def predicted_step(student: PushForwardLM, k: int) -> StepCost:
     first = readout.entry.weight.numel() + readout.block.qkv.weight.numel()  # the trunk state's keys and values
     flops = k * trunk + (k - 1) * (hints + block + m * width) + first + k * lm_head + drafts
     reads = trunk + hints + (k - 1) * block + first + drafts
-    reads += 2 * lm_head + (k - 1) * m * width if m else k * lm_head
+    passes = 1 if readout.config.draft == "none" else 2
+    reads += passes * lm_head + (k - 1) * m * width if m else k * lm_head
     return StepCost(2 * flops, size * reads)
 
 

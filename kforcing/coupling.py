@@ -21,8 +21,8 @@ Coupling = Callable[[Tensor, Tensor, Tensor | float], Tensor]
 def inverse_cdf(logits: Tensor, z: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     """Inverse CDF in vocabulary order, F⁻¹(z) = min { v : Σ_{v' ≤ v} p(v') ≥ z } (K-Forcing's coupling).
 
-    The CDF is accumulated in float64 and scaled to end in exactly 1, so rounding can never leave a z beyond the last
-    token. A z that equals a step of the CDF takes the lower token, as the formula says. At z = 0, where the formula
+    The CDF is accumulated in float64, unnormalised, and z scaled by where it ends, so rounding can never leave a z beyond
+    the last token. A z that equals a step of the CDF takes the lower token, as the formula says. At z = 0, where the formula
     would return token 0 even if its probability is zero, the first token of positive probability is returned: a
     token of probability zero is never drawn.
 
@@ -35,8 +35,7 @@ def inverse_cdf(logits: Tensor, z: Tensor, temperature: Tensor | float = 1.0) ->
     """
     logits = _tempered(logits, temperature)
     cdf = (logits - logits.amax(dim=-1, keepdim=True)).exp_().cumsum(dim=-1)
-    cdf /= cdf[..., -1:].clone()
-    z = z.to(torch.float64).clamp(min=_SMALLEST)[..., None].contiguous()
+    z = z.to(torch.float64).clamp(min=_SMALLEST)[..., None] * cdf[..., -1:]
     return torch.searchsorted(cdf, z, side="left").squeeze(-1)
 
 

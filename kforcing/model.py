@@ -176,7 +176,9 @@ class PushForwardLM(nn.Module):
 
         rows = (prompt_ids[None] if prompt_ids.ndim == 1 else prompt_ids).tolist()
         training = self.training
-        engine = Engine(self, EngineConfig(slots=len(rows), max_len=len(rows[0]) + max(max_new_tokens, 1), k=k, packed=False))
+        engine = Engine(
+            self, EngineConfig(slots=len(rows), max_len=len(rows[0]) + max(max_new_tokens, 1), k=k, packed=False)
+        )
         stop_ids = frozenset() if eos_token_id is None else frozenset([eos_token_id])
         sampling = Sampling(temperature)
         done = engine.generate([Request(row, max_new_tokens, seed, stop_ids, sampling=sampling) for row in rows])

@@ -86,9 +86,7 @@ class Readout(nn.Module):
         def pick(logits_BWV: Tensor, offset: int) -> Tensor:
             return self.pick(logits_BWV, windows.noise_BWK[..., offset], windows.temperature_BW)
 
-        logits, tokens = zip(
-            *self.turns(backbone, windows, reader, context.at(windows.anchors_BW), pick), strict=True
-        )
+        logits, tokens = zip(*self.turns(backbone, windows, reader, context.at(windows.anchors_BW), pick), strict=True)
         return Draw(torch.stack(tokens, dim=2), torch.stack(logits, dim=2))
 
     @abstractmethod

@@ -220,14 +220,22 @@ class SequentialReadout(Readout):
     ) -> Iterator[Turn]:
         """Token 1 from the trunk, then K−1 turns of the head."""
         trunk_BWD = self._trunk(backbone, windows, reader, known_BWD)
-        logits_BWV = lm_head(backbone, trunk_BWD)
+        hints_BWHD = parallel_BWHV = None
+        if windows.k > 1 and self.config.shortlist and self.config.draft == "none":
+            # Nothing waits for token 1: one pass of the LM head scores it and all hints.
+            hints_BWHD = self._hints(backbone, trunk_BWD, reader, [], windows.k)
+            logits_BWKV = lm_head(backbone, torch.cat([trunk_BWD[:, :, None], hints_BWHD], dim=2))
+            logits_BWV, parallel_BWHV = logits_BWKV[:, :, 0], logits_BWKV[:, :, 1:]
+        else:
+            logits_BWV = lm_head(backbone, trunk_BWD)
         token_BW = pick(logits_BWV, 0)
         yield logits_BWV, token_BW
         if windows.k == 1:
             return
-        drafts, _ = self._drafts(backbone, windows, token_BW[..., None])
-        hints_BWHD = self._hints(backbone, trunk_BWD, reader, drafts, windows.k)
-        parallel_BWHV = lm_head(backbone, hints_BWHD) if self.config.shortlist else None
+        if hints_BWHD is None:
+            drafts, _ = self._drafts(backbone, windows, token_BW[..., None])
+            hints_BWHD = self._hints(backbone, trunk_BWD, reader, drafts, windows.k)
+            parallel_BWHV = lm_head(backbone, hints_BWHD) if self.config.shortlist else None
         past = self._first_entry(trunk_BWD)
         for j in range(windows.k - 1):
             hint_BW1D = hints_BWHD[:, :, j : j + 1]
@@ -240,9 +248,7 @@ class SequentialReadout(Readout):
             token_BW = pick(logits_BWV, j + 1)
             yield logits_BWV, token_BW
 
-    def _trunk(
-        self, backbone: PreTrainedModel, windows: Windows, reader: Reader, known_BWD: Tensor | None
-    ) -> Tensor:
+    def _trunk(self, backbone: PreTrainedModel, windows: Windows, reader: Reader, known_BWD: Tensor | None) -> Tensor:
         """The trunk's state at the last known token of each window."""
         if windows.prefix_BWP is None:
             assert known_BWD is not None

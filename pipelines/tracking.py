@@ -103,26 +103,11 @@ class Tracker:
 
     def _connect(self) -> Any:
         """A client whose experiment and parent run exist."""
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        from mlflow import MlflowClient
-
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        client = MlflowClient(self.uri, registry_uri=self.uri)
+        client = mlflow_client(self.uri)
         if self.parent and self._still_there(client, self.parent):
             client.update_run(self.parent, status="RUNNING")
             return client
-        found = client.get_experiment_by_name(self.config.tracking.experiment)
-        # A server places artifacts itself; sqlite would put them into the current directory.
-        place = (self.config.root.parent / "mlartifacts").absolute().as_uri() if self.uri.startswith("sqlite") else None
-        experiment = (
-            found.experiment_id
-            if found
-            else client.create_experiment(self.config.tracking.experiment, artifact_location=place)
-        )
+        experiment = open_experiment(client, self.uri, self.config.tracking.experiment, self.config.root.parent)
         run = client.create_run(experiment, run_name=f"{self.config.recipe} {self.config.root.name}").info.run_id
         self._describe(client, run, dataclasses.asdict(self.config))
         write_json(self._state_file, {"uri": self.uri, "experiment": experiment, "parent": run, "children": {}})
@@ -275,6 +260,49 @@ class Tracker:
             if "sqlite" in self.uri
             else f"open {self.uri}"
         )
+
+
+def mlflow_client(uri: str) -> Any:
+    """A client that is quiet and does not try for minutes to reach a server that is down."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return MlflowClient(uri, registry_uri=uri)
+
+
+def open_experiment(client: Any, uri: str, name: str, beside: Path) -> str:
+    """The id of an experiment, made when it is not there yet."""
+    found = client.get_experiment_by_name(name)
+    if found:
+        return str(found.experiment_id)
+    # A server places artifacts itself; sqlite would put them into the current directory.
+    place = (beside / "mlartifacts").absolute().as_uri() if uri.startswith("sqlite") else None
+    return str(client.create_experiment(name, artifact_location=place))
+
+
+def log_report(
+    uri: str | None, experiment: str, folder: Path, params: dict[str, Any], metrics: dict[str, float]
+) -> str:
+    """A run of its own for a benchmark or a comparison, with the files of its folder; returns where it went."""
+    from mlflow.entities import Metric, Param
+
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.parent.absolute()}/mlflow.db"
+    client = mlflow_client(uri)
+    run = client.create_run(open_experiment(client, uri, experiment, folder.parent), run_name=folder.name).info.run_id
+    now = int(time.time() * 1000)
+    client.log_batch(run, params=[Param(name, str(value)[:500]) for name, value in params.items()])
+    values = [Metric(name, value, now, 0) for name, value in metrics.items()]
+    for start in range(0, len(values), 500):
+        client.log_batch(run, metrics=values[start : start + 500])
+    for file in sorted(f for f in folder.iterdir() if f.is_file()):
+        client.log_artifact(run, str(file))
+    client.set_terminated(run)
+    return uri
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -25,6 +25,7 @@ KINDS = {
         make_backbone(name), coupling="inverse_cdf", hint_layers=1, shortlist=8, draft="bigram"
     ),
     "adapters": lambda name: make_sequential(make_backbone(name), hints="adapter"),
+    "short of drafts": lambda name: make_sequential(make_backbone(name), shortlist=5, draft="none"),
     "head alone": lambda name: make_sequential(make_backbone(name), hints="none", draft="none"),
 }
 
@@ -160,7 +161,10 @@ def test_batch_invariant_mode_gives_equal_logits_in_half_precision():
         engine = Engine(m, EngineConfig(slots=6, max_len=40, batch_invariant=True))
         logits = []
         draw = engine.decoder.sampler.draw
-        engine.decoder.sampler.draw = lambda x, z, t, keep=logits, draw=draw: (keep.append(x[0].clone()), draw(x, z, t))[1]
+        engine.decoder.sampler.draw = lambda x, z, t, keep=logits, draw=draw: (
+            keep.append(x[0].clone()),
+            draw(x, z, t),
+        )[1]
         engine.generate([Request(prompt(9), 10, seed=5), *(Request(prompt(9, i), 10, seed=i) for i in range(crowd))])
         seen[label] = torch.stack(logits[:10])
     assert torch.equal(seen["alone"], seen["crowd"])
@@ -239,6 +243,7 @@ def test_what_cannot_be_served_is_refused_with_the_reason(kind, request_, messag
         (EngineConfig(max_len=64), "the model has 64 positions"),
         (EngineConfig(k=5), "k=5"),
         (EngineConfig(coupling="x"), "coupling=x"),
+        (EngineConfig(packed=True, compiled=True), "packed=True"),
     ],
 )
 def test_an_engine_that_cannot_be_is_refused(config, message):
@@ -304,6 +309,23 @@ def resident():
     """Bytes of memory this process holds."""
     with open("/proc/self/statm") as f:
         return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+def test_compiled_layers_decode_the_same():
+    m, request = model("sequential"), Request(prompt(9), 14, seed=5)
+    done = Engine(m, EngineConfig(slots=2, max_len=40, compiled=True)).generate([request])
+    assert done[0].tokens == slowly(m, request)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("kind", ["ar", "argmax", "sequential", "adapters"])
+def test_packed_matrices_decode_the_same_and_leave_the_model_alone(kind, packed):
+    m, request = model(kind), Request(prompt(9), 14, seed=5)
+    before = {type(module) for module in m.modules()}
+    done = Engine(m, EngineConfig(slots=2, max_len=40, packed=packed)).generate([request])
+    assert done[0].tokens == slowly(m, request)
+    assert {type(module) for module in m.modules()} == before
 
 
 def test_equal_requests_are_equal_completions():

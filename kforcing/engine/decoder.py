@@ -84,15 +84,23 @@ class Decoder:
     """
 
     def __init__(
-        self, model: PushForwardLM | PreTrainedModel, slots: int, max_len: int, k: int, coupling: Coupling, compiled: bool
+        self,
+        model: PushForwardLM | PreTrainedModel,
+        slots: int,
+        max_len: int,
+        k: int,
+        coupling: Coupling,
+        compiled: bool,
     ):
-        student = isinstance(model, PushForwardLM)
-        backbone: Any = model.backbone if student else model
-        self.backbone: Any = backbone
-        self.readout: Any = model.readout if student else ARReadout(coupling)
+        backbone: Any = model
+        self.readout: Any = ARReadout(coupling)
+        self.hints = 0
+        if isinstance(model, PushForwardLM):
+            backbone, self.readout = model.backbone, model.readout
+            self.hints = 0 if k == 1 and model.config.design.conditional else k
+        self.backbone = backbone
         self.slots, self.max_len, self.k = slots, max_len, k
-        self.hints = k if student and (k > 1 or not model.config.design.conditional) else 0
-        trunk = backbone.base_model
+        trunk: nn.Module = backbone.base_model
         device, dtype = backbone.device, backbone.dtype
         columns = max_len + k
         self.cache = SlotCache(backbone.config.num_hidden_layers, slots, columns, *key_heads(trunk), dtype, device)

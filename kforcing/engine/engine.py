@@ -47,7 +47,7 @@ class EngineConfig:
     coupling: str = "inverse_cdf"
     """How noise picks a token from an AR model's distribution; a student brings its own."""
     compiled: bool = False
-    """Run the layers through torch.compile (on a CPU it needs a C++ compiler)."""
+    """Run the layers through torch.compile (on a CPU it needs a C++ compiler, and excludes `packed`, which gains more)."""
     packed: bool | None = None
     """Hold the matrices a second time, in the order the CPU's kernels want: 2 to 4 times as fast (`packing.py`). None for
     yes on a CPU."""
@@ -64,6 +64,8 @@ class Counts:
     """Prompt tokens read before the first step of their request."""
     tokens: int = 0
     """Tokens returned."""
+    slot_steps: int = 0
+    """Steps summed over the requests that ran in them."""
     discarded: int = 0
     """Tokens made by running requests and not returned: behind a stop id, a limit or a cancellation."""
 
@@ -107,7 +109,9 @@ class Engine:
                 raise ValueError(f"{name}={value} must be at least 1")
         if config.coupling not in COUPLINGS:
             raise ValueError(f"coupling={config.coupling}: choose one of {', '.join(COUPLINGS)}")
-        packed = can_pack(model) if config.packed is None else config.packed
+        if config.packed and (config.compiled or not can_pack(model)):
+            raise ValueError("packed=True needs a model in fp32 or bf16 on a CPU and compiled=False; leave packed out")
+        packed = can_pack(model) and not config.compiled if config.packed is None else config.packed
         model = packed_copy(model) if packed else model
         self.model, self.config, self.student = model.eval(), config, student
         cuda = backbone.device.type == "cuda"
@@ -267,6 +271,7 @@ class Engine:
         plain = all(r.request.sampling.plain for r in self.running)
         steps = [self._one_step(lengths, plain, i) for i in range(self.check_every)]
         self.counts.steps += len(steps)
+        self.counts.slot_steps += len(steps) * len(self.running)
         made = torch.stack(steps).tolist()  # steps, slots, k
         outputs = []
         for i, r in enumerate(self.running):

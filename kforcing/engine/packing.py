@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,16 @@ class PackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out)."""
         if self._packed is None:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().contiguous(), ROWS)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+            self._packed = _pack(self.weight)
+        return _apply(x, self._packed, self.bias)
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
+
+
+def _apply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 def can_pack(model: nn.Module) -> bool:
@@ -55,12 +63,11 @@ def packed_copy(model: Model) -> Model:
 
 def joined(maps: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
     """Linear maps of one input: packed ones as a single product, others one by one."""
-    if not all(type(m) is PackedLinear and m.bias is None for m in maps):
+    if not all(type(m) is PackedLinear for m in maps):
         return lambda x: [m(x) for m in maps]
-    weights = [m.weight for m in maps]
+    weights: list[Any] = [m.weight for m in maps]
+    biases: list[Any] = [m.bias for m in maps]
     sizes = [len(weight) for weight in weights]
-    one = PackedLinear(0, 0, bias=False, device="meta")
-    one.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
-    one(torch.zeros(1, one.weight.shape[1], dtype=one.weight.dtype))  # packs
-    one.weight = nn.Parameter(one.weight.new_empty(0), requires_grad=False)
-    return lambda x: one(x).split(sizes, dim=-1)
+    bias = None if biases[0] is None else torch.cat(biases).detach()
+    packed = _pack(torch.cat(weights))
+    return lambda x: _apply(x, packed, bias).split(sizes, dim=-1)

@@ -60,9 +60,7 @@ class Sampler:
         penalty_RV = self.frequency_S[:R, None] * counts_RV + self.presence_S[:R, None] * (counts_RV > 0)
         logits_RV = logits_RV.float() - penalty_RV
         filtered_RV = self._filtered(logits_RV, temperature_R)
-        token_R = torch.where(
-            self.greedy_S[:R], logits_RV.argmax(dim=-1), self.draw(filtered_RV, z_R, temperature_R)
-        )
+        token_R = torch.where(self.greedy_S[:R], logits_RV.argmax(dim=-1), self.draw(filtered_RV, z_R, temperature_R))
         kept = torch.ones(R, device=token_R.device) if kept_R is None else kept_R.float()
         counts_RV.scatter_add_(1, token_R[:, None], kept[:, None])
         return token_R

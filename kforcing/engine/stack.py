@@ -44,7 +44,9 @@ class LeanStack:
         cos, sin = model.rotary_emb(cache.layers[0][0], positions[None])  # (1, C, E)
         half = sin.shape[-1] // 2
         self.cos_CE = cos[0]
-        self.sin_CE = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)  # the sign of rotate-half is in the table
+        self.sin_CE = torch.cat(
+            [-sin[0, :, :half], sin[0, :, half:]], dim=-1
+        )  # the sign of rotate-half is in the table
         self.layers = [
             (
                 layer,
@@ -60,9 +62,7 @@ class LeanStack:
         config = model.config
         rope = getattr(config, "rope_parameters", None) or {}
         sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        return (
-            type(model).__name__ in LEAN and rope.get("rope_type", "default") in STATIC_ROPE and not sliding
-        )
+        return type(model).__name__ in LEAN and rope.get("rope_type", "default") in STATIC_ROPE and not sliding
 
     def __call__(self, x_RLD: Tensor, span: Span) -> Tensor:
         """See `Stack`."""
@@ -105,7 +105,7 @@ class StockStack:
     def __init__(self, model: Any, cache: SlotCache):
         self.model = model
         first = len(cache.layers) - model.config.num_hidden_layers
-        self.layers = [_StockLayer(cache, first + i) for i in range(model.config.num_hidden_layers)]
+        self.layers: list[Any] = [_StockLayer(cache, first + i) for i in range(model.config.num_hidden_layers)]
         self.cache = cache
 
     def __call__(self, x_RLD: Tensor, span: Span) -> Tensor:

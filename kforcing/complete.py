@@ -1,0 +1,123 @@
+"""Complete the prompts of a file.
+
+    python -m kforcing.complete MODEL prompts.txt -o out.jsonl --max-new-tokens 64 --k 4
+
+MODEL is a student's directory or that of a causal LM of transformers. Prompts are lines of text, or of JSON with a
+`prompt` when the name ends in .jsonl; `-` is standard input. Each line of the output is a JSON object with `prompt`, `text`,
+`tokens` (ids) and `finish_reason`, in the order of the prompts. All prompts use the same seed unless a JSON line has its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from kforcing.engine import Engine, EngineConfig, Request, Sampling
+from kforcing.engine.loading import load_model, load_tokenizer
+
+
+def read_prompts(lines: TextIO, as_json: bool) -> Iterator[dict[str, Any]]:
+    """One record a line; empty lines are left out. Raises ValueError that names the line."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if not as_json:
+            yield {"prompt": line.rstrip("\r\n")}
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} is not JSON: {error}") from None
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"]:
+            raise ValueError(f'line {number} has no "prompt"; expected {{"prompt": "some text"}}')
+        yield record
+
+
+def complete(engine: Engine, requests: list[Request], progress: Any) -> Iterator[tuple[list[int], str]]:
+    """Tokens and finish reason of each request, in order, as soon as it and those before it have ended."""
+    made: list[list[int]] = [[] for _ in requests]
+    ends: dict[int, str] = {}
+    ids: dict[int, int] = {}
+    given = done = 0
+    while done < len(requests):
+        while given < len(requests) and len(engine.waiting) < engine.config.slots:
+            ids[engine.submit(requests[given])] = given
+            given += 1
+        for output in engine.step():
+            i = ids[output.id]
+            made[i] += output.tokens
+            if output.finish_reason:
+                ends[i] = output.finish_reason
+                progress.set_postfix_str(f"{engine.counts.tokens:,} tokens, {engine.counts.steps:,} steps")
+                progress.update()
+        while done in ends:
+            yield made[done], ends[done]
+            done += 1
+
+
+def main() -> None:
+    """Read the command line, run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("prompts", metavar="FILE")
+    parser.add_argument("-o", "--output", default="-", help="where to (default: standard output)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="for each prompt (default %(default)s)")
+    parser.add_argument("--k", type=int, help="tokens a step (default: the student's k)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--slots", type=int, default=16, help="prompts at a time (default %(default)s)")
+    parser.add_argument("--coupling", default="inverse_cdf", help="of an AR model (default %(default)s)")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"])
+    given = parser.parse_args()
+    try:
+        run(given)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run(given: argparse.Namespace) -> None:
+    """Everything but the command line. What cannot be served is refused before the first step."""
+    with ExitStack() as stack:
+        source = sys.stdin if given.prompts == "-" else stack.enter_context(open(given.prompts, encoding="utf-8"))
+        records = list(read_prompts(source, given.prompts.endswith(".jsonl")))
+        tokenizer = load_tokenizer(given.model)
+        engine = Engine(
+            load_model(given.model, given.device, given.dtype),
+            EngineConfig(slots=given.slots, k=given.k, coupling=given.coupling),
+        )
+        stop = frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
+        sampling = Sampling(temperature=given.temperature, top_p=given.top_p)
+        requests = [
+            Request(
+                tokenizer(r["prompt"]).input_ids, given.max_new_tokens, r.get("seed", given.seed), stop, None, sampling
+            )
+            for r in records
+        ]
+        for number, request in enumerate(requests, start=1):
+            try:
+                engine.check(request)
+            except ValueError as error:
+                raise ValueError(f"prompt {number}: {error}") from None
+        out = sys.stdout if given.output == "-" else stack.enter_context(open(given.output, "w", encoding="utf-8"))
+        progress = stack.enter_context(tqdm(total=len(requests), unit="prompt", file=sys.stderr))
+        for record, (tokens, reason) in zip(records, complete(engine, requests, progress), strict=True):
+            answer = {
+                "prompt": record["prompt"],
+                "text": tokenizer.decode(tokens),
+                "tokens": tokens,
+                "finish_reason": reason,
+            }
+            out.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            out.flush()
+
+
+if __name__ == "__main__":
+    main()

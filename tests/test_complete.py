@@ -1,0 +1,84 @@
+"""The command that completes a file of prompts."""
+
+import json
+import sys
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from kforcing import complete
+from kforcing.reference import decode
+from tests.conftest import VOCAB, make_backbone, make_sequential
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A student with a tokenizer of single letters."""
+    student = make_sequential(make_backbone())
+    student.save_pretrained(tmp_path / "student")
+    letters = {chr(ord("a") + i): i for i in range(VOCAB - 1)} | {"?": VOCAB - 1}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(tmp_path / "student")
+    return tmp_path
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["complete", *map(str, words)])
+    complete.main()
+
+
+def test_lines_come_back_in_order_with_the_reference_tokens(folder, monkeypatch):
+    prompts = ["abc", "fghijklm", "a", "bbbb", "cad"]
+    (folder / "prompts.txt").write_text("\n".join(prompts) + "\n\n")
+    run(
+        monkeypatch,
+        folder / "student",
+        folder / "prompts.txt",
+        "-o",
+        folder / "out.jsonl",
+        "--max-new-tokens",
+        9,
+        "--slots",
+        2,
+    )
+    answers = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert [a["prompt"] for a in answers] == prompts
+    student = make_sequential(make_backbone())
+    for answer in answers:
+        ids = [ord(c) - ord("a") for c in answer["prompt"]]
+        assert answer["tokens"] == decode(student, ids, 9, k=4)
+        assert answer["finish_reason"] == "length"
+        assert answer["text"]
+
+
+def test_a_line_of_json_may_have_its_own_seed(folder, monkeypatch):
+    lines = [{"prompt": "abc"}, {"prompt": "abc", "seed": 7}, {"prompt": "abc", "seed": 0}]
+    (folder / "p.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    run(monkeypatch, folder / "student", folder / "p.jsonl", "-o", folder / "out.jsonl", "--max-new-tokens", 12)
+    first, second, third = [json.loads(line)["tokens"] for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert first == third != second
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words", "message"),
+    [
+        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}', [], "line 2 has no .prompt."),
+        ("p.jsonl", "nonsense", [], "line 1 is not JSON"),
+        ("p.txt", "abc\n" + "a" * 70, [], "prompt 2: 70 prompt tokens"),
+        ("p.txt", "abc", ["--k", "5"], "k=5"),
+        ("p.txt", "abc", ["--temperature", "-1"], "prompt 1: temperature=-1"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(folder, monkeypatch, name, text, words, message):
+    (folder / name).write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, folder / "student", folder / name, "-o", folder / "out.jsonl", "--max-new-tokens", 4, *words)
+    assert not (folder / "out.jsonl").exists()
+
+
+def test_a_folder_without_a_model_is_named(folder, monkeypatch, tmp_path):
+    (folder / "p.txt").write_text("abc")
+    with pytest.raises(SystemExit, match="no tokenizer in"):
+        run(monkeypatch, tmp_path / "nothing", folder / "p.txt")
