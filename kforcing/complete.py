@@ -18,7 +18,9 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from kforcing import PushForwardLM
 from kforcing.engine import Engine, EngineConfig, Request, Sampling
+from kforcing.engine.engine import context_limit
 from kforcing.engine.loading import load_model, load_tokenizer
 
 
@@ -75,11 +77,11 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=16, help="prompts at a time (default %(default)s)")
     parser.add_argument("--coupling", default="inverse_cdf", help="of an AR model (default %(default)s)")
     parser.add_argument("--device")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--dtype", choices=["fp32", "bf16"])
     given = parser.parse_args()
     try:
         run(given)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -89,18 +91,22 @@ def run(given: argparse.Namespace) -> None:
         source = sys.stdin if given.prompts == "-" else stack.enter_context(open(given.prompts, encoding="utf-8"))
         records = list(read_prompts(source, given.prompts.endswith(".jsonl")))
         tokenizer = load_tokenizer(given.model)
-        engine = Engine(
-            load_model(given.model, given.device, given.dtype),
-            EngineConfig(slots=given.slots, k=given.k, coupling=given.coupling),
-        )
         stop = frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
         sampling = Sampling(temperature=given.temperature, top_p=given.top_p)
+        prompts = [tokenizer(record["prompt"]).input_ids for record in records]
         requests = [
-            Request(
-                tokenizer(r["prompt"]).input_ids, given.max_new_tokens, r.get("seed", given.seed), stop, None, sampling
-            )
-            for r in records
+            Request(ids, given.max_new_tokens, record.get("seed", given.seed), stop, None, sampling)
+            for ids, record in zip(prompts, records, strict=True)
         ]
+        model = load_model(given.model, given.device, given.dtype)
+        backbone = model.backbone if isinstance(model, PushForwardLM) else model
+        # As much context as these prompts need, within what the model has.
+        needed = max(map(len, prompts), default=1) + given.max_new_tokens
+        k = given.k or getattr(model, "k", 1)
+        limit = context_limit(backbone.config)
+        slots = max(1, min(given.slots, len(requests)))
+        max_len = needed if limit is None else min(needed, limit - k + 1)
+        engine = Engine(model, EngineConfig(slots=slots, max_len=max(max_len, 2), k=given.k, coupling=given.coupling))
         for number, request in enumerate(requests, start=1):
             try:
                 engine.check(request)

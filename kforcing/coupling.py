@@ -36,7 +36,8 @@ def inverse_cdf(logits: Tensor, z: Tensor, temperature: Tensor | float = 1.0) ->
     logits = _tempered(logits, temperature)
     cdf = (logits - logits.amax(dim=-1, keepdim=True)).exp_().cumsum(dim=-1)
     z = z.to(torch.float64).clamp(min=_SMALLEST)[..., None] * cdf[..., -1:]
-    return torch.searchsorted(cdf, z, side="left").squeeze(-1)
+    # Beyond the last token only where logits were not numbers; an id outside the vocabulary would do worse harm.
+    return torch.searchsorted(cdf, z, side="left").squeeze(-1).clamp_(max=logits.shape[-1] - 1)
 
 
 def gumbel_max(logits: Tensor, z: Tensor, temperature: Tensor | float = 1.0) -> Tensor:

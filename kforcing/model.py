@@ -175,14 +175,18 @@ class PushForwardLM(nn.Module):
         from kforcing.engine import Engine, EngineConfig, Request, Sampling  # which is built on this module
 
         rows = (prompt_ids[None] if prompt_ids.ndim == 1 else prompt_ids).tolist()
-        training = self.training
-        engine = Engine(
-            self, EngineConfig(slots=len(rows), max_len=len(rows[0]) + max(max_new_tokens, 1), k=k, packed=False)
-        )
+        if not rows or not rows[0]:
+            raise ValueError(f"prompt_ids of shape {tuple(prompt_ids.shape)} hold no token to continue")
+        config = EngineConfig(slots=len(rows), max_len=len(rows[0]) + max(max_new_tokens, 1), k=k, packed=False)
         stop_ids = frozenset() if eos_token_id is None else frozenset([eos_token_id])
         sampling = Sampling(temperature)
-        done = engine.generate([Request(row, max_new_tokens, seed, stop_ids, sampling=sampling) for row in rows])
-        self.train(training)
+        training = self.training
+        try:
+            done = Engine(self, config).generate(
+                [Request(row, max_new_tokens, seed, stop_ids, sampling=sampling) for row in rows]
+            )
+        finally:
+            self.train(training)
         return [completion.tokens for completion in done]
 
     def _check_k(self, k: int) -> None:

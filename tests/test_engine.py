@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from kforcing import Design, NoiseConfig, PushForwardLM
 from kforcing.coupling import COUPLINGS
@@ -65,7 +66,6 @@ def scenes(draw):
         prefill_tokens=draw(st.integers(1, 12)),
         check_every=draw(st.integers(1, 3)),
         batch_invariant=draw(st.booleans()),
-        graphs=draw(st.booleans()),
     )
     requests = draw(
         st.lists(
@@ -83,7 +83,7 @@ def scenes(draw):
     )
     arrivals = [draw(st.integers(0, 10)) for _ in requests]
     cancels = [draw(st.none() | st.integers(0, 12)) for _ in requests]
-    return kind, draw(st.sampled_from(list(CONFIGS))), config, requests, arrivals, cancels
+    return kind, draw(st.sampled_from(list(CONFIGS))), config, draw(st.booleans()), requests, arrivals, cancels
 
 
 def run_eagerly(step):
@@ -95,11 +95,11 @@ def run_eagerly(step):
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(scenes())
 def test_engine_equals_the_loop_without_cache(scene):
-    kind, name, config, requests, arrivals, cancels = scene
+    kind, name, config, graphs, requests, arrivals, cancels = scene
     m = model(kind, name)
     engine = Engine(m, config)
-    if config.graphs:
-        engine._step = Graphs(engine.decoder, capture=run_eagerly)
+    if graphs:  # the shapes and bookkeeping of a GPU
+        engine._step, engine._buckets = Graphs(engine.decoder, capture=run_eagerly), True
     ids, made, ends = {}, [[] for _ in requests], [None] * len(requests)
     for step in range(400):
         for i, request in enumerate(requests):
@@ -222,6 +222,7 @@ def test_a_penalty_counts_what_was_returned_and_nothing_else():
         ("ar", Request([1] * 10, 11), "10 prompt tokens . 11 new ones exceed the context of 20"),
         ("ar", Request([1], 2, k=2), "k=2 tokens a step asked where 1 to 1"),
         ("ar", Request([1], 2, sampling=Sampling(temperature=-1)), "temperature=-1"),
+        ("ar", Request([1], 2, sampling=Sampling(temperature=1e-310)), "too small to divide by"),
         ("ar", Request([1], 2, sampling=Sampling(temperature=float("nan"))), "temperature=nan"),
         ("ar", Request([1], 2, sampling=Sampling(top_p=0)), "top_p=0 leaves no token"),
         ("ar", Request([1], 2, sampling=Sampling(top_k=-1)), "top_k=-1"),
@@ -240,10 +241,12 @@ def test_what_cannot_be_served_is_refused_with_the_reason(kind, request_, messag
     ("config", "message"),
     [
         (EngineConfig(slots=0), "slots=0"),
-        (EngineConfig(max_len=64), "the model has 64 positions"),
+        (EngineConfig(max_len=64), "the model reads 64 positions"),
         (EngineConfig(k=5), "k=5"),
         (EngineConfig(coupling="x"), "coupling=x"),
         (EngineConfig(packed=True, compiled=True), "packed=True"),
+        (EngineConfig(graphs=True), "graphs=True needs a model on a GPU"),
+        (EngineConfig(check_every=-1), "check_every=-1"),
     ],
 )
 def test_an_engine_that_cannot_be_is_refused(config, message):
@@ -270,6 +273,59 @@ def test_a_stream_gives_k_tokens_a_step_and_can_be_left():
         break
     engine.step()
     assert engine.idle
+
+
+def test_streams_may_be_followed_together_and_cancelled():
+    m = model("sequential")
+    engine = Engine(m, EngineConfig(slots=2, max_len=40))
+    one, two = Request(prompt(9), 10, seed=1), Request(prompt(4), 14, seed=2)
+    streams = [engine.stream(one), engine.stream(two)]
+    made = [[token for output in stream for token in output.tokens] for stream in streams]
+    assert made == [slowly(m, one), slowly(m, two)]
+    for output in (stream := engine.stream(two)):
+        engine.cancel(output.id)
+    assert next(stream, None) is None
+    engine.step()
+    assert engine.idle
+
+
+def test_a_bad_request_among_good_ones_queues_nothing():
+    engine = Engine(model("ar"), EngineConfig(slots=2, max_len=40))
+    with pytest.raises(ValueError, match="no tokens"):
+        engine.generate([Request([1], 2), Request([], 2)])
+    assert engine.idle
+
+
+@pytest.mark.parametrize("kind", ["mistral", "longrope"])
+def test_the_context_ends_where_the_model_would_no_longer_be_itself(kind):
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 32,
+    }
+    if kind == "mistral":
+        config = MistralConfig(**sizes, num_key_value_heads=2, sliding_window=12, max_position_embeddings=64)
+    else:
+        rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12}
+        rope |= {"short_factor": [1.0, 1.0], "long_factor": [4.0, 4.0]}
+        config = LlamaConfig(**sizes, max_position_embeddings=64, rope_parameters=rope)
+    m = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    with pytest.raises(ValueError, match="the model reads 12 positions"):
+        Engine(m, EngineConfig(max_len=20))
+    request = Request(prompt(5), 7, seed=1)
+    crowd = [Request(prompt(2 + i), 8) for i in range(3)]
+    done = Engine(m, EngineConfig(slots=4)).generate([request, *crowd])
+    assert done[0].tokens == slowly(m, request)
+
+
+def test_the_draft_of_a_greedy_request_does_not_depend_on_its_seed():
+    m = make_sequential(make_backbone(), draft="bigram")
+    torch.nn.init.normal_(m.readout.bigram[1].weight)
+    greedy = [Request(prompt(5), 12, seed=s, sampling=Sampling(temperature=0)) for s in range(4)]
+    done = Engine(m, EngineConfig(slots=4, max_len=30)).generate(greedy)
+    assert done == [done[0]] * 4
 
 
 def test_running_requests_go_on_while_a_long_prompt_is_read():

@@ -133,7 +133,7 @@ def test_every_backbone_generates(backbone):
         (lambda s: s(inputs()[0], torch.rand(3, 4)), "expected context_ids"),
         (lambda s: s.generate(inputs()[0], k=5, max_new_tokens=2), "k=5 tokens a step asked where 1 to 4"),
         (lambda s: s.generate(inputs()[0], max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
-        (lambda s: s.generate(inputs()[0], max_new_tokens=60), "the model has 64 positions"),
+        (lambda s: s.generate(inputs()[0], max_new_tokens=60), "the model reads 64 positions"),
         (lambda s: s.generate(inputs()[0], max_new_tokens=4, temperature=0.5), "trained for 1.0 to 1.0"),
         (lambda s: PushForwardConfig(0, {}), "k must be at least 1"),
         (lambda s: PushForwardConfig(1, {}, Design(noise=NoiseConfig(2.0, 1.0))), "0 < min < max"),

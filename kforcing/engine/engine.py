@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +21,10 @@ from transformers import PreTrainedModel
 
 from kforcing.coupling import COUPLINGS
 from kforcing.engine.decoder import Decoder
-from kforcing.engine.graphs import Graphs
+from kforcing.engine.graphs import Graphs, cuda_capture
 from kforcing.engine.packing import can_pack, packed_copy
 from kforcing.engine.request import Completion, Output, Request, Sampling
+from kforcing.engine.stack import STATIC_ROPE
 from kforcing.model import PushForwardLM, check_backbone
 
 
@@ -97,14 +99,16 @@ class Engine:
 
     def __init__(self, model: PushForwardLM | PreTrainedModel, config: EngineConfig | None = None):
         config = config or EngineConfig()
-        student = model if isinstance(model, PushForwardLM) else None
-        backbone: Any = student.backbone if student else model
+        student = model.eval() if isinstance(model, PushForwardLM) else None
+        backbone: Any = student.backbone if student else model.eval()
         if not student:
             check_backbone(backbone)
-        limit = getattr(backbone.config, "max_position_embeddings", None)
         self.k = _checked_k(config.k, student.k if student else 1)
-        self.max_len = _checked_len(config.max_len, limit, self.k)
-        for name, value in (("slots", config.slots), ("prefill_tokens", config.prefill_tokens)):
+        self.max_len = _checked_len(config.max_len, context_limit(backbone.config), self.k)
+        cuda = backbone.device.type == "cuda"
+        self.check_every = (8 if cuda else 1) if config.check_every is None else config.check_every
+        sizes = {"slots": config.slots, "prefill_tokens": config.prefill_tokens, "check_every": self.check_every}
+        for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         if config.coupling not in COUPLINGS:
@@ -113,19 +117,23 @@ class Engine:
             raise ValueError("packed=True needs a model in fp32 or bf16 on a CPU and compiled=False; leave packed out")
         packed = can_pack(model) and not config.compiled if config.packed is None else config.packed
         model = packed_copy(model) if packed else model
-        self.model, self.config, self.student = model.eval(), config, student
-        cuda = backbone.device.type == "cuda"
-        self.check_every = config.check_every or (8 if cuda else 1)
+        self.model, self.config, self.student = model, config, student
+        graphs = cuda if config.graphs is None else config.graphs
+        if graphs and not cuda:
+            raise ValueError("graphs=True needs a model on a GPU; leave graphs out")
+        self._device: AbstractContextManager[Any] = torch.cuda.device(backbone.device) if cuda else nullcontext()
         self.decoder = Decoder(model, config.slots, self.max_len, self.k, COUPLINGS[config.coupling], config.compiled)
         self.vocabulary = self.decoder.sampler.vocabulary
-        use_graphs = cuda if config.graphs is None else config.graphs
-        self._step: Any = Graphs(self.decoder) if use_graphs else self.decoder.step
-        self._buckets = cuda or use_graphs
+        with self._device:
+            self._step: Any = Graphs(self.decoder, cuda_capture()) if graphs else self.decoder.step
+        self._buckets = cuda
         self.counts = Counts()
         self.waiting: deque[_Running] = deque()
         self.prefilling: list[_Running] = []
         self.running: list[_Running] = []
         self._cancelled: set[int] = set()
+        self._live: set[int] = set()
+        self._boxes: dict[int, deque[Output]] = {}
         self._next_id = 0
 
     @property
@@ -137,6 +145,7 @@ class Engine:
         """Queue a request; returns its id. Raises ValueError for what the model or the engine cannot do."""
         k, limit = self.check(request)
         self.waiting.append(_Running(self._next_id, request, k, limit))
+        self._live.add(self._next_id)
         self._next_id += 1
         return self.waiting[-1].id
 
@@ -177,41 +186,60 @@ class Engine:
 
     def cancel(self, id: int) -> None:
         """Forget a request; its slot is free at the next step. Unknown and finished ids are ignored."""
-        if any(r.id == id for r in (*self.waiting, *self.prefilling, *self.running)):
+        if id in self._live:
+            self._live.discard(id)
             self._cancelled.add(id)
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
         """Let requests in, read a chunk of their prompts, and advance those that run; what they made is returned."""
-        self._drop_cancelled()
-        self._admit()
-        self._prefill()
-        return self._decode() if self.running else []
+        with self._device:
+            self._drop_cancelled()
+            self._admit()
+            for _ in range(self.check_every):
+                self._prefill()
+            outputs = self._decode() if self.running else []
+        for output in outputs:
+            if output.finish_reason:
+                self._live.discard(output.id)
+            if output.id in self._boxes:
+                self._boxes[output.id].append(output)
+        return outputs
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Run requests to their end, in their order; other requests of the engine run along and lose their outputs."""
-        ids = [self.submit(request) for request in requests]
-        tokens: dict[int, list[int]] = {id: [] for id in ids}
-        ends: dict[int, Output] = {}
-        while len(ends) < len(ids):
-            for output in self.step():
-                if output.id in tokens:
-                    tokens[output.id] += output.tokens
-                    if output.finish_reason:
-                        ends[output.id] = output
-        return [Completion(tokens[id], ends[id].finish_reason or "", ends[id].stop_id) for id in ids]
+        """Run requests to their end; the completions come in their order. Other requests of the engine run along."""
+        for request in requests:
+            self.check(request)
+        ids = [self._open(request) for request in requests]
+        try:
+            return [_completion(list(self._follow(id))) for id in ids]
+        except BaseException:
+            for id in ids:
+                self.cancel(id)
+            raise
 
     def stream(self, request: Request) -> Iterator[Output]:
-        """The outputs of one request as they are made; closing the iterator cancels it."""
+        """The outputs of one request as they are made. Closing the iterator cancels it, cancelling it ends the iterator.
+
+        Several streams may be open at once: each step advances them all.
+        """
+        return self._follow(self._open(request))
+
+    def _open(self, request: Request) -> int:
         id = self.submit(request)
+        self._boxes[id] = deque()
+        return id
+
+    def _follow(self, id: int) -> Iterator[Output]:
+        box = self._boxes[id]
         try:
-            while True:
-                for output in self.step():
-                    if output.id == id:
-                        yield output
-                        if output.finish_reason:
-                            return
+            while id in self._live or box:
+                if box:
+                    yield box.popleft()
+                else:
+                    self.step()
         finally:
+            del self._boxes[id]
             self.cancel(id)
 
     def _drop_cancelled(self) -> None:
@@ -260,8 +288,8 @@ class Engine:
             target = len(self.running)
             if r.slot != target:
                 self._move(r, target)
-            self.running.append(r)
             self.decoder.start(target, len(r.request.prompt), r.request.seed, r.k, r.request.sampling)
+            self.running.append(r)
             if r.id in self._cancelled:
                 self._cancelled.discard(r.id)
                 self._leave([r])
@@ -315,6 +343,29 @@ class Engine:
         r.slot = slot
 
 
+def context_limit(config: Any) -> int | None:
+    """Positions up to which a model computes what one that reads whole sequences does.
+
+    Its number of positions; its window where attention slides, since a slot's columns are all looked at; and what it was
+    first trained on where rotary angles change with the length of the longest sequence of a batch (dynamic, longrope).
+    """
+    limits = [getattr(config, "max_position_embeddings", None)]
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    if slides and getattr(config, "use_sliding_window", True):
+        limits.append(getattr(config, "sliding_window", None))
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") not in STATIC_ROPE:
+        limits.append(rope.get("original_max_position_embeddings"))
+    return min((limit for limit in limits if limit), default=None)
+
+
+def _completion(outputs: list[Output]) -> Completion:
+    tokens = [token for output in outputs for token in output.tokens]
+    if not outputs or not outputs[-1].finish_reason:
+        return Completion(tokens, "cancelled")
+    return Completion(tokens, outputs[-1].finish_reason, outputs[-1].stop_id)
+
+
 def _checked_k(k: int | None, most: int) -> int:
     k = most if k is None else k
     if not 1 <= k <= most:
@@ -327,8 +378,8 @@ def _checked_len(max_len: int | None, limit: int | None, k: int) -> int:
     max_len = min(2048, most or 2048) if max_len is None else max_len
     if max_len < 2 or (most is not None and max_len > most):
         raise ValueError(
-            f"max_len={max_len}: choose 2 to {most or 'any number'}; the model has {limit or 'unlimited'} positions and the "
-            f"last block of {k} may begin at the last"
+            f"max_len={max_len} (prompt and new tokens together): choose 2 to {most or 'any number'}; the model reads "
+            f"{limit or 'any number of'} positions, and a block of {k} may begin at the last of them"
         )
     return max_len
 

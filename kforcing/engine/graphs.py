@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ Replay = Callable[[], Tensor]
 class Graphs:
     """`Decoder.step` with the same arguments; the first call of each shape captures it."""
 
-    def __init__(self, decoder: Decoder, capture: Callable[[Callable[[], Tensor]], Replay] | None = None):
-        self.decoder, self.capture = decoder, capture or capture_cuda_graph
+    def __init__(self, decoder: Decoder, capture: Callable[[Callable[[], Tensor]], Replay]):
+        self.decoder, self.capture = decoder, capture
         self.replays: dict[tuple[int, int, bool], Replay] = {}
 
     def __call__(self, R: int, columns: int, plain: bool, masked: bool = True) -> Tensor:
@@ -33,7 +34,13 @@ class Graphs:
         return self.replays[key]().clone()
 
 
-def capture_cuda_graph(step: Callable[[], Tensor]) -> Replay:
+def cuda_capture() -> Callable[[Callable[[], Tensor]], Replay]:
+    """What captures steps as CUDA graphs of the current device, in one pool of memory: they never run at a time."""
+    pool = torch.cuda.graph_pool_handle()
+    return lambda step: _capture(step, pool)
+
+
+def _capture(step: Callable[[], Tensor], pool: Any) -> Replay:
     """Run a step until its kernels are chosen, then record it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -42,7 +49,7 @@ def capture_cuda_graph(step: Callable[[], Tensor]) -> Replay:
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         out = step()
 
     def replay() -> Tensor:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from kforcing.model import PushForwardLM
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_model(
@@ -21,7 +21,7 @@ def load_model(
 
     Args:
         device: torch's name of one; none for a GPU where there is one.
-        dtype: `fp32`, `bf16`, `fp16`; none for the one it was saved in.
+        dtype: `fp32` or `bf16`; none for the one it was saved in.
     Raises:
         FileNotFoundError: when the directory holds no model.
         ValueError: for an unknown dtype.

@@ -45,9 +45,12 @@ def can_pack(model: nn.Module) -> bool:
     parameter = next(model.parameters())
     return (
         parameter.device.type == "cpu"
-        and parameter.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and (
+            parameter.dtype == torch.float32
+            or (parameter.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        )
     )
 
 

@@ -32,6 +32,8 @@ class Sampling:
         ):
             if not (math.isfinite(value) and low <= value <= high):
                 raise ValueError(f"{name}={value} must be a number from {low:g} to {high:g}")
+        if 0 < self.temperature < 1e-3:
+            raise ValueError(f"temperature={self.temperature} is too small to divide by; use 0 for the likeliest token")
         if self.top_p == 0:
             raise ValueError("top_p=0 leaves no token to draw; use temperature=0 for the likeliest")
         if self.top_k < 0:

@@ -32,9 +32,9 @@ class Sampler:
 
     def join(self, slot: int, sampling: Sampling) -> None:
         """A request takes a slot."""
-        self.temperature_S[slot] = sampling.temperature or 1.0
+        self.temperature_S[slot] = sampling.temperature or 1e-3  # drafts of a greedy request are as good as greedy
         self.greedy_S[slot] = sampling.temperature == 0
-        self.top_k_S[slot] = sampling.top_k or self.vocabulary
+        self.top_k_S[slot] = min(sampling.top_k or self.vocabulary, self.vocabulary)
         self.top_p_S[slot] = sampling.top_p
         self.frequency_S[slot] = sampling.frequency_penalty
         self.presence_S[slot] = sampling.presence_penalty
