@@ -1,0 +1,212 @@
+"""Who runs the engine: a thread of its own, so that neither waits for the other.
+
+    handlers (event loop)  ── submit, cancel ──►  inbox  ─►  engine thread: step, step, step …
+           ▲                                                        │ once a step, in one call
+           └────────────── a queue for each request ◄───────────────┘
+
+The thread sleeps when nothing runs. A step that raises ends the loop: every open request fails, `alive` is false, and the
+replica is replaced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from kforcing.engine import Engine, Output, Request
+from serve.metrics import EngineMetrics
+
+
+class Overloaded(Exception):
+    """The waiting line is full."""
+
+
+class EngineFailed(Exception):
+    """The engine of this replica is dead; the request may be sent again."""
+
+
+Item = tuple[Output, float] | BaseException
+"""An output with the time (`time.perf_counter`) at which its step ended, or why there will be none."""
+
+
+@dataclass
+class Ticket:
+    """A request in the loop."""
+
+    request: Request
+    outputs: asyncio.Queue[Item] = field(default_factory=asyncio.Queue)
+    id: int | None = None
+    submitted: float = field(default_factory=time.perf_counter)
+    queued: bool = True
+    ended: bool = False
+    cancelled: bool = False
+
+
+Delivery = tuple[Ticket, Item]
+
+
+class EngineLoop:
+    """Runs an engine for the handlers of one event loop.
+
+    Args:
+        max_waiting: requests that may wait beyond those that have a slot.
+    """
+
+    def __init__(self, engine: Engine, metrics: EngineMetrics, max_waiting: int):
+        self.engine, self.metrics, self.max_waiting = engine, metrics, max_waiting
+        self.failure: BaseException | None = None
+        self.last_step = time.perf_counter()
+        self._inbox: list[Ticket] = []
+        self._open: dict[int, Ticket] = {}
+        self._pending = 0
+        self._wake = threading.Condition()
+        self._closing = self._slept = False
+        self._asyncio: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive() and self.failure is None
+
+    @property
+    def pending(self) -> int:
+        """Requests that wait or run."""
+        return self._pending
+
+    def stuck_for(self) -> float:
+        """Seconds since the last step ended while there is work; 0 when there is none."""
+        return time.perf_counter() - self.last_step if self._pending else 0.0
+
+    async def outputs(self, requests: list[Request]) -> list[AsyncGenerator[tuple[Output, float], None]]:
+        """Queue requests together, all or none; an iterator of outputs for each. Closing one cancels its request.
+
+        Raises:
+            ValueError: when the model cannot serve one of them.
+            Overloaded: when too many wait already.
+            EngineFailed: when the engine is dead.
+        """
+        for request in requests:
+            self.engine.check(request)
+        if self._pending + len(requests) > self.engine.config.slots + self.max_waiting:
+            self.metrics.rejected(len(requests))
+            raise Overloaded(f"{self._pending} requests wait or run already")
+        self._asyncio = asyncio.get_running_loop()
+        tickets = [Ticket(request) for request in requests]
+        with self._wake:
+            if self.failure is not None or self._closing:
+                raise EngineFailed(f"the engine has stopped: {self.failure or 'it was replaced'}")
+            if not self._pending:
+                self.last_step = time.perf_counter()
+            self._pending += len(tickets)
+            self._inbox += tickets
+            self._wake.notify()
+        return [self._follow(ticket) for ticket in tickets]
+
+    async def _follow(self, ticket: Ticket) -> AsyncGenerator[tuple[Output, float], None]:
+        try:
+            while True:
+                item = await ticket.outputs.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+                if item[0].finish_reason:
+                    return
+        finally:
+            if not ticket.ended:
+                with self._wake:
+                    ticket.cancelled = True
+                    self._wake.notify()
+
+    def close(self) -> None:
+        """Let the thread end once nothing waits or runs. Requests that come later are refused."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+
+    def _run(self) -> None:
+        try:
+            while self._take_in():
+                start, before = time.perf_counter(), self.last_step
+                outputs = self.engine.step()
+                self.last_step = end = time.perf_counter()
+                self._hand_out(outputs, end)
+                self._note_queue(end)
+                self.metrics.after_step(self.engine, end - start, 0.0 if self._slept else start - before)
+        except BaseException as error:  # whatever it was, everybody has to hear of it
+            self._fail(error)
+
+    def _take_in(self) -> bool:
+        """Submit and cancel what the handlers asked for; sleep while there is nothing to do. False to end."""
+        self._slept = False
+        with self._wake:
+            while True:
+                self._drop_cancelled()
+                for ticket in self._inbox:
+                    ticket.id = self.engine.submit(ticket.request)
+                    self._open[ticket.id] = ticket
+                self._inbox.clear()
+                if not self.engine.idle:
+                    return True
+                if self._closing:
+                    return False
+                self._slept = True
+                self._wake.wait()
+
+    def _drop_cancelled(self) -> None:
+        for ticket in [t for t in (*self._inbox, *self._open.values()) if t.cancelled]:
+            if ticket.id is None:
+                self._inbox.remove(ticket)
+            else:
+                self.engine.cancel(ticket.id)
+                del self._open[ticket.id]
+            self._pending -= 1
+
+    def _note_queue(self, now: float) -> None:
+        """How long each request waited for the slot that it has now."""
+        waiting = {r.id for r in self.engine.waiting}
+        for ticket in self._open.values():
+            if ticket.queued and ticket.id not in waiting:
+                ticket.queued = False
+                self.metrics.queued(now - ticket.submitted)
+
+    def _hand_out(self, outputs: list[Output], now: float) -> None:
+        deliveries: list[Delivery] = []
+        for output in outputs:
+            ticket = self._open.get(output.id)
+            if ticket is None:
+                continue
+            deliveries.append((ticket, (output, now)))
+            if output.finish_reason:
+                ticket.ended = True
+                del self._open[output.id]
+                with self._wake:
+                    self._pending -= 1
+        if deliveries:
+            self._call(deliveries)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._wake:
+            self.failure = error
+            tickets = [*self._inbox, *self._open.values()]
+            self._inbox.clear()
+            self._open.clear()
+            self._pending = 0
+        failed = EngineFailed(f"the engine has stopped: {type(error).__name__}: {error}")
+        self._call([(ticket, failed) for ticket in tickets])
+
+    def _call(self, deliveries: list[Delivery]) -> None:
+        """Fill the queues from the event loop that listens to them, in one call."""
+
+        def deliver() -> None:
+            for ticket, item in deliveries:
+                ticket.outputs.put_nowait(item)
+
+        if self._asyncio is not None:
+            with suppress(RuntimeError):  # the event loop has gone, and everybody who listened with it
+                self._asyncio.call_soon_threadsafe(deliver)
