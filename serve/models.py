@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,10 @@ def read_settings(given: dict[str, Any]) -> Settings:
 class ServedModel:
     """A model, its tokenizer and the loop that runs its engine."""
 
-    def __init__(self, name: str, engine: Engine, tokenizer: Any, metrics: EngineMetrics, max_waiting: int):
-        self.name, self.engine, self.tokenizer, self.metrics = name, engine, tokenizer, metrics
-        self.eos = eos_ids(engine, tokenizer)
+    def __init__(self, name: str, engine: Engine, path: Path, metrics: EngineMetrics, max_waiting: int):
+        self.name, self.engine, self.metrics = name, engine, metrics
+        self.tokenizer = load_tokenizer(path)
+        self.eos = eos_ids(path, self.tokenizer, engine.vocabulary)
         self._prove(engine)
         self.loop = EngineLoop(engine, metrics, max_waiting)
 
@@ -97,12 +99,12 @@ class ServedModel:
         engine.counts.__init__()  # type: ignore[misc]
 
 
-def eos_ids(engine: Engine, tokenizer: Any) -> frozenset[int]:
-    """End-of-text ids that tokenizer and generation config name."""
-    backbone: Any = engine.student.backbone if engine.student else engine.model
-    named = getattr(getattr(backbone, "generation_config", None), "eos_token_id", None)
+def eos_ids(path: Path, tokenizer: Any, vocabulary: int) -> frozenset[int]:
+    """End-of-text ids: the tokenizer's, and those of a generation config if one was saved (a config's own are defaults)."""
+    saved = path / "generation_config.json"
+    named = json.loads(saved.read_text()).get("eos_token_id") if saved.is_file() else None
     ids = named if isinstance(named, list) else [named]
-    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int) and 0 <= i < engine.vocabulary)
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int) and 0 <= i < vocabulary)
 
 
 def load_all(settings: Settings, metrics: Metrics, replica: str) -> dict[str, ServedModel]:
@@ -111,19 +113,18 @@ def load_all(settings: Settings, metrics: Metrics, replica: str) -> dict[str, Se
     name = settings.name or default_name(settings.model)
     model = load_model(path, settings.device, settings.dtype)
     engine = Engine(model, engine_config(settings, settings.k))
-    tokenizer = load_tokenizer(path)
 
-    def served(name: str, engine: Engine, tokenizer: Any) -> ServedModel:
-        return ServedModel(name, engine, tokenizer, EngineMetrics(metrics, name, replica), settings.max_waiting)
+    def served(name: str, engine: Engine, path: Path) -> ServedModel:
+        return ServedModel(name, engine, path, EngineMetrics(metrics, name, replica), settings.max_waiting)
 
-    models = {name: served(name, engine, tokenizer)}
+    models = {name: served(name, engine, path)}
     if settings.teacher not in ("auto", "none"):
         folder = resolve(settings.teacher)
         teacher: Any = load_model(folder, settings.device, settings.dtype)
-        models["teacher"] = served("teacher", Engine(teacher, engine_config(settings, 1)), load_tokenizer(folder))
+        models["teacher"] = served("teacher", Engine(teacher, engine_config(settings, 1)), folder)
     elif settings.teacher == "auto" and isinstance(model, PushForwardLM) and model.config.design.exact_trunk:
         config = engine_config(settings, 1, model.config.design.coupling)
-        models["teacher"] = served("teacher", Engine(model.backbone, config), tokenizer)
+        models["teacher"] = served("teacher", Engine(model.backbone, config), path)
     return models
 
 

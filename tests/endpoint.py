@@ -14,19 +14,19 @@ from serve.models import Settings
 from serve.service import Service
 from tests.conftest import VOCAB, make_backbone, make_sequential
 
-LETTERS = "abcdefghijklmnopqrst u"  # token i is letter i; the last id of the vocabulary is end-of-text
+LETTERS = "abcdefghijklmnopqrst u|"  # token i is letter i; the last is end-of-text
 EOS = VOCAB - 1
 
 
 def save_model(folder, student=None, chat=False, eos=True):
     """A student with a tokenizer of letters; returns the directory."""
-    assert len(LETTERS) == VOCAB - 1
+    assert len(LETTERS) == VOCAB
     student = student or make_sequential(make_backbone())
     student.save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(LETTERS)} | {"</s>": EOS}, unk_token="u"))
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(LETTERS)}, unk_token="u"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>" if eos else None)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="|" if eos else None)
     if chat:
         fast.chat_template = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} {% endfor %}"
     fast.save_pretrained(folder)
@@ -34,7 +34,7 @@ def save_model(folder, student=None, chat=False, eos=True):
 
 
 def text_of(ids):
-    return "".join(LETTERS[i] for i in ids)
+    return "".join(LETTERS[i] for i in ids if i != EOS)
 
 
 def ids_of(text):
