@@ -33,11 +33,12 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessorList, PreTrainedModel  # noqa: E402
+from transformers import AutoModelForCausalLM, LogitsProcessorList, PreTrainedModel  # noqa: E402
 
 from kforcing import Design, PushForwardLM, SequentialConfig  # noqa: E402
 from kforcing.cost import attention_step, predicted_ar_step, predicted_step  # noqa: E402
 from kforcing.engine import Engine, EngineConfig, Request  # noqa: E402
+from kforcing.engine.loading import random_llama  # noqa: E402
 
 STOCK = "transformers"
 
@@ -99,19 +100,8 @@ def _wait(device: torch.device) -> None:
 
 
 def random_rows(ks: list[int], device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, list[Row]]:
-    """A 110 M-parameter model of Llama's kind (12 × 768, vocabulary 32,000) and students around it, all untrained."""
-    config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=12,
-        intermediate_size=2048,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    backbone: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    """`random_llama` and students around it, all untrained."""
+    backbone = random_llama()
     backbone.to(device=device, dtype=dtype)
     most = max(ks)
     paper = PushForwardLM.from_backbone(backbone, most)

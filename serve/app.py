@@ -22,7 +22,7 @@ from ray.serve.config import AutoscalingConfig
 from starlette.types import ASGIApp
 
 from serve.api import create_app
-from serve.metrics import MetricsHub, merge
+from serve.hub import MetricsHub, merge
 from serve.models import Settings, read_settings
 from serve.service import Service
 

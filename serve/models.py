@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from kforcing import PushForwardLM
 from kforcing.engine import Engine, EngineConfig, Request
 from kforcing.engine.loading import load_model, load_tokenizer
-from serve.loop import EngineLoop
+from serve.loop import EngineLoop, Worker
 from serve.metrics import EngineMetrics, Metrics
 
 
@@ -85,12 +86,13 @@ def read_settings(given: dict[str, Any]) -> Settings:
 class ServedModel:
     """A model, its tokenizer and the loop that runs its engine."""
 
-    def __init__(self, name: str, engine: Engine, path: Path, metrics: EngineMetrics, max_waiting: int):
-        self.name, self.engine, self.metrics = name, engine, metrics
+    def __init__(self, name: str, engine: Engine, path: Path, loop: Callable[[Engine], EngineLoop]):
+        self.name, self.engine = name, engine
         self.tokenizer = load_tokenizer(path)
         self.eos = eos_ids(path, self.tokenizer, engine.vocabulary)
         self._prove(engine)
-        self.loop = EngineLoop(engine, metrics, max_waiting)
+        self.loop = loop(engine)
+        self.metrics = self.loop.metrics
 
     @staticmethod
     def _prove(engine: Engine) -> None:
@@ -107,7 +109,7 @@ def eos_ids(path: Path, tokenizer: Any, vocabulary: int) -> frozenset[int]:
     return frozenset(i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int) and 0 <= i < vocabulary)
 
 
-def load_all(settings: Settings, metrics: Metrics, replica: str) -> dict[str, ServedModel]:
+def load_all(settings: Settings, metrics: Metrics, replica: str, worker: Worker) -> dict[str, ServedModel]:
     """Everything a replica serves, by name. Raises FileNotFoundError or ValueError that says what is wrong."""
     path = resolve(settings.model)
     name = settings.name or default_name(settings.model)
@@ -115,7 +117,8 @@ def load_all(settings: Settings, metrics: Metrics, replica: str) -> dict[str, Se
     engine = Engine(model, engine_config(settings, settings.k))
 
     def served(name: str, engine: Engine, path: Path) -> ServedModel:
-        return ServedModel(name, engine, path, EngineMetrics(metrics, name, replica), settings.max_waiting)
+        own = EngineMetrics(metrics, name, replica)
+        return ServedModel(name, engine, path, lambda e: EngineLoop(e, own, settings.max_waiting, worker))
 
     models = {name: served(name, engine, path)}
     if settings.teacher not in ("auto", "none"):

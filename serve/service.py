@@ -7,13 +7,14 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 from kforcing.engine import Output, Request, Sampling
 from kforcing.noise import derive_key
-from serve.loop import EngineFailed, Overloaded
+from serve.loop import EngineFailed, Overloaded, Worker
 from serve.metrics import Metrics
 from serve.models import ServedModel, Settings, load_all
 from serve.protocol import MAX_CHOICES, ApiError, ChatRequest, CompletionRequest
@@ -55,6 +56,7 @@ class Service:
     def __init__(self, replica: str):
         self.replica = replica
         self.metrics = Metrics()
+        self.worker = Worker()
         self.settings: Settings | None = None
         self.models: dict[str, ServedModel] = {}
         self._proved: dict[str, float] = {}
@@ -65,7 +67,10 @@ class Service:
         async with self._swap:
             if settings == self.settings:
                 return
-            models = await asyncio.to_thread(load_all, settings, self.metrics, self.replica)
+            # In a thread that ends with it, and its OpenMP team with that (see loop.py).
+            with ThreadPoolExecutor(1, "load") as once:
+                loading = once.submit(load_all, settings, self.metrics, self.replica, self.worker)
+                models = await asyncio.wrap_future(loading)
             former, self.models, self.settings = self.models, models, settings
             self._proved = dict.fromkeys(models, time.monotonic())
             for model in former.values():

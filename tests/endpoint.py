@@ -67,3 +67,4 @@ def endpoint(folder, api_key=None, max_body=2**20, **settings):
         thread.join()
         for model in service.models.values():
             model.loop.close()
+        service.worker.close()

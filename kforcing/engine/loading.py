@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from kforcing.model import PushForwardLM
 
@@ -38,6 +38,22 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", dtype="auto")
     model.to(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return (model.to(dtype=DTYPES[dtype]) if dtype else model).eval()
+
+
+def random_llama(positions: int = 4096) -> Any:
+    """A 110 M-parameter model of Llama's kind (12 × 768, vocabulary 32,000), untrained: what benchmarks measure."""
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        intermediate_size=2048,
+        max_position_embeddings=positions,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 
 
 def load_tokenizer(path: str | Path) -> Any:
