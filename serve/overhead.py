@@ -38,8 +38,10 @@ def bare(model: str, slots: int, tokens: int, prompts: list[list[int]]) -> float
     return (engine.counts.tokens - before) / (time.perf_counter() - start)
 
 
-async def through_http(url: str, clients: int, tokens: int, prompts: list[list[int]]) -> dict[str, Any]:
-    """Tokens a second and latencies of streaming clients, each with one request at a time."""
+async def through_http(
+    url: str, clients: int, tokens: int, prompts: list[list[int]], stream: bool = True
+) -> dict[str, Any]:
+    """Tokens a second and latencies of clients with one request at a time each."""
     queue = list(enumerate(prompts))
     first_chunks: list[float] = []
     gaps: list[float] = []
@@ -50,32 +52,37 @@ async def through_http(url: str, clients: int, tokens: int, prompts: list[list[i
         nonlocal made
         while queue:
             seed, prompt = queue.pop(0)
-            body = {"prompt": prompt, "max_tokens": tokens, "seed": seed, "stream": True, "ignore_eos": True}
-            body["stream_options"] = {"include_usage": True}
+            body: dict[str, Any] = {"prompt": prompt, "max_tokens": tokens, "seed": seed, "ignore_eos": True}
+            if stream:
+                body |= {"stream": True, "stream_options": {"include_usage": True}}
             start = last = time.perf_counter()
             chunks = 0
             async for event in post(url, body):
                 now = time.perf_counter()
-                if event.get("choices"):
+                if "usage" in event:
+                    made += event["usage"]["completion_tokens"]
+                else:
                     (gaps if chunks else first_chunks).append(now - last)
                     last, chunks = now, chunks + 1
-                else:
-                    made += event["usage"]["completion_tokens"]
             whole.append(time.perf_counter() - start)
 
     start = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
     seconds = time.perf_counter() - start
+    latencies = (
+        {"first_chunk_s": statistics.median(first_chunks), "between_chunks_s": statistics.median(gaps)}
+        if stream
+        else {}
+    )
     return {
         "tokens_per_s": made / seconds,
-        "first_chunk_s": statistics.median(first_chunks),
-        "between_chunks_s": statistics.median(gaps),
+        **latencies,
         "request_s": {f"p{p}": _percentile(whole, p) for p in (50, 95, 99)},
     }
 
 
 async def post(url: str, body: dict[str, Any]):  # type: ignore[no-untyped-def]
-    """Events of a streaming completion, over a bare socket: a client that costs next to nothing."""
+    """Events of a completion (one if it is not streamed), over a bare socket: a client that costs next to nothing."""
     host, _, port = url.removeprefix("http://").partition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     data = json.dumps(body).encode()
@@ -86,8 +93,8 @@ async def post(url: str, body: dict[str, Any]):  # type: ignore[no-untyped-def]
         raise RuntimeError(f"{status.decode().strip()}: {(await reader.read(READ)).decode()}")
     try:
         while line := await reader.readline():
-            if line.startswith(b"data: {"):
-                yield json.loads(line[6:])
+            if line.startswith((b"data: {", b"{")):
+                yield json.loads(line.removeprefix(b"data: "))
     finally:
         writer.close()
 
