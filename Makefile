@@ -1,17 +1,20 @@
 # make distill      corpus → AR teacher → k=1 → k=2 → k=4 → report, on this machine
 # make test         everything CI runs; make test-fast leaves out what starts a cluster
 # make check        lint, format, types
+# make serve        the quickstart's k=4 student behind an OpenAI-compatible endpoint on port 8000
 
 PYTHON ?= python3
 BIN := .venv/bin
+MODEL ?= runs/quickstart/k4
 
-.PHONY: setup distill smoke ui benchmark compare check format test test-fast test-slow
+.PHONY: setup distill smoke ui benchmark compare serve check format test test-fast test-slow
 
 setup: .venv/.installed
 distill: setup ; $(BIN)/python pipelines/distill.py $(ARGS)
 smoke: setup ; $(BIN)/python pipelines/distill.py --recipe smoke $(ARGS)
 benchmark: setup ; $(BIN)/python pipelines/benchmark.py $(ARGS)
 compare: setup ; $(BIN)/python pipelines/compare.py $(ARGS)
+serve: setup ; PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/serve run serve.app:build model=$(MODEL) $(ARGS)
 ui: setup ; $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
 check: .venv/.dev ; $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 format: .venv/.dev ; $(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -23,6 +23,10 @@ from serve.service import Job, Service, merged
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"model": protocol.ErrorResponse} for code in (400, 401, 404, 413, 429, 500, 503)
 }
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    **ERRORS,
+}
 SSE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -36,12 +40,12 @@ def create_app(service: Service, api_key: str | None, max_body: int, scrape: Cal
     """
     app = FastAPI(title="kforcing", version="1")
 
-    @app.post("/v1/completions", response_model=protocol.CompletionResponse, responses=ERRORS)
+    @app.post("/v1/completions", response_model=protocol.CompletionResponse, responses=ANSWERS)
     async def completions(body: CompletionRequest) -> Response:
         """Continue prompts. With `stream`, server-sent events that end with `data: [DONE]`."""
         return await answer(body, chat=False)
 
-    @app.post("/v1/chat/completions", response_model=protocol.ChatResponse, responses=ERRORS)
+    @app.post("/v1/chat/completions", response_model=protocol.ChatResponse, responses=ANSWERS)
     async def chat_completions(body: ChatRequest) -> Response:
         """Answer a conversation, for models with a chat template."""
         return await answer(body, chat=True)

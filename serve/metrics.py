@@ -60,7 +60,8 @@ class EngineMetrics:
         self._counted, self._returned = Counts(), 0
         for gauge in (metrics.running, metrics.waiting, metrics.cache, metrics.per_forward):
             gauge.labels(**self._labels).set(0)
-        for counter in (metrics.prompt, metrics.generated, metrics.discarded, metrics.steps, metrics.rejected):
+        counters = (metrics.prompt, metrics.generated, metrics.discarded, metrics.steps, metrics.rejected)
+        for counter in (*counters, metrics.engine_time, metrics.framework_time):
             counter.labels(**self._labels).inc(0)
         for reason in ("stop", "length", "abort"):
             metrics.success.labels(**self._labels, finished_reason=reason).inc(0)

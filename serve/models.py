@@ -78,6 +78,8 @@ def read_settings(given: dict[str, Any]) -> Settings:
         name = ".".join(map(str, first["loc"]))
         value = "" if first["type"] == "missing" else f"={first['input']}"
         raise ValueError(f"{name}{value}: {first['msg']} (serve run serve.app:build model=DIR name=value …)") from None
+    if Path(settings.model).is_dir():  # replicas run in other directories
+        settings.model = str(Path(settings.model).absolute())
     if settings.min_replicas > settings.max_replicas:
         raise ValueError(f"min_replicas={settings.min_replicas} is more than max_replicas={settings.max_replicas}")
     return settings

@@ -4,8 +4,11 @@ import asyncio
 import concurrent.futures
 import itertools
 import json
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -410,6 +413,28 @@ def test_temperatures_an_argmax_student_does_not_know_are_refused(tmp_path):
             answer = httpx.post(f"{url}/v1/completions", json={"prompt": "abc"} | body)
             assert answer.status_code == 400
         assert httpx.post(f"{url}/v1/completions", json={"prompt": "abc", "temperature": 1}).status_code == 200
+
+
+def test_schemathesis_finds_no_answer_that_the_document_does_not_name(served):
+    program = Path(sys.executable).parent / "schemathesis"
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    words = [
+        "run",
+        f"{served[0]}/openapi.json",
+        "--max-examples",
+        "60",
+        "--seed",
+        "1",
+        "--no-color",
+        "--checks",
+        checks,
+    ]
+    done = subprocess.run([program, *words], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-4000:]
+    deadline = time.time() + 10
+    while any(model.loop.pending for model in served[1].models.values()) and time.time() < deadline:
+        time.sleep(0.01)
+    assert not any(model.loop.pending for model in served[1].models.values()), "no stuck slot"
 
 
 def metrics(http):

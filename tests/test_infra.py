@@ -1,14 +1,20 @@
 """What operators apply must fit the code: every command line parses, every pool the job asks for exists."""
 
 import itertools
+import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from pipelines.cluster import preflight
 from pipelines.config import apply
 from pipelines.recipes import recipe
+from serve.app import build
+from serve.metrics import EngineMetrics, Metrics
+from serve.models import read_settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,3 +59,56 @@ def test_the_image_copies_what_exists():
 def test_makefile_has_the_promised_commands():
     text = (ROOT / "Makefile").read_text()
     assert all(f"\n{target}:" in text for target in ("distill", "test", "setup", "check"))
+
+
+def exported():
+    """Names of the samples of /metrics."""
+    text = Metrics()
+    own = EngineMetrics(text, "m", "r")
+    own.queued(0.1)
+    own.delivered(0.1)
+    own.first_token(0.1)
+    own.finished("stop", 1.0, 0.5, 3, 4)
+    lines = text.text().splitlines()
+    return {line.split("{")[0].split(" ")[0] for line in lines if not line.startswith("#")}
+
+
+def queries():
+    """(where, PromQL) of the dashboard and the alerts."""
+    for panel in json.loads((ROOT / "infra" / "grafana.json").read_text())["panels"]:
+        yield from ((panel["title"], target["expr"]) for target in panel["targets"])
+    for group in yaml.safe_load((ROOT / "infra" / "alerts.yaml").read_text())["groups"]:
+        yield from ((rule["alert"], rule["expr"]) for rule in group["rules"])
+
+
+def test_every_metric_that_is_queried_is_exported():
+    names = exported()
+    asked = {name for _, query in queries() for name in re.findall(r"kforcing_\w+", query)}
+    assert len(asked) > 12
+    assert asked <= names, asked - names
+
+
+def test_vllms_names_are_kept_behind_the_prefix():
+    wanted = [
+        "num_requests_running",
+        "num_requests_waiting",
+        "time_to_first_token_seconds_bucket",
+        "kv_cache_usage_perc",
+    ]
+    wanted += [
+        "request_time_per_output_token_seconds_bucket",
+        "request_queue_time_seconds_bucket",
+        "prompt_tokens_total",
+    ]
+    wanted += ["generation_tokens_total", "request_success_total", "tokens_per_forward", "discarded_tokens_total"]
+    assert {f"kforcing_{name}" for name in wanted} <= exported()
+
+
+def test_the_serve_config_builds():
+    config = yaml.safe_load((ROOT / "infra" / "serve.yaml").read_text())
+    ServeDeploySchema.model_validate(config)
+    (application,) = config["applications"]
+    assert application["import_path"] == "serve.app:build"
+    settings = read_settings(application["args"])
+    assert settings.max_replicas == 8
+    build(application["args"])
