@@ -24,7 +24,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"model": protocol.ErrorResponse} for code in (400, 401, 404, 413, 429, 500, 503)
 }
 ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    200: {"content": {"text/event-stream": {}}},
     **ERRORS,
 }
 SSE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
