@@ -2,15 +2,17 @@
 
     python -m serve.overhead [--model DIR] [--slots 16] [--tokens 64] [--requests 64]
 
-Without --model: 110 M parameters, random weights, k = 4. As many clients as slots, each with one streaming request at a time.
-The last line is one JSON object.
+Without --model: 110 M parameters, random weights, k = 4. Each client has one request at a time; by default there are as many as
+slots. Streams and whole answers are measured apart. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -134,6 +136,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="of each request (default %(default)s)")
     parser.add_argument("--requests", type=int, default=64, help="(default %(default)s)")
     parser.add_argument("--context", type=int, default=32, help="tokens of a prompt (default %(default)s)")
+    parser.add_argument("--clients", type=int, help="at a time (default: as many as slots)")
     parser.add_argument("--cpus", type=float, default=2, help="threads of the engine (default %(default)s)")
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -165,22 +168,48 @@ def measure(model: str, given: argparse.Namespace, prompts: list[list[int]]) -> 
     ray.init(address="local", num_cpus=4, log_to_driver=False, include_dashboard=False)
     try:
         settings = {"model": model, "slots": given.slots, "max_len": given.context + given.tokens, "teacher": "none"}
-        serve.run(build(settings | {"cpus": given.cpus}))
+        clients = given.clients or given.slots
+        serve.run(build(settings | {"cpus": given.cpus, "max_waiting": clients}))
         url = "http://127.0.0.1:8000"
-        asyncio.run(through_http(url, given.slots, 8, prompts[: given.slots]))
-        served = asyncio.run(through_http(url, given.slots, given.tokens, prompts))
+        asyncio.run(through_http(url, clients, 8, prompts[:clients]))
+        memory = [replica_megabytes()]
+        streams = asyncio.run(through_http(url, clients, given.tokens, prompts))
+        memory.append(replica_megabytes())
         delivery = _delivery(url)
+        whole = asyncio.run(through_http(url, clients, given.tokens, prompts, stream=False))
+        memory.append(replica_megabytes())
     finally:
         serve.shutdown()
         ray.shutdown()
     after = run_bare()
     alone = (before + after) / 2
+    ratios = {name: figures["tokens_per_s"] / alone for name, figures in (("streams", streams), ("whole", whole))}
     print(
-        f"bare engine {before:,.0f} and {after:,.0f} tokens/s, through HTTP {served['tokens_per_s']:,.0f} "
-        f"({served['tokens_per_s'] / alone:.2f}×); from a step's end to its chunk {delivery * 1e3:.1f} ms on average"
+        f"bare engine {before:,.0f} and {after:,.0f} tokens/s; {clients} clients through HTTP: streams "
+        f"{streams['tokens_per_s']:,.0f} ({ratios['streams']:.2f}×), whole answers {whole['tokens_per_s']:,.0f} "
+        f"({ratios['whole']:.2f}×); from a step's end to its chunk {delivery * 1e3:.1f} ms on average; requests p50 "
+        f"{streams['request_s']['p50']:.2f} s, p99 {streams['request_s']['p99']:.2f} s; memory of the replica "
+        + " → ".join(f"{m:,.0f}" for m in memory)
+        + " MB"
     )
-    ratio = served["tokens_per_s"] / alone
-    return {"bare_tokens_per_s": [before, after], "ratio": ratio, "step_to_chunk_s": delivery, **served}
+    return {
+        "bare_tokens_per_s": [before, after],
+        "ratio": ratios,
+        "step_to_chunk_s": delivery,
+        "streams": streams,
+        "whole": whole,
+        "replica_mb": memory,
+    }
+
+
+def replica_megabytes() -> float:
+    """Resident memory of the replicas of this machine."""
+    total = 0
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdigit() and (folder / "cmdline").read_bytes().startswith(b"ray::ServeReplica"):
+                total += int((folder / "statm").read_text().split()[1])
+    return total * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def _delivery(url: str) -> float:
