@@ -146,6 +146,27 @@ def test_scaling_down_lets_requests_finish(cluster, folder):
         assert [r.result().status_code for r in running] == [200] * 4
 
 
+def test_a_long_line_brings_another_replica(cluster, folder):
+    deploy(folder, max_replicas=2, target_ongoing_requests=2, upscale_delay_s=1, max_waiting=500)
+    body = {"prompt": "abc", "max_tokens": 53, "ignore_eos": True, "n": 20}
+    stop = False
+
+    def keep_asking():
+        with httpx.Client(timeout=60) as client:
+            while not stop:
+                assert client.post(f"{URL}/v1/completions", json=body).status_code == 200
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(keep_asking) for _ in range(8)]
+        deadline = time.time() + 60
+        while len(replicas()) < 2 and time.time() < deadline:
+            time.sleep(0.5)
+        stop = True
+        for future in running:
+            future.result()
+    assert len(replicas()) == 2
+
+
 def test_a_killed_replica_harms_no_other_and_comes_back(cluster, folder):
     deploy(folder, min_replicas=2, max_replicas=2)
     seen = set()
