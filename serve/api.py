@@ -27,6 +27,8 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {}}},
     **ERRORS,
 }
+OPEN = ("/health", "/live", "/metrics")
+"""Paths that ask for no key."""
 SSE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -34,7 +36,7 @@ def create_app(service: Service, api_key: str | None, max_body: int, scrape: Cal
     """The whole endpoint as an ASGI application.
 
     Args:
-        api_key: wanted on paths below /v1; None for none.
+        api_key: wanted on all paths but `OPEN`; None for none.
         max_body: bytes of a request.
         scrape: gives the text of /metrics.
     """
@@ -54,8 +56,11 @@ def create_app(service: Service, api_key: str | None, max_body: int, scrape: Cal
         job = await service.accept(body)
         shape = Shape(chat, job.model.name)
         if body.stream:
-            return StreamingResponse(stream(job, shape, body), media_type="text/event-stream", headers=SSE)
-        return AsciiJSON(await collect(job, shape))
+            return JobStream(job, stream(job, shape, body))
+        try:
+            return AsciiJSON(await collect(job, shape))
+        finally:
+            job.close()
 
     @app.get("/v1/models", response_model=protocol.ModelList, responses={401: ERRORS[401]})
     async def models() -> Response:
@@ -134,6 +139,21 @@ def create_app(service: Service, api_key: str | None, max_body: int, scrape: Cal
     return Gate(app, api_key, max_body)
 
 
+class JobStream(StreamingResponse):
+    """A stream that cancels its job however it ends, even before the first event was asked for."""
+
+    def __init__(self, job: Job, events: AsyncGenerator[bytes, None]):
+        super().__init__(events, media_type="text/event-stream", headers=SSE)
+        self.job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.job.close()
+
+
 async def collect(job: Job, shape: Shape) -> dict[str, Any]:
     """The whole answer."""
     choices: list[dict[str, Any]] = [
@@ -177,7 +197,7 @@ async def stream(job: Job, shape: Shape, body: CompletionRequest | ChatRequest) 
 
 
 class Gate:
-    """Before anything is parsed: the key of paths below /v1, and the size of the body."""
+    """Before anything is parsed: the key, on all paths but those of probes and scrapers, and the size of the body."""
 
     def __init__(self, app: ASGIApp, api_key: str | None, max_body: int):
         self.app, self.api_key, self.max_body = app, api_key, max_body
@@ -203,7 +223,8 @@ class Gate:
         await self.app(scope, replay, send)
 
     def _check_key(self, scope: Scope) -> None:
-        if self.api_key is None or not scope["path"].startswith("/v1"):
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if self.api_key is None or path in OPEN:
             return
         given = dict(scope["headers"]).get(b"authorization", b"")
         if not hmac.compare_digest(given, b"Bearer " + self.api_key.encode()):

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 
 from serve.api import create_app
 from serve.hub import MetricsHub, merge
-from serve.models import Settings, read_settings
+from serve.models import Settings, pinned, read_settings
 from serve.service import Service
 
 PUSH_S = 2.0
@@ -94,7 +94,8 @@ def build(given: dict[str, Any]) -> serve.Application:
         }
     # The line is bounded here, where it can be answered in OpenAI's shape; Serve's own bounds lie behind it.
     most = slots + 2 * args.max_waiting + 64
-    user_config = args.model_dump(exclude={"api_key"})
+    pins = {"model": pinned(args.model), "teacher": pinned(args.teacher)}
+    user_config = args.model_dump(exclude={"api_key"}) | pins
     deployment: Any = serve.deployment(Endpoint, name="kforcing")
     return deployment.options(
         **replicas,

@@ -86,17 +86,21 @@ class Worker:
     def _run(self) -> None:
         # An operation that gives the interpreter's lock away should get it back at once: handlers are many and patient.
         sys.setswitchinterval(SWITCH_S)
-        while True:
-            with self.wake:
-                self._loops = [loop for loop in self._loops if not loop.done]
-                if self._closing and not self._loops:
-                    return
-                busy = [loop for loop in self._loops if loop.has_work]
-                if not busy:
-                    self.wake.wait()
-                    continue
-            for loop in busy:
-                loop.turn()
+        while self._turns():
+            pass
+
+    def _turns(self) -> bool:
+        """A turn for each engine that has work, or sleep. Holds on to no engine in between. False to end."""
+        with self.wake:
+            self._loops = [loop for loop in self._loops if not loop.done]
+            if self._closing and not self._loops:
+                return False
+            busy = [loop for loop in self._loops if loop.has_work]
+            if not busy:
+                self.wake.wait()
+        for loop in busy:
+            loop.turn()
+        return True
 
 
 class EngineLoop:
@@ -135,46 +139,51 @@ class EngineLoop:
         """Seconds since the last step ended while there is work; 0 when there is none."""
         return time.perf_counter() - self.last_step if self._pending else 0.0
 
-    async def outputs(self, requests: list[Request]) -> list[AsyncGenerator[tuple[Output, float], None]]:
-        """Queue requests together, all or none; an iterator of outputs for each. Closing one cancels its request.
+    def submit(self, requests: list[Request]) -> list[Ticket]:
+        """Queue requests together, all or none. Called from the event loop that will follow them.
 
         Raises:
-            ValueError: when the model cannot serve one of them.
+            ValueError: when the model cannot serve one of them, or never so many at once.
             Overloaded: when too many wait already.
             EngineFailed: when the engine is dead.
         """
         for request in requests:
             self.engine.check(request)
-        if self._pending + len(requests) > self.engine.config.slots + self.max_waiting:
-            self.metrics.rejected(len(requests))
-            raise Overloaded(f"{self._pending} requests wait or run already")
+        most = self.engine.config.slots + self.max_waiting
+        if len(requests) > most:
+            raise ValueError(f"{len(requests)} choices in one request, where {most} may run and wait; ask for fewer")
         self._asyncio = asyncio.get_running_loop()
         tickets = [Ticket(request) for request in requests]
         with self._wake:
             if self.failure is not None or self._closing:
                 raise EngineFailed(f"the engine has stopped: {self.failure or 'it was replaced'}")
+            if self._pending + len(requests) > most:
+                self.metrics.rejected(len(requests))
+                raise Overloaded(f"{self._pending} requests wait or run already")
             if not self._pending:
                 self.last_step = time.perf_counter()
                 self._slept = True
             self._pending += len(tickets)
             self._inbox += tickets
             self._wake.notify()
-        return [self._follow(ticket) for ticket in tickets]
+        return tickets
 
-    async def _follow(self, ticket: Ticket) -> AsyncGenerator[tuple[Output, float], None]:
-        try:
-            while True:
-                item = await ticket.outputs.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-                if item[0].finish_reason:
-                    return
-        finally:
-            if not ticket.ended:
-                with self._wake:
-                    ticket.cancelled = True
-                    self._wake.notify()
+    async def follow(self, ticket: Ticket) -> AsyncGenerator[tuple[Output, float], None]:
+        """The outputs of a request as they are made, each with the time at which its step ended."""
+        while True:
+            item = await ticket.outputs.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+            if item[0].finish_reason:
+                return
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Forget a request; nothing happens if it has ended."""
+        if not ticket.ended:
+            with self._wake:
+                ticket.cancelled = True
+                self._wake.notify()
 
     def close(self) -> None:
         """Finish what waits or runs; what comes later is refused."""
@@ -202,9 +211,9 @@ class EngineLoop:
             start, before = time.perf_counter(), self.last_step
             outputs = self.engine.step()
             self.last_step = end = time.perf_counter()
-            self._hand_out(outputs, end)
             self._note_queue(end)
-            self.metrics.after_step(self.engine, end - start, 0.0 if self._slept else start - before)
+            self._hand_out(outputs, end)
+            self.metrics.after_step(self.engine, end - start, 0.0 if self._slept else max(start - before, 0.0))
             self._slept = False
         except BaseException as error:  # whatever it was, everybody has to hear of it
             self._fail(error)
@@ -237,7 +246,8 @@ class EngineLoop:
         deliveries: list[Delivery] = []
         for output in outputs:
             ticket = self._open.get(output.id)
-            if ticket is None:
+            if ticket is None or ticket.cancelled:  # nobody listens any more
+                self.metrics.returned(0, len(output.tokens))
                 continue
             deliveries.append((ticket, (output, now)))
             if output.finish_reason:
@@ -255,6 +265,7 @@ class EngineLoop:
             self._inbox.clear()
             self._open.clear()
             self._pending = 0
+        self.metrics.stopped()
         failed = EngineFailed(f"the engine has stopped: {type(error).__name__}: {error}")
         self._call([(ticket, failed) for ticket in tickets])
 

@@ -45,7 +45,6 @@ class Metrics:
         self.framework_time = counter("framework_time_seconds_total", "Time between steps while there was work.")
         self.success = counter("request_success_total", "Finished requests.", "finished_reason")
         self.rejected = counter("requests_rejected_total", "Requests refused because too many waited.")
-        self.errors = counter("request_errors_total", "Answers with an error.", "code")
 
     def text(self) -> str:
         """In Prometheus' text format."""
@@ -57,7 +56,7 @@ class EngineMetrics:
 
     def __init__(self, metrics: Metrics, model: str, replica: str):
         self._all, self._labels = metrics, {"model": model, "replica": replica}
-        self._counted, self._returned = Counts(), 0
+        self._counted, self._returned, self._probes = Counts(), 0, 0
         for gauge in (metrics.running, metrics.waiting, metrics.cache, metrics.per_forward):
             gauge.labels(**self._labels).set(0)
         counters = (metrics.prompt, metrics.generated, metrics.discarded, metrics.steps, metrics.rejected)
@@ -78,8 +77,17 @@ class EngineMetrics:
         m.waiting.labels(**own).set(len(engine.waiting) + len(engine.prefilling))
         columns = engine.config.slots * (engine.max_len + engine.k)
         m.cache.labels(**own).set(sum(r.length for r in engine.running) / columns)
-        if now.slot_steps:
-            m.per_forward.labels(**own).set(self._returned / now.slot_steps)
+        if now.slot_steps > self._probes:
+            m.per_forward.labels(**own).set(self._returned / (now.slot_steps - self._probes))
+
+    def probed(self) -> None:
+        """A probe of readiness made one step of its own, which is nobody's."""
+        self._probes += 1
+
+    def stopped(self) -> None:
+        """The engine has died: nothing runs or waits any more."""
+        for gauge in (self._all.running, self._all.waiting, self._all.cache):
+            gauge.labels(**self._labels).set(0)
 
     def rejected(self, requests: int) -> None:
         """Requests were refused because too many wait."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kforcing import PushForwardLM
-from kforcing.engine import Engine, EngineConfig, Request
+from kforcing.engine import Counts, Engine, EngineConfig, Request
 from kforcing.engine.loading import load_model, load_tokenizer
 from serve.loop import EngineLoop, Worker
 from serve.metrics import EngineMetrics, Metrics
@@ -88,19 +88,22 @@ def read_settings(given: dict[str, Any]) -> Settings:
 class ServedModel:
     """A model, its tokenizer and the loop that runs its engine."""
 
-    def __init__(self, name: str, engine: Engine, path: Path, loop: Callable[[Engine], EngineLoop]):
+    def __init__(self, name: str, engine: Engine, path: Path):
         self.name, self.engine = name, engine
         self.tokenizer = load_tokenizer(path)
         self.eos = eos_ids(path, self.tokenizer, engine.vocabulary)
-        self._prove(engine)
-        self.loop = loop(engine)
-        self.metrics = self.loop.metrics
-
-    @staticmethod
-    def _prove(engine: Engine) -> None:
-        """One request through the bare engine: weights packed, kernels chosen, graphs captured before clients come."""
+        # One request through the bare engine: weights packed, kernels chosen, graphs captured before clients come.
         engine.generate([Request([0], 2 * engine.k)])
-        engine.counts.__init__()  # type: ignore[misc]
+        engine.counts = Counts()
+        self.proved = time.monotonic()
+        """When a forward pass was last shown to work."""
+        self.loop: EngineLoop
+        self.metrics: EngineMetrics
+
+    def open(self, metrics: EngineMetrics, max_waiting: int, worker: Worker) -> None:
+        """Begin to take requests."""
+        self.metrics = metrics
+        self.loop = EngineLoop(self.engine, metrics, max_waiting, worker)
 
 
 def eos_ids(path: Path, tokenizer: Any, vocabulary: int) -> frozenset[int]:
@@ -111,26 +114,38 @@ def eos_ids(path: Path, tokenizer: Any, vocabulary: int) -> frozenset[int]:
     return frozenset(i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int) and 0 <= i < vocabulary)
 
 
+def loading(settings: Settings) -> dict[str, Any]:
+    """The settings that a loaded model depends on; the others can change without loading it again."""
+    fields = {"model", "name", "teacher", "k", "slots", "max_len", "prefill_tokens", "batch_invariant", "coupling"}
+    return settings.model_dump(include=fields | {"device", "dtype", "packed"})
+
+
 def load_all(settings: Settings, metrics: Metrics, replica: str, worker: Worker) -> dict[str, ServedModel]:
     """Everything a replica serves, by name. Raises FileNotFoundError or ValueError that says what is wrong."""
     path = resolve(settings.model)
-    name = settings.name or default_name(settings.model)
     model = load_model(path, settings.device, settings.dtype)
-    engine = Engine(model, engine_config(settings, settings.k))
-
-    def served(name: str, engine: Engine, path: Path) -> ServedModel:
-        own = EngineMetrics(metrics, name, replica)
-        return ServedModel(name, engine, path, lambda e: EngineLoop(e, own, settings.max_waiting, worker))
-
-    models = {name: served(name, engine, path)}
+    name = settings.name or default_name(settings.model)
+    models = [ServedModel(name, Engine(model, engine_config(settings, settings.k)), path)]
     if settings.teacher not in ("auto", "none"):
         folder = resolve(settings.teacher)
         teacher: Any = load_model(folder, settings.device, settings.dtype)
-        models["teacher"] = served("teacher", Engine(teacher, engine_config(settings, 1)), folder)
+        models.append(ServedModel("teacher", Engine(teacher, engine_config(settings, 1)), folder))
     elif settings.teacher == "auto" and isinstance(model, PushForwardLM) and model.config.design.exact_trunk:
         config = engine_config(settings, 1, model.config.design.coupling)
-        models["teacher"] = served("teacher", Engine(model.backbone, config), path)
-    return models
+        models.append(ServedModel("teacher", Engine(model.backbone, config), path))
+    for served in models:  # none before all are loaded
+        served.open(EngineMetrics(metrics, served.name, replica), settings.max_waiting, worker)
+    return {served.name: served for served in models}
+
+
+def pinned(model: str) -> str:
+    """`models:/name@alias` as the version it means now, so that all replicas, those to come included, serve the same."""
+    if not model.startswith("models:/") or "@" not in model:
+        return model
+    from mlflow import MlflowClient
+
+    name, alias = model.removeprefix("models:/").split("@", 1)
+    return f"models:/{name}/{MlflowClient().get_model_version_by_alias(name, alias).version}"
 
 
 def engine_config(settings: Settings, k: int | None, coupling: str | None = None) -> EngineConfig:

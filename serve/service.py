@@ -12,11 +12,11 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from kforcing.engine import Output, Request, Sampling
+from kforcing.engine import Request, Sampling
 from kforcing.noise import derive_key
-from serve.loop import EngineFailed, Overloaded, Worker
+from serve.loop import EngineFailed, Overloaded, Ticket, Worker
 from serve.metrics import Metrics
-from serve.models import ServedModel, Settings, load_all
+from serve.models import ServedModel, Settings, load_all, loading
 from serve.protocol import MAX_CHOICES, ApiError, ChatRequest, CompletionRequest
 from serve.text import TextStream
 
@@ -24,6 +24,9 @@ STUCK_S = 120.0
 """A step that takes longer counts as dead."""
 PROOF_S = 10.0
 """Age at which readiness renews the proof of a forward pass."""
+
+CHARACTERS = 100
+"""Characters of a token at most, as far as refusing prompts unread goes."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -48,6 +51,12 @@ class Job:
     model: ServedModel
     prompt_tokens: int
     choices: list[AsyncGenerator[Event, None]]
+    tickets: list[Ticket]
+
+    def close(self) -> None:
+        """Cancel what has not ended."""
+        for ticket in self.tickets:
+            self.model.loop.cancel(ticket)
 
 
 class Service:
@@ -59,20 +68,21 @@ class Service:
         self.worker = Worker()
         self.settings: Settings | None = None
         self.models: dict[str, ServedModel] = {}
-        self._proved: dict[str, float] = {}
         self._swap = asyncio.Lock()
 
     async def configure(self, settings: Settings) -> None:
         """Serve these models from now on; what the former ones have begun, they finish. Safe to repeat."""
         async with self._swap:
-            if settings == self.settings:
+            if self.settings is not None and loading(settings) == loading(self.settings):
+                self.settings = settings
+                for model in self.models.values():
+                    model.loop.max_waiting = settings.max_waiting
                 return
             # In a thread that ends with it, and its OpenMP team with that (see loop.py).
             with ThreadPoolExecutor(1, "load") as once:
-                loading = once.submit(load_all, settings, self.metrics, self.replica, self.worker)
-                models = await asyncio.wrap_future(loading)
+                future = once.submit(load_all, settings, self.metrics, self.replica, self.worker)
+                models = await asyncio.wrap_future(future)
             former, self.models, self.settings = self.models, models, settings
-            self._proved = dict.fromkeys(models, time.monotonic())
             for model in former.values():
                 model.loop.close()
             logger.info("serving %s", ", ".join(f"{n} (k={m.engine.k})" for n, m in models.items()))
@@ -90,18 +100,20 @@ class Service:
         self.check_alive()
         if not self.models:
             raise RuntimeError("no model has been loaded yet")
-        for name, model in self.models.items():
-            if model.loop.pending or time.monotonic() - self._proved[name] < PROOF_S:
+        for name, model in list(self.models.items()):
+            if model.loop.pending or time.monotonic() - model.proved < PROOF_S:
                 continue
             try:
-                (outputs,) = await model.loop.outputs([Request([0], 1)])
-                async with aclosing(outputs) as stream:
-                    await asyncio.wait_for(anext(stream), STUCK_S)
+                (ticket,) = model.loop.submit([Request([0], 1, k=1)])
+                model.metrics.probed()
+                async with aclosing(model.loop.follow(ticket)) as outputs:
+                    await asyncio.wait_for(anext(outputs), STUCK_S)
             except (asyncio.TimeoutError, EngineFailed) as error:
-                raise RuntimeError(f"{name} does not decode: {error}") from None
+                if self.models.get(name) is model:  # and was not replaced meanwhile
+                    raise RuntimeError(f"{name} does not decode: {error}") from None
             except Overloaded:
                 pass  # busy is alive
-            self._proved[name] = time.monotonic()
+            model.proved = time.monotonic()
 
     def model(self, name: str | None) -> ServedModel:
         """The model of that name, or the first. Raises ApiError."""
@@ -119,24 +131,23 @@ class Service:
         copies = body.n or 1
         if len(prompts) * copies > MAX_CHOICES:
             raise ApiError(400, f"{len(prompts)} prompts × n={copies} exceed {MAX_CHOICES} choices a request", "n")
-        seed = secrets.randbits(62) if body.seed is None else body.seed
         default = None if isinstance(body, ChatRequest) else 16
         stop_ids = frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else model.eos)
         requests = [
             Request(
                 prompt,
                 body.limit or (default and min(default, max(model.engine.max_len - len(prompt), 1))),
-                # Choice 0 is what the seed gives anywhere; the others have seeds that follow from it.
-                seed if i == 0 else derive_key(seed, "choice", i),
+                _seed(seed, i),
                 stop_ids,
                 body.k,
                 _sampling(body),
             )
             for prompt in prompts
+            for seed in [secrets.randbits(62) if body.seed is None else body.seed]
             for i in range(copies)
         ]
         try:
-            streams = await model.loop.outputs(requests)
+            tickets = model.loop.submit(requests)
         except ValueError as error:
             raise ApiError(400, str(error)) from None
         except Overloaded as error:
@@ -144,18 +155,14 @@ class Service:
         except EngineFailed as error:
             raise ApiError(503, str(error), code="engine_failed") from None
         start = time.perf_counter()
-        choices = [
-            self._choice(model, i, request, stream, body.stops, start)
-            for i, (request, stream) in enumerate(zip(requests, streams, strict=True))
-        ]
-        return Job(model, sum(map(len, prompts)), choices)
+        choices = [self._choice(model, i, ticket, body.stops, start) for i, ticket in enumerate(tickets)]
+        return Job(model, sum(map(len, prompts)), choices, tickets)
 
     async def _choice(
         self,
         model: ServedModel,
         index: int,
-        request: Request,
-        outputs: AsyncGenerator[tuple[Output, float], None],
+        ticket: Ticket,
         stops: list[str],
         start: float,
     ) -> AsyncGenerator[Event, None]:
@@ -163,7 +170,7 @@ class Service:
         text = TextStream(model.tokenizer, stops)
         tokens, first, reason = 0, None, "abort"
         try:
-            async with aclosing(outputs) as stream:
+            async with aclosing(model.loop.follow(ticket)) as stream:
                 async for output, stamp in stream:
                     piece = text.push(output.tokens)
                     tokens += piece.tokens
@@ -182,8 +189,9 @@ class Service:
                         return
                     yield Event(index, piece.text, tokens, None, None, stamp)
         finally:
+            model.loop.cancel(ticket)
             end = time.perf_counter()
-            model.metrics.finished(reason, end - start, end - (first or end), len(request.prompt), tokens)
+            model.metrics.finished(reason, end - start, end - (first or end), len(ticket.request.prompt), tokens)
 
 
 async def merged(choices: list[AsyncGenerator[Event, None]]) -> AsyncGenerator[Event, None]:
@@ -221,6 +229,11 @@ async def merged(choices: list[AsyncGenerator[Event, None]]) -> AsyncGenerator[E
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def _seed(seed: int, choice: int) -> int:
+    """Choice 0 is what the seed gives anywhere; the others have seeds that follow from it."""
+    return seed if choice == 0 else derive_key(seed, "choice", choice)
+
+
 def _sampling(body: CompletionRequest | ChatRequest) -> Sampling:
     return Sampling(
         temperature=1.0 if body.temperature is None else body.temperature,
@@ -240,6 +253,11 @@ def _prompts(model: ServedModel, body: CompletionRequest) -> list[list[int]]:
 
 
 def _encode(model: ServedModel, text: str, **options: Any) -> list[int]:
+    most = CHARACTERS * model.engine.max_len
+    if len(text) > most:  # do not even count its tokens: that would take the time of others
+        raise ApiError(
+            400, f"a prompt of {len(text)} characters exceeds the context of {model.engine.max_len} tokens", "prompt"
+        )
     try:
         ids: list[int] = model.tokenizer(text, **options).input_ids
     except (UnicodeError, TypeError):

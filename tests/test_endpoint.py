@@ -170,6 +170,10 @@ def test_6_health_proves_a_forward_pass_when_idle(tmp_path, monkeypatch):
         before = service.models["tiny"].engine.counts.steps
         assert http.get("/health").status_code == 200
         assert service.models["tiny"].engine.counts.steps == before + 1
+        http.post("/v1/completions", json={"prompt": "abc", "max_tokens": 8, "ignore_eos": True})
+        assert metrics(http)['kforcing_tokens_per_forward{model="tiny",replica="test"}'] == 4, (
+            "the probe's step is not counted"
+        )
 
 
 def test_7_the_line_is_bounded_and_says_when_to_come_back(tmp_path):
@@ -255,6 +259,20 @@ def test_choices_of_n_differ_and_repeat(http):
     assert streamed == [c["text"] for c in several]
 
 
+def test_without_a_seed_every_prompt_has_its_own(http):
+    body = {"prompt": ["abc"] * 4, "max_tokens": 20, "ignore_eos": True}
+    texts = [c["text"] for c in http.post("/v1/completions", json=body).json()["choices"]]
+    assert len(set(texts)) > 1
+
+
+def test_settings_that_need_no_loading_do_not_load(served):
+    service = served[1]
+    before = dict(service.models)
+    asyncio.run(service.configure(service.settings.model_copy(update={"drain_s": 7.0})))
+    assert service.models == before
+    assert service.settings.drain_s == 7.0
+
+
 def test_the_teacher_is_served_beside_the_student_and_k_is_chosen_by_request(http, student):
     by_teacher = complete(http, model="teacher")["choices"][0]["text"]
     assert by_teacher == complete(http, k=1)["choices"][0]["text"]
@@ -332,6 +350,10 @@ def test_a_client_that_goes_away_frees_its_slot(http, served):
         ({"top_p": 0}, "top_p", ""),
         ({"n": 1000}, "n", ""),
         ({"prompt": ["a"] * 100, "n": 2}, "n", "exceed 128 choices"),
+        ({"n": 50}, None, "50 choices in one request, where 44 may run and wait"),
+        ({"prompt": [-1] * 100_000}, "prompt", ""),
+        ({"prompt": "a" * 100_000}, "prompt", "exceeds the context"),
+        ({f"x{i}": 1 for i in range(5000)}, None, "fields"),
         ({"stop": ""}, "stop", ""),
         ({"stop": ["a"] * 1_000_000}, None, ""),
         ({"k": 9}, None, "k=9"),
@@ -395,6 +417,7 @@ def test_a_key_and_a_size_are_asked_for_before_anything_is_read(tmp_path):
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
         good = {"Authorization": "Bearer secret"}
         assert httpx.get(f"{url}/v1/models", headers=good).status_code == 200
+        assert httpx.get(f"{url}/openapi.json").status_code == 401
         big = httpx.post(f"{url}/v1/completions", json={"prompt": "a" * 2000}, headers=good)
         assert (big.status_code, big.json()["error"]["code"]) == (413, "request_too_large")
         assert (

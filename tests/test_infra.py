@@ -111,4 +111,4 @@ def test_the_serve_config_builds():
     assert application["import_path"] == "serve.app:build"
     settings = read_settings(application["args"])
     assert settings.max_replicas == 8
-    build(application["args"])
+    build(application["args"] | {"model": "models:/kforcing-hf/1"})  # an alias would be looked up

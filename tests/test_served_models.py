@@ -2,7 +2,7 @@
 
 import pytest
 
-from serve.models import default_name, read_settings, resolve
+from serve.models import default_name, pinned, read_settings, resolve
 from tests.endpoint import endpoint, save_model
 
 
@@ -21,6 +21,7 @@ def test_a_registered_model_is_found_by_its_alias_and_served(tmp_path, monkeypat
     client.create_registered_model("kforcing-quickstart")
     version = client.create_model_version("kforcing-quickstart", f"{run.artifact_uri}/model", run_id=run.run_id)
     client.set_registered_model_alias("kforcing-quickstart", "k4", version.version)
+    assert pinned("models:/kforcing-quickstart@k4") == "models:/kforcing-quickstart/1"
     found = resolve("models:/kforcing-quickstart@k4")
     with endpoint(found, max_len=40) as (_, service):
         assert set(service.models) == {"tiny", "teacher"}

@@ -49,7 +49,8 @@ def _capture(step: Callable[[], Tensor], pool: Any) -> Replay:
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # Thread-local: a replica that swaps weights captures in one thread while another decodes.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         out = step()
 
     def replay() -> Tensor:
