@@ -212,8 +212,8 @@ class EngineLoop:
             outputs = self.engine.step()
             self.last_step = end = time.perf_counter()
             self._note_queue(end)
-            self._hand_out(outputs, end)
             self.metrics.after_step(self.engine, end - start, 0.0 if self._slept else max(start - before, 0.0))
+            self._hand_out(outputs, end)
             self._slept = False
         except BaseException as error:  # whatever it was, everybody has to hear of it
             self._fail(error)

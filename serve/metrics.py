@@ -57,13 +57,18 @@ class EngineMetrics:
     def __init__(self, metrics: Metrics, model: str, replica: str):
         self._all, self._labels = metrics, {"model": model, "replica": replica}
         self._counted, self._returned, self._probes = Counts(), 0, 0
-        for gauge in (metrics.running, metrics.waiting, metrics.cache, metrics.per_forward):
+        for gauge in (metrics.running, metrics.waiting, metrics.cache):
             gauge.labels(**self._labels).set(0)
+        metrics.per_forward.labels(**self._labels).set_function(self._tokens_per_forward)
         counters = (metrics.prompt, metrics.generated, metrics.discarded, metrics.steps, metrics.rejected)
         for counter in (*counters, metrics.engine_time, metrics.framework_time):
             counter.labels(**self._labels).inc(0)
         for reason in ("stop", "length", "abort"):
             metrics.success.labels(**self._labels, finished_reason=reason).inc(0)
+
+    def _tokens_per_forward(self) -> float:
+        steps = self._counted.slot_steps - self._probes
+        return self._returned / steps if steps > 0 else 0.0
 
     def after_step(self, engine: Engine, seconds: float, between: float) -> None:
         """A step took `seconds`, and `between` passed since the one before while there was work."""
@@ -77,8 +82,6 @@ class EngineMetrics:
         m.waiting.labels(**own).set(len(engine.waiting) + len(engine.prefilling))
         columns = engine.config.slots * (engine.max_len + engine.k)
         m.cache.labels(**own).set(sum(r.length for r in engine.running) / columns)
-        if now.slot_steps > self._probes:
-            m.per_forward.labels(**own).set(self._returned / (now.slot_steps - self._probes))
 
     def probed(self) -> None:
         """A probe of readiness made one step of its own, which is nobody's."""
