@@ -189,7 +189,7 @@ def measure(model: str, given: argparse.Namespace, prompts: list[list[int]]) -> 
     print(
         f"bare engine {before:,.0f} and {after:,.0f} tokens/s; {clients} clients through HTTP: streams "
         f"{streams['tokens_per_s']:,.0f} ({ratios['streams']:.2f}×), whole answers {whole['tokens_per_s']:,.0f} "
-        f"({ratios['whole']:.2f}×); from a step's end to its chunk {delivery * 1e3:.1f} ms on average; requests p50 "
+        f"({ratios['whole']:.2f}×); from a step's end to its chunk {delivery * 1e3:.1f} ms (median); requests p50 "
         f"{streams['request_s']['p50']:.2f} s, p99 {streams['request_s']['p99']:.2f} s; memory of the replica "
         + " → ".join(f"{m:,.0f}" for m in memory)
         + " MB"
@@ -215,14 +215,19 @@ def replica_megabytes() -> float:
 
 
 def _delivery(url: str) -> float:
-    """Mean seconds from the end of a step to its chunk."""
-    lines = urlopen(f"{url}/metrics").read().decode().splitlines()
-
-    def total(part: str) -> float:
-        name = f"kforcing_step_to_chunk_seconds_{part}{{"
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
-
-    return total("sum") / max(total("count"), 1)
+    """Median of the seconds from the end of a step to its chunk, as far as the histogram's buckets tell."""
+    name = "kforcing_step_to_chunk_seconds_bucket{"
+    counts: dict[float, float] = {}
+    for line in urlopen(f"{url}/metrics").read().decode().splitlines():
+        if line.startswith(name):
+            edge = float(line.split('le="')[1].split('"')[0])
+            counts[edge] = counts.get(edge, 0.0) + float(line.split()[-1])
+    half, low, below = max(counts.values()) / 2, 0.0, 0.0
+    for edge in sorted(counts):
+        if counts[edge] >= half:
+            return low + (edge - low) * (half - below) / max(counts[edge] - below, 1.0)
+        low, below = edge, counts[edge]
+    return low
 
 
 if __name__ == "__main__":
