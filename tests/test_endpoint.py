@@ -180,7 +180,7 @@ def test_7_the_line_is_bounded_and_says_when_to_come_back(tmp_path):
     with endpoint(save_model(tmp_path / "m"), slots=1, max_len=56, max_waiting=2) as (url, service):
         engine = service.models["tiny"].engine
         step = engine.step
-        engine.step = lambda: (time.sleep(0.05), step())[1]
+        engine.step = lambda: (time.sleep(0.15), step())[1]
         body = {"prompt": "abc", "max_tokens": 40, "ignore_eos": True}
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda _: httpx.post(f"{url}/v1/completions", json=body, timeout=60), range(8)))
