@@ -21,7 +21,7 @@ from tqdm import tqdm
 from kforcing import PushForwardLM
 from kforcing.engine import Engine, EngineConfig, Request, Sampling
 from kforcing.engine.engine import context_limit
-from kforcing.engine.loading import load_model, load_tokenizer
+from kforcing.engine.loading import DTYPES, load_model, load_tokenizer
 
 
 def read_prompts(lines: TextIO, as_json: bool) -> Iterator[dict[str, Any]]:
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=16, help="prompts at a time (default %(default)s)")
     parser.add_argument("--coupling", default="inverse_cdf", help="of an AR model (default %(default)s)")
     parser.add_argument("--device")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"])
+    parser.add_argument("--dtype", choices=list(DTYPES))
     given = parser.parse_args()
     try:
         run(given)

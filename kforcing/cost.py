@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from kforcing.model import PushForwardLM
 from kforcing.readout import ArgmaxReadout
 from kforcing.sequential import SequentialReadout
-from kforcing.staircase import Windows, embeddings, head, read_context
+from kforcing.staircase import Windows, embeddings, head, key_heads, read_context
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -102,8 +102,7 @@ def predicted_ar_step(backbone: PreTrainedModel) -> StepCost:
 def attention_step(backbone: PreTrainedModel, entries: int, context: int) -> StepCost:
     """What attention adds for each sequence of a batch: its keys and values read once, `entries` queries over them."""
     config: Any = backbone.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, width = key_heads(backbone)
     size = next(backbone.parameters()).element_size()
     columns = config.num_hidden_layers * context * width
     return StepCost(4 * entries * columns * config.num_attention_heads, 2 * size * columns * heads)

@@ -148,6 +148,13 @@ def head(backbone: PreTrainedModel) -> nn.Linear:
     return cast(nn.Linear, backbone.get_output_embeddings())
 
 
+def key_heads(backbone: PreTrainedModel) -> tuple[int, int]:
+    """Heads of keys of a backbone, and their width."""
+    config: Any = backbone.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def lm_head(backbone: PreTrainedModel, states: Tensor) -> Tensor:
     """Logits of hidden states: (..., D) → (..., V)."""
     return head(backbone)(states)

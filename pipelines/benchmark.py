@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessorList, PreTrainedMo
 from kforcing import Design, PushForwardLM, SequentialConfig  # noqa: E402
 from kforcing.cost import attention_step, predicted_ar_step, predicted_step  # noqa: E402
 from kforcing.engine import Engine, EngineConfig, Request  # noqa: E402
-from kforcing.engine.loading import random_llama  # noqa: E402
+from kforcing.engine.loading import DTYPES, random_llama  # noqa: E402
 
 STOCK = "transformers"
 
@@ -355,8 +355,8 @@ def draw_frontier(path: Path, results: dict[str, dict[str, Point]], batches: dic
     plt.close(figure)
 
 
-def main() -> None:
-    """Read the command line, run, print."""
+def read_arguments() -> tuple[argparse.Namespace, list[int], list[int], list[int]]:
+    """The command line, and its batches, contexts and ks as numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", metavar="DIR", help="a trained student; none for random weights")
     parser.add_argument("--batch", default="1,4,16,64", help="batch sizes (default %(default)s)")
@@ -368,7 +368,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds after one that warms up (default %(default)s)")
     parser.add_argument("--rows", metavar="TEXT", help="only engine rows whose name contains this; AR always runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--eos", type=int, help="end-of-text id: what follows it is not counted")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--tracking", help="MLflow URI (default: MLFLOW_TRACKING_URI, else sqlite below runs/), or off")
@@ -376,7 +376,13 @@ def main() -> None:
     batches, contexts, ks = ([int(n) for n in text.split(",")] for text in (given.batch, given.context, given.k))
     if min(*batches, *contexts, *ks, given.tokens, given.rounds) < 1 or given.tokens % max(ks):
         parser.error(f"sizes must be positive, and --tokens={given.tokens} a multiple of the largest k ({max(ks)})")
-    device, dtype = torch.device(given.device), {"fp32": torch.float32, "bf16": torch.bfloat16}[given.dtype]
+    return given, batches, contexts, ks
+
+
+def main() -> None:
+    """Read the command line, run, print."""
+    given, batches, contexts, ks = read_arguments()
+    device, dtype = torch.device(given.device), DTYPES[given.dtype]
     if given.student:
         backbone, rows = student_rows(given.student, ks, device, dtype)
     else:

@@ -221,8 +221,8 @@ def _effective(k: int, config: Config) -> list[Any]:
     """A stage's settings without those that have no effect on it.
 
     Each read-out has parts of its own; a stage with nothing to learn has no training; the first one has one possible
-    teacher and one possible start; only
-    cached rollouts have epochs, only a soft loss has labels, only own windows begin somewhere.
+    teacher and one possible start; only cached rollouts have epochs, only a soft loss has labels,
+    only own windows begin somewhere.
     """
     design = config.student.design.effective()
     if not design.learns(k):

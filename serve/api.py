@@ -102,6 +102,14 @@ def create_app(service: Service, api_key: str | None, max_body: int, scrape: Cal
         """Prometheus text, of all replicas."""
         return PlainTextResponse(await scrape(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    answer_errors(app)
+    without_422(app)
+    return Gate(app, api_key, max_body)
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Every error in OpenAI's shape."""
+
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
         return error.response()
@@ -126,8 +134,11 @@ def create_app(service: Service, api_key: str | None, max_body: int, scrape: Cal
     async def unexpected(request: Request, error: Exception) -> Response:
         return ApiError(500, f"internal error: {type(error).__name__}").response()
 
+
+def without_422(app: FastAPI) -> None:
+    """FastAPI's document, without the answer 422 that is never given here."""
+
     def openapi() -> dict[str, Any]:
-        """FastAPI's document, without the answer 422 that is never given here."""
         if app.openapi_schema is None:
             app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
             for path in app.openapi_schema["paths"].values():
@@ -136,7 +147,6 @@ def create_app(service: Service, api_key: str | None, max_body: int, scrape: Cal
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
-    return Gate(app, api_key, max_body)
 
 
 class JobStream(StreamingResponse):

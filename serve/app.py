@@ -3,7 +3,7 @@
     serve run serve.app:build model=runs/quickstart/k4                one replica, on this machine
     serve deploy infra/serve.yaml                                     on a cluster
 
-    client ──HTTP──► proxy ──► replica: api.py (HTTP, SSE) ► service.py (text, stops) ► loop.py (a thread a model) ► Engine
+    client ──HTTP──► proxy ──► replica: api.py (HTTP, SSE) ► service.py (text, stops) ► loop.py (one thread) ► Engine
 
 `GET /health` answers 200 when every model has proved a forward pass lately, `GET /live` when the process answers, and
 `GET /metrics` with the figures of all replicas.

@@ -44,7 +44,7 @@ class Settings(BaseModel):
     """How noise picks tokens of a plain AR model."""
     device: str | None = None
     dtype: str | None = None
-    """`fp32`, `bf16` or `fp16`; as saved when left out."""
+    """`fp32` or `bf16`; as saved when left out."""
     packed: bool | None = None
     """See `EngineConfig.packed`."""
     api_key: str | None = None

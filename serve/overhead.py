@@ -204,14 +204,20 @@ def measure(model: str, given: argparse.Namespace, prompts: list[list[int]]) -> 
     }
 
 
-def replica_megabytes() -> float:
-    """Resident memory of the replicas of this machine."""
-    total = 0
+def replicas() -> list[int]:
+    """Process ids of the replicas of this machine."""
+    found = []
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if folder.name.isdigit() and (folder / "cmdline").read_bytes().startswith(b"ray::ServeReplica"):
-                total += int((folder / "statm").read_text().split()[1])
-    return total * os.sysconf("SC_PAGE_SIZE") / 1e6
+                found.append(int(folder.name))
+    return found
+
+
+def replica_megabytes() -> float:
+    """Resident memory of the replicas of this machine."""
+    pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in replicas())
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def _delivery(url: str) -> float:

@@ -125,7 +125,7 @@ class Service:
         return self.models[name]
 
     async def accept(self, body: CompletionRequest | ChatRequest) -> Job:
-        """Check a request whole and queue its choices. Raises ApiError."""
+        """Check a request whole and queue its choices. Raises ApiError, or EngineFailed."""
         model = self.model(body.model)
         prompts = _chat_prompt(model, body) if isinstance(body, ChatRequest) else _prompts(model, body)
         copies = body.n or 1
@@ -152,8 +152,6 @@ class Service:
             raise ApiError(400, str(error)) from None
         except Overloaded as error:
             raise ApiError(429, f"{error}; try again later", code="overloaded") from None
-        except EngineFailed as error:
-            raise ApiError(503, str(error), code="engine_failed") from None
         start = time.perf_counter()
         choices = [self._choice(model, i, ticket, body.stops, start) for i, ticket in enumerate(tickets)]
         return Job(model, sum(map(len, prompts)), choices, tickets)

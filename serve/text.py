@@ -35,9 +35,8 @@ class TextStream:
             self.ids += ids
             return Piece(self._new_text(), len(ids), False)
         text = ""
-        for count, id in enumerate(
-            ids, start=1
-        ):  # one by one: the count has to be that of the token that completes a stop
+        # One by one: the count has to be that of the token that completes a stop.
+        for count, id in enumerate(ids, start=1):
             self.ids.append(id)
             self.held += self._new_text()
             found = min(((i, stop) for stop in self.stops if (i := self.held.find(stop)) >= 0), default=None)

@@ -2,7 +2,6 @@
 
 import asyncio
 import concurrent.futures
-import contextlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from ray import serve
 
 from kforcing.reference import decode
 from serve.app import build
+from serve.overhead import replicas
 from tests.conftest import make_backbone, make_sequential
 from tests.endpoint import EOS, ids_of, save_model, text_of
 
@@ -55,17 +55,6 @@ def complete(**body):
     )
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]["text"]
-
-
-def replicas():
-    """Process ids of the replicas of this machine."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                if (folder / "cmdline").read_bytes().startswith(b"ray::ServeReplica"):
-                    found.append(int(folder.name))
-    return found
 
 
 def test_real_clients_on_one_replica(cluster, folder, tmp_path):

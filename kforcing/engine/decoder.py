@@ -24,11 +24,11 @@ from kforcing.coupling import Coupling
 from kforcing.engine.cache import SlotCache
 from kforcing.engine.request import Sampling
 from kforcing.engine.sampler import Sampler
-from kforcing.engine.stack import Stack, build_stack, key_heads
+from kforcing.engine.stack import Stack, build_stack
 from kforcing.model import PushForwardLM
 from kforcing.noise import derive_key, uniform
 from kforcing.readout import Pick, Turn
-from kforcing.staircase import Reader, Windows, embeddings, head, lm_head
+from kforcing.staircase import Reader, Windows, embeddings, head, key_heads, lm_head
 
 
 class ARReadout:
@@ -103,7 +103,7 @@ class Decoder:
         trunk: nn.Module = backbone.base_model
         device, dtype = backbone.device, backbone.dtype
         columns = max_len + k
-        self.cache = SlotCache(backbone.config.num_hidden_layers, slots, columns, *key_heads(trunk), dtype, device)
+        self.cache = SlotCache(backbone.config.num_hidden_layers, slots, columns, *key_heads(backbone), dtype, device)
         self.stacks: dict[nn.Module, Stack] = {trunk: build_stack(trunk, self.cache)}
         if hasattr(self.readout, "layers"):
             self.stacks[self.readout.layers] = build_stack(self.readout.layers, self.cache)

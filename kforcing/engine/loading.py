@@ -60,8 +60,7 @@ def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer beside a model. Raises FileNotFoundError when there is none."""
     if not any(Path(path).glob("tokenizer*")) and not any(Path(path).glob("vocab*")):
         raise FileNotFoundError(f"no tokenizer in {path}; put tokenizer.json and tokenizer_config.json there")
-    if (
-        Path(path) / "tokenizer.json"
-    ).is_file():  # whole in itself; AutoTokenizer would stumble over a student's config
+    # Whole in itself, where AutoTokenizer would stumble over a student's config.
+    if (Path(path) / "tokenizer.json").is_file():
         return PreTrainedTokenizerFast.from_pretrained(path)
     return AutoTokenizer.from_pretrained(path)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -106,7 +106,6 @@ class StockStack:
         self.model = model
         first = len(cache.layers) - model.config.num_hidden_layers
         self.layers: list[Any] = [_StockLayer(cache, first + i) for i in range(model.config.num_hidden_layers)]
-        self.cache = cache
 
     def __call__(self, x_RLD: Tensor, span: Span) -> Tensor:
         """See `Stack`."""
@@ -150,13 +149,6 @@ class _StockLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.cache.columns
-
-
-def key_heads(model: nn.Module) -> tuple[int, int]:
-    """Heads of keys of a base model, and their width."""
-    config: Any = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 @torch.inference_mode()
