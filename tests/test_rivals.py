@@ -136,7 +136,7 @@ def test_medusa_heads_learn_the_tokens_after_the_next():
         optimizer.zero_grad()
         sums.loss.backward()
         optimizer.step()
-    assert losses[-1] < 0.2 * losses[0]
+    assert losses[-1] < 0.3 * losses[0]
     assert sums.tokens == 4 * 12 * 2
 
 
