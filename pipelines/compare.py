@@ -25,7 +25,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,12 +35,11 @@ import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
 import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
 import torch  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
-from kforcing.cost import flop_counter, measured_step, predicted_step  # noqa: E402
+from kforcing.cost import measured_step, predicted_step  # noqa: E402
 from kforcing.coupling import COUPLINGS  # noqa: E402
 from kforcing.joint import independent, joint_tv, position_entropy, sample_blocks  # noqa: E402
 from kforcing.losses import SoftTargets, soft_target_kl  # noqa: E402
@@ -51,14 +49,13 @@ from kforcing.rollout import ARTeacher  # noqa: E402
 from kforcing.staircase import Windows, ar_block_logits, read_context  # noqa: E402
 from pipelines.cluster import connected, with_lasting_root  # noqa: E402
 from pipelines.config import Config, ConfigError, apply, fingerprint, override  # noqa: E402
+from pipelines.local import LocalStudent  # noqa: E402
 from pipelines.options import validate  # noqa: E402
 from pipelines.pipeline import Pipeline, say  # noqa: E402
 from pipelines.recipes import recipe  # noqa: E402
-from pipelines.rollout import RolloutActor, RolloutJob, StepPlan, load_ar  # noqa: E402
+from pipelines.rollout import load_ar  # noqa: E402
 from pipelines.stages import StageError, locked, write_json  # noqa: E402
-from pipelines.step import StudentStep, learning_rate, to_batch  # noqa: E402
 from pipelines.store import TokenStore, to_numpy  # noqa: E402
-from pipelines.train import Grown, Wrapped, own_share  # noqa: E402
 
 BUCKETS = {2: 24, 4: 6, 8: 2}
 CONTEXTS = 10
@@ -127,111 +124,9 @@ class Trial:
     """Blocks drawn after each context for the joint figures."""
 
 
-class Student:
-    """Trains the stages of a trial in this process: the pipeline's steps without its distribution."""
-
-    def __init__(self, trial: Trial):
-        self.trial = trial
-        self.store = TokenStore(trial.train, trial.config.seed)
-        self.spent = 0.0
-
-    def stage(self, k: int, steps: int | None, budget: float | None, previous: Path | None) -> dict[str, Any]:
-        """Train PFLM(k) for so many steps, or until a FLOP budget is spent; returns what it cost."""
-        config = self.trial.config.stage(f"k{k}")
-        init: Any = Grown(str(previous), k, config.loss)
-        if previous is None or config.train.warm_start == "teacher":
-            init = Wrapped(self.trial.teacher, k, config.student.design, config.loss, config.seed)
-        module = init.build().eval()
-        folder = Path(self.trial.folder, f"k{k}")
-        cost = {"flops": 0.0, "step_flops": 0.0, "steps": 0, "seconds": 0.0}
-        if config.student.design.learns(k):
-            cost = self._train(module, config, k, steps, budget, previous)
-        module.model.save_pretrained(folder)
-        return cost
-
-    def _train(
-        self,
-        module: StudentStep,
-        config: Config,
-        k: int,
-        steps: int | None,
-        budget: float | None,
-        previous: Path | None,
-    ) -> dict[str, Any]:
-        ar = config.targets == "ar" or previous is None or k == 1
-        job = RolloutJob(
-            self.trial.teacher if ar else str(previous),
-            ar,
-            k,
-            config.rollout.windows,
-            config.seed,
-            f"k{k}",
-            config.student.design,
-            config.rollout.top_m if config.loss == "soft" else None,
-            config.rollout.batch,
-            threads=1,
-        )
-        actor = RolloutActor(job)
-        trained = [p for p in module.parameters() if p.requires_grad]
-        train = config.train
-        optimizer = torch.optim.AdamW(
-            trained, lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay
-        )
-        average = [p.detach().clone() for p in trained]
-        step_flops = self._count(module, actor, train, k)
-        if steps is None:
-            assert budget is not None
-            steps = max(1, round((budget - self.spent) / step_flops))
-        started = time.monotonic()
-        for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, train.lr, train.warmup, train.schedule)
-            own = own_share(step, dataclasses.replace(train, steps=steps))
-            sums = module(to_batch(self._rows(actor, train.batch, step), "cpu", derive_key(config.seed, k, "own"), own))
-            optimizer.zero_grad()
-            (sums.loss / sums.tokens).backward()
-            if train.clip:
-                torch.nn.utils.clip_grad_norm_(trained, train.clip)
-            optimizer.step()
-            with torch.no_grad():
-                for mean, parameter in zip(average, trained, strict=True):
-                    mean.lerp_(parameter, 1 - min(train.ema, (1 + step) / (10 + step)))
-            if step % 200 == 199:
-                print(
-                    f"{self.trial.variant.name}  k{k}  {step + 1}/{steps}  loss {sums.loss / sums.tokens:.3f}",
-                    flush=True,
-                )
-        with torch.no_grad():
-            for mean, parameter in zip(average, trained, strict=True):
-                parameter.copy_(mean)
-        self.spent += steps * step_flops
-        return {
-            "flops": steps * step_flops,
-            "step_flops": step_flops,
-            "steps": steps,
-            "seconds": time.monotonic() - started,
-            "trained_parameters": sum(p.numel() for p in trained),
-        }
-
-    def _rows(self, actor: RolloutActor, batch: int, step: int) -> pa.Table:
-        return actor(self.store.read(StepPlan(batch, 1, step + 1, step, 1).positions(0)))
-
-    def _count(self, module: StudentStep, actor: RolloutActor, train: Any, k: int) -> float:
-        """FLOPs of one step, rollouts included, of which own windows count by their share."""
-        with flop_counter() as rollouts:
-            rows = self._rows(actor, train.batch, 0)
-
-        def flops(own: float) -> float:
-            with flop_counter() as counter:
-                sums = module(to_batch(rows, "cpu", 0, own))
-                sums.loss.backward()
-            module.zero_grad()
-            return counter.get_total_flops()
-
-        later = (1 - train.own_from) if train.own_windows else 0.0
-        return (
-            rollouts.get_total_flops() + (1 - later) * flops(0.0) + (later * flops(train.own_windows) if later else 0)
-        )
+def student_of(trial: Trial) -> LocalStudent:
+    """What trains a trial's stages in this process."""
+    return LocalStudent(trial.config, trial.teacher, trial.train, trial.folder, trial.variant.name)
 
 
 def run_trial(trial: Trial) -> dict[str, Any]:
@@ -240,7 +135,7 @@ def run_trial(trial: Trial) -> dict[str, Any]:
     file = Path(trial.folder, "result.json")
     if file.is_file():
         return json.loads(file.read_text())
-    student = Student(trial)
+    student = student_of(trial)
     teacher = load_ar(trial.teacher)
     previous: Path | None = None
     result: dict[str, Any] = {"variant": trial.variant.name, "seed": trial.config.seed, "k": {}}
@@ -388,7 +283,7 @@ def budgets_of(trial: Trial) -> dict[int, float]:
     torch.set_num_threads(1)
     spent, previous = {0: 0.0}, None
     with tempfile.TemporaryDirectory() as folder:
-        student = Student(dataclasses.replace(trial, folder=folder))
+        student = student_of(dataclasses.replace(trial, folder=folder))
         for k in trial.config.ks():
             cost = student.stage(k, 0, None, previous)
             previous = Path(folder, f"k{k}")

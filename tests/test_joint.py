@@ -1,7 +1,24 @@
+import pytest
 import torch
 
-from kforcing.joint import bucket, independent, joint_tv, position_entropy, sample_blocks
+import kforcing.joint as joint_module
+from kforcing import PushForwardLM
+from kforcing.coupling import inverse_cdf
+from kforcing.joint import (
+    ar_score,
+    bucket,
+    divergence,
+    independent,
+    joint_tv,
+    position_entropy,
+    sample_blocks,
+    student_score,
+)
 from kforcing.noise import derive_key
+from kforcing.rollout import ARTeacher
+from tests.conftest import VOCAB, make_backbone, make_sequential
+
+CONTEXT = torch.tensor([3, 1, 4, 1, 5])
 
 
 def test_total_variation_of_known_samples():
@@ -46,3 +63,66 @@ def test_samples_do_not_depend_on_the_batch():
     assert torch.equal(one, sample_blocks(draw, context, 3, 100, key, batch=100))
     assert one.shape == (100, 3)
     assert len(one.unique(dim=0)) > 80
+
+
+def table(backbone):
+    """The joint of the next two tokens, one plain forward a first token."""
+    with torch.no_grad():
+        rows = torch.cat([CONTEXT.repeat(VOCAB, 1), torch.arange(VOCAB)[:, None]], dim=1)
+        p = backbone(input_ids=rows).logits[:, -2:].double().softmax(-1)
+    return p[0, 0][:, None] * p[:, 1]
+
+
+def teacher_blocks(backbone, k, samples=4096):
+    return sample_blocks(ARTeacher(backbone, inverse_cdf).rollout, CONTEXT, k, samples, derive_key(0))
+
+
+def test_divergence_from_an_enumerated_joint_is_that_of_the_tables():
+    teacher, other = make_backbone(scale=3.0), make_backbone(seed=1, scale=3.0)
+    p, q = table(teacher), table(other)
+    found = divergence(ar_score(teacher), ar_score(other), CONTEXT, torch.zeros(1, 2, dtype=torch.int64), VOCAB)
+    assert found.tv == pytest.approx((p - q).abs().sum().item() / 2, rel=1e-4)
+    assert found.kl == pytest.approx((p * (p / q).log()).sum().item(), rel=1e-4)
+    product = p.sum(1, keepdim=True) * p.sum(0, keepdim=True)
+    assert found.independent_tv == pytest.approx((p - product).abs().sum().item() / 2, rel=1e-4)
+    assert found.independent_kl == pytest.approx((p * (p / product).log()).sum().item(), rel=1e-4)
+
+
+def test_the_teacher_itself_and_the_product_of_its_marginals_score_what_they_must(monkeypatch):
+    teacher = make_backbone(scale=3.0)
+    blocks = teacher_blocks(teacher, 2)
+    exact = divergence(ar_score(teacher), ar_score(teacher), CONTEXT, blocks, VOCAB)
+    assert (exact.tv, exact.kl) == (0, 0)
+    monkeypatch.setattr(joint_module, "ENUMERABLE", 0)
+    estimated = divergence(ar_score(teacher), ar_score(teacher), CONTEXT, blocks, VOCAB)
+    assert (estimated.tv, estimated.kl) == (0, 0)
+    assert estimated.independent_tv == pytest.approx(exact.independent_tv, abs=0.02)
+    assert estimated.independent_kl == pytest.approx(exact.independent_kl, abs=0.02)
+    p = table(teacher)
+    product = (p.sum(1, keepdim=True) * p.sum(0, keepdim=True)).log()
+
+    def marginals(windows, tokens):
+        first = product.logsumexp(1).expand(*tokens.shape[:2], -1)
+        second = product.logsumexp(0).expand(*tokens.shape[:2], -1)
+        return torch.stack([first, second], dim=2)
+
+    found = divergence(ar_score(teacher), marginals, CONTEXT, blocks, VOCAB)
+    assert found.tv == pytest.approx(exact.independent_tv, abs=0.02)
+    assert found.kl == pytest.approx(exact.independent_kl, abs=0.02)
+
+
+def test_estimates_agree_with_enumeration_for_a_student(monkeypatch):
+    teacher = make_backbone(scale=3.0)
+    student = make_sequential(make_backbone(scale=3.0))
+    blocks = teacher_blocks(teacher, 2)
+    exact = divergence(ar_score(teacher), student_score(student), CONTEXT, blocks, VOCAB)
+    monkeypatch.setattr(joint_module, "ENUMERABLE", 0)
+    estimated = divergence(ar_score(teacher), student_score(student), CONTEXT, blocks, VOCAB)
+    assert exact.tv > 0.05
+    assert estimated.tv == pytest.approx(exact.tv, abs=0.02)
+    assert estimated.kl == pytest.approx(exact.kl, rel=0.05)
+
+
+def test_an_argmax_student_has_no_densities():
+    with pytest.raises(ValueError, match="compare samples"):
+        student_score(PushForwardLM.from_backbone(make_backbone(), 2))

@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from torch.nn.functional import one_hot
 
@@ -67,13 +68,23 @@ def test_bootstrap_value_is_the_ratio_and_the_interval_is_over_clusters():
     assert same == [figure]
 
 
-def test_intervals_cover_the_truth():
+def rates(rng, counts):
+    """Shares whose documents differ: mean 0.6."""
+    return rng.binomial(counts, rng.beta(6, 4, len(counts))).astype(float)
+
+
+def nats(rng, counts):
+    """Skewed sums whose documents differ: mean 2.7 a token."""
+    return rng.gamma(counts, rng.gamma(9, 0.3, len(counts)))
+
+
+@pytest.mark.parametrize("documents", [20, 60])
+@pytest.mark.parametrize(("draw", "truth"), [(rates, 0.6), (nats, 2.7)])
+def test_intervals_cover_the_truth(draw, truth, documents):
     rng = np.random.default_rng(0)
     covered = 0
     for trial in range(500):
-        rates = rng.beta(6, 4, 60)
-        counts = rng.integers(20, 60, 60).astype(float)
-        sums = rng.binomial(counts.astype(int), rates)[:, None].astype(float)
-        (figure,) = cluster_bootstrap(sums, counts, draws=300, seed=trial)
-        covered += figure.lo <= 0.6 <= figure.hi
-    assert 0.91 <= covered / 500 <= 0.98
+        counts = rng.integers(40, 120, documents)
+        (figure,) = cluster_bootstrap(draw(rng, counts)[:, None], counts.astype(float), draws=1000, seed=trial)
+        covered += figure.lo <= truth <= figure.hi
+    assert 0.93 <= covered / 500 <= 0.97

@@ -1,0 +1,220 @@
+"""Training in one process: the pipeline's steps without its distribution, for models small enough to be compared.
+
+What is trained here has spent a counted number of FLOPs, so that methods can be given the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import nn
+
+from kforcing.cost import flop_counter
+from kforcing.noise import derive_key
+from pipelines.config import Config, TrainConfig
+from pipelines.rollout import RolloutActor, RolloutJob, StepPlan
+from pipelines.stages import write_json
+from pipelines.step import StudentStep, learning_rate, to_batch
+from pipelines.store import TokenStore
+from pipelines.train import Grown, Wrapped, own_share
+
+KEEP_EVERY_S = 30.0
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of one optimiser step."""
+
+    batch: float
+    """Making the batch: rollouts, or whatever the teacher does."""
+    train: float
+    """Forward and backward of what is trained."""
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.batch + self.train
+
+
+def count_step(module: nn.Module, batch_at: Callable[[int, int], Any]) -> StepFlops:
+    """Count a real step, the first of one."""
+    with flop_counter() as making:
+        batch = batch_at(0, 1)
+    with flop_counter() as training:
+        module(batch).loss.backward()
+    module.zero_grad()
+    return StepFlops(making.get_total_flops(), training.get_total_flops())
+
+
+def train_here(
+    module: nn.Module,
+    batch_at: Callable[[int, int], Any],
+    train: TrainConfig,
+    name: str,
+    checkpoint: Path | None = None,
+) -> float:
+    """`train.steps` optimiser steps; the module ends with its moving average. Returns the seconds they took.
+
+    Args:
+        module: batch → `LossSums`.
+        batch_at: (step, steps) → the step's whole batch.
+        name: for progress lines.
+        checkpoint: file that a killed training continues from; removed at the end.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay
+    )
+    average = [p.detach().clone() for p in trained]
+    first, earlier = _resume(checkpoint, trained, optimizer, average)
+    started = kept = time.monotonic()
+    for step in range(first, train.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, train.steps, train.lr, train.warmup, train.schedule)
+        sums = module(batch_at(step, train.steps))
+        optimizer.zero_grad()
+        (sums.loss / sums.tokens).backward()
+        if train.clip:
+            torch.nn.utils.clip_grad_norm_(trained, train.clip)
+        optimizer.step()
+        _follow(average, trained, min(train.ema, (1 + step) / (10 + step)))
+        if step % 200 == 199:
+            print(f"{name}  {step + 1}/{train.steps}  loss {sums.loss / sums.tokens:.3f}", flush=True)
+        if checkpoint and time.monotonic() - kept > KEEP_EVERY_S:
+            kept = time.monotonic()
+            _keep(checkpoint, step + 1, earlier + kept - started, trained, optimizer, average)
+    _follow(trained, average, 0.0)
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
+    return earlier + time.monotonic() - started
+
+
+@torch.no_grad()
+def _follow(means: list[Any], values: list[Any], decay: float) -> None:
+    for mean, value in zip(means, values, strict=True):
+        mean.lerp_(value, 1 - decay)
+
+
+def _keep(file: Path, step: int, seconds: float, trained: Any, optimizer: Any, average: Any) -> None:
+    state = {"step": step, "seconds": seconds, "optimizer": optimizer.state_dict(), "average": average}
+    partial = file.with_suffix(".partial")
+    torch.save({**state, "trained": [p.detach() for p in trained]}, partial)
+    partial.rename(file)
+
+
+def _resume(file: Path | None, trained: Any, optimizer: Any, average: Any) -> tuple[int, float]:
+    if file is None or not file.is_file():
+        return 0, 0.0
+    state = torch.load(file)
+    optimizer.load_state_dict(state["optimizer"])
+    _follow(trained, state["trained"], 0.0)
+    _follow(average, state["average"], 0.0)
+    return state["step"], state["seconds"]
+
+
+class LocalStudent:
+    """Trains the stages of a student, rollouts included, one after the other.
+
+    Args:
+        config: of the run; stages' exceptions are applied.
+        teacher: folder of the AR model.
+        store: folder of the training tokens.
+        folder: where each stage's student goes.
+        name: for progress lines.
+    """
+
+    def __init__(self, config: Config, teacher: str, store: str, folder: str, name: str):
+        self.config, self.teacher, self.folder, self.name = config, teacher, Path(folder), name
+        self.store = TokenStore(store, config.seed)
+        self.spent = 0.0
+
+    def stage(self, k: int, steps: int | None, budget: float | None, previous: Path | None) -> dict[str, Any]:
+        """Train PFLM(k) for so many steps, or until a FLOP budget is spent; returns what it cost. Kept once it is done."""
+        record = self.folder / f"k{k}.json"
+        if record.is_file():
+            cost = json.loads(record.read_text())
+            self.spent += cost["flops"]
+            return cost
+        config = self.config.stage(f"k{k}")
+        init: Any = Grown(str(previous), k, config.loss)
+        if previous is None or config.train.warm_start == "teacher":
+            init = Wrapped(self.teacher, k, config.student.design, config.loss, config.seed)
+        module = init.build().eval()
+        cost = {"flops": 0.0, "step_flops": 0.0, "batch_flops": 0.0, "steps": 0, "seconds": 0.0}
+        if config.student.design.learns(k):
+            cost = self._train(module, config, k, steps, budget, previous)
+        module.model.save_pretrained(self.folder / f"k{k}")
+        write_json(record, cost)
+        return cost
+
+    def _train(
+        self,
+        module: StudentStep,
+        config: Config,
+        k: int,
+        steps: int | None,
+        budget: float | None,
+        previous: Path | None,
+    ) -> dict[str, Any]:
+        actor = self._actor(config, k, previous)
+
+        def batch_at(step: int, steps: int) -> Any:
+            own = own_share(step, dataclasses.replace(config.train, steps=steps))
+            return to_batch(self._rows(actor, config.train.batch, step), "cpu", derive_key(config.seed, k, "own"), own)
+
+        flops = self._count(module, actor, config, batch_at)
+        if steps is None:
+            assert budget is not None
+            steps = max(1, round((budget - self.spent) / flops.total))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        train = dataclasses.replace(config.train, steps=steps)
+        seconds = train_here(module, batch_at, train, f"{self.name}  k{k}", self.folder / f"k{k}.pt")
+        self.spent += steps * flops.total
+        return {
+            "flops": steps * flops.total,
+            "step_flops": flops.total,
+            "batch_flops": steps * flops.batch,
+            "steps": steps,
+            "seconds": seconds,
+            "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        }
+
+    def _actor(self, config: Config, k: int, previous: Path | None) -> RolloutActor:
+        ar = config.targets == "ar" or previous is None or k == 1
+        return RolloutActor(
+            RolloutJob(
+                self.teacher if ar else str(previous),
+                ar,
+                k,
+                config.rollout.windows,
+                config.seed,
+                f"k{k}",
+                config.student.design,
+                config.rollout.top_m if config.loss == "soft" else None,
+                config.rollout.batch,
+                threads=1,
+            )
+        )
+
+    def _rows(self, actor: RolloutActor, batch: int, step: int) -> pa.Table:
+        return actor(self.store.read(StepPlan(batch, 1, step + 1, step, 1).positions(0)))
+
+    def _count(
+        self, module: StudentStep, actor: RolloutActor, config: Config, batch_at: Callable[[int, int], Any]
+    ) -> StepFlops:
+        """FLOPs of one step, of which own windows count by their share."""
+        plain = count_step(module, batch_at)
+        train = config.train
+        if not train.own_windows:
+            return plain
+        rows = self._rows(actor, train.batch, 0)
+        own = count_step(module, lambda *_: to_batch(rows, "cpu", 0, train.own_windows))
+        return StepFlops(plain.batch, train.own_from * plain.train + (1 - train.own_from) * own.train)
