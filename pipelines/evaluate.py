@@ -1,161 +1,123 @@
-"""Fidelity of a finished student on held-out windows, and continuations to read.
+"""Evaluate the models of a run: fidelity, text, every rival in one table, speed, cost, determinism.
 
-held-out blocks (Ray Data) ─► EvalActor pool (student and AR teacher) ─► sums by document ─► figures with intervals
+    run directory or models:/NAME@ALIAS ─► parts, each finished once ─► report.md, report.json, plots, samples.html ─► MLflow
+        fidelity   the same noise, joint distributions, far from the prompt        (held-out text, intervals over documents)
+        rivals     other methods trained under one budget, decoded, judged alike
+        speed      tokens a second, alone on the machine
+
+    python pipelines/evaluate.py [RUN | models:/NAME@ALIAS] [section.field=value …]
+
+Without arguments: `runs/quickstart`. Run the same command again to continue an interrupted evaluation; finished parts are
+kept, and a changed setting reruns what depends on it. The last line is one JSON object. `--help` lists every field.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import torch
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from kforcing.engine import Engine, EngineConfig, Request, Sampling
-from kforcing.metrics import cluster_bootstrap, window_scores
-from kforcing.model import PushForwardLM
-from kforcing.noise import derive_key, sample_anchors, window_noise
-from kforcing.staircase import Windows
-from pipelines.config import EvalConfig
-from pipelines.prepare import Prepared, load_tokenizer
-from pipelines.rollout import ReadChunk, StepPlan, load_ar, pick_device
-from pipelines.stages import Stage, write_json
-from pipelines.store import TokenStore, fixed_list, to_numpy
-
-FIGURES = ("match", "student_nll", "teacher_nll", "target_nll")
+from pipelines.cluster import connected  # noqa: E402
+from pipelines.config import ConfigError, describe_fields, fingerprint  # noqa: E402
+from pipelines.evaluation.config import EvaluationConfig, evaluation_config  # noqa: E402
+from pipelines.evaluation.parts import run_parts  # noqa: E402
+from pipelines.evaluation.plan import plan_of  # noqa: E402
+from pipelines.evaluation.report import write_evaluation  # noqa: E402
+from pipelines.evaluation.subject import Subject, open_subject, subject_of  # noqa: E402
+from pipelines.fidelity import EvalJob, evaluate_student  # noqa: E402
+from pipelines.pipeline import say  # noqa: E402
+from pipelines.prepare import Prepared  # noqa: E402
+from pipelines.stages import StageError, exclusive, open_stage  # noqa: E402
+from pipelines.tracking import default_uri, log_evaluation  # noqa: E402
 
 
-@dataclass(frozen=True)
-class EvalJob:
-    """What an evaluation actor needs to know."""
-
-    teacher: str
-    student: str
-    k: int
-    windows: int
-    seed: int
-    batch: int
-
-
-class EvalActor:
-    """Scores held-out blocks; one output row a block with the sums over its windows."""
-
-    def __init__(self, job: EvalJob):
-        self.job, self.device = job, pick_device()
-        self.teacher = load_ar(job.teacher).to(self.device)
-        self.student = PushForwardLM.from_pretrained(job.student).to(self.device)
-
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        """Rows of tokens → one row of sums a block."""
-        return pa.concat_tables(
-            [self._score(rows.slice(i, self.job.batch)) for i in range(0, len(rows), self.job.batch)]
-        )
-
-    def _score(self, rows: pa.Table) -> pa.Table:
-        seq = torch.from_numpy(rows["seq"].to_numpy().copy())
-        tokens = torch.from_numpy(to_numpy(rows["tokens"]).astype(np.int64))
-        anchors = sample_anchors(derive_key(self.job.seed, "eval", "anchors"), seq, tokens.shape[1], self.job.windows)
-        noise = window_noise(derive_key(self.job.seed, "eval", "noise"), seq, anchors, self.job.k)
-        temperature = torch.full((len(seq),), self.student.config.design.noise.clamp(1.0))
-        windows = Windows(*(x.to(self.device) for x in (tokens, anchors, noise, temperature)))
-        scores = window_scores(self.student, self.teacher, windows)
-        columns = {name: fixed_list(getattr(scores, name).double().sum(1).cpu().numpy()) for name in FIGURES}
-        block = scores.match.all(-1).double().sum(1).cpu().numpy()
-        return pa.table({"doc": rows["doc"], "block_match": block, **columns})
+def evaluate(target: str, config: EvaluationConfig) -> dict[str, Any]:
+    """Measure what is not measured yet and write the report; returns its key figures."""
+    started = time.monotonic()
+    run, root = open_subject(target, config)
+    plan = plan_of(run, config)
+    with held(root), connected(run):
+        subject = subject_of(target, run, root, config, say)
+        windows = same_noise(subject, config)
+        results = run_parts(plan(subject), root, say, config.cpus, config.gpus, alone_cpus(config))
+    results["windows"] = windows
+    report = write_evaluation(subject, config, results, time.monotonic() - started)
+    uri = config.tracking.uri or default_uri(run)
+    if uri != "off":
+        log_evaluation(uri, config.tracking.experiment, subject.parent, root, report)
+    return {"path": str(root / "report.json"), "parts": len(results), "seconds": round(time.monotonic() - started, 1)}
 
 
-def evaluate_student(stage: Stage, prepared: Prepared, job: EvalJob, config: EvalConfig) -> dict[str, Any]:
-    """The figures of a student (or those found on disk): match, NLLs by offset and block match, with 95% intervals."""
-    if stage.manifest:
-        return stage.manifest["figures"]
-    import ray.data
+@contextmanager
+def held(root: Path) -> Iterator[None]:
+    """Hold the evaluation's folder. Raises ConfigError while another evaluation holds it."""
+    root.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(root / ".lock", wait=False))
+        except BlockingIOError:
+            raise ConfigError(f"{root} is in use by another evaluation; wait for it or choose another output_dir") from None
+        yield
 
-    store = TokenStore(prepared.split("heldout"), job.seed)
-    blocks = min(config.blocks, store.rows_per_epoch)
-    chunks = -(-blocks // job.batch)
-    # A plan whose steps are batches of held-out rows; the last one is cut to the number of blocks asked for.
-    read = ReadChunk(str(store.folder), job.seed, StepPlan(job.batch, 1, chunks, 0, 1))
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
-    scored = (
-        ray.data.range(chunks, override_num_blocks=chunks)
-        .map_batches(read, batch_format="pyarrow", batch_size=1)
-        .limit(blocks)
-        .map_batches(
-            EvalActor,
-            fn_constructor_args=(job,),
-            batch_format="pyarrow",
-            batch_size=job.batch,
-            num_cpus=config.cpus_per_actor,
-            num_gpus=config.gpus_per_actor or None,
-            compute=ray.data.ActorPoolStrategy(size=config.actors),
-        )
+
+def same_noise(subject: Subject, config: EvaluationConfig) -> dict[str, Any]:
+    """Match and NLLs of every student and k on held-out windows, as a Ray Data job each."""
+    settings = dataclasses.replace(
+        subject.config.eval,
+        blocks=config.fidelity.blocks,
+        windows=config.fidelity.windows,
+        bootstrap=config.bootstrap,
     )
-    table = pa.concat_tables(list(scored.iter_batches(batch_format="pyarrow", batch_size=None)))
-    figures = summarise(table, job, config)
-    stage.finish(figures=figures)
-    return figures
+    found = {}
+    for student, k in subject.pairs:
+        name = f"windows-{student.name}-at-{k}"
+        job = EvalJob(subject.teacher, student.path, k, settings.windows, config.seed, settings.batch)
+        stage = open_stage(
+            Path(subject.root), name, fingerprint(subject.id, name, config.fidelity, config.bootstrap, config.seed)
+        )
+        say(f"{name:<36}{'finished before' if stage.manifest else 'scoring'}")
+        found[f"{student.name} at k={k}"] = evaluate_student(
+            stage, Prepared(Path(subject.heldout).parent), job, settings
+        )
+    return found
 
 
-def summarise(table: pa.Table, job: EvalJob, config: EvalConfig) -> dict[str, Any]:
-    """Per-block sums → figures with intervals over documents."""
-    docs, cluster = np.unique(table["doc"].to_numpy(), return_inverse=True)
-    columns = [table["block_match"].to_numpy()[:, None]] + [to_numpy(table[name]) for name in FIGURES]
-    rows = np.concatenate(columns, axis=1)
-    sums = np.zeros((len(docs), rows.shape[1]))
-    np.add.at(sums, cluster, rows)
-    counts = np.bincount(cluster).astype(float) * job.windows
-    intervals = [asdict(i) for i in cluster_bootstrap(sums, counts, config.bootstrap, job.seed)]
-    by_name = {name: intervals[1 + i * job.k : 1 + (i + 1) * job.k] for i, name in enumerate(FIGURES)}
-    return {
-        **by_name,
-        "block_match": intervals[0],
-        "windows": int(counts.sum()),
-        "documents": len(docs),
-    }
-
-
-@dataclass(frozen=True)
-class SampleJob:
-    """Which models continue which prompts."""
-
-    teacher: str
-    students: dict[str, str]
-    tokenizer: str
-    heldout: str
-    seed: int
-    config: EvalConfig
-
-
-def continue_prompts(job: SampleJob) -> list[dict[str, str]]:
-    """Continuations of held-out prompts by teacher and students under the same noise: one record a prompt."""
-    tokenizer = load_tokenizer(job.tokenizer)
-    store = TokenStore(job.heldout, job.seed)
-    prompts = store.read(np.arange(job.config.prompts))
-    device = pick_device()
-    students = {name: PushForwardLM.from_pretrained(path).to(device) for name, path in job.students.items()}
-    design = next(iter(students.values())).config.design
-    sampling = Sampling(temperature=design.noise.clamp(1.0))
-    tokens = to_numpy(prompts["tokens"])[:, : job.config.prompt_tokens].tolist()
-    requests = [
-        Request(row, job.config.new_tokens, seed=job.seed + i, sampling=sampling) for i, row in enumerate(tokens)
-    ]
-    engine_config = EngineConfig(
-        slots=len(requests), max_len=len(tokens[0]) + job.config.new_tokens, coupling=design.coupling
-    )
-    records = [{"prompt": str(tokenizer.decode(row))} for row in tokens]
-    for name, model in {"teacher": load_ar(job.teacher).to(device), **students}.items():
-        for record, completion in zip(records, Engine(model, engine_config).generate(requests), strict=True):
-            record[name] = str(tokenizer.decode(completion.tokens))
-    return records
-
-
-def write_samples(folder: Path, job: SampleJob) -> list[dict[str, str]]:
-    """Run `continue_prompts` on the cluster and keep the result as `samples.json`."""
+def alone_cpus(config: EvaluationConfig) -> float:
+    """CPUs of a measurement of speed."""
     import ray
 
-    task = ray.remote(num_cpus=job.config.cpus_per_actor, num_gpus=job.config.gpus_per_actor)(continue_prompts)
-    records = ray.get(task.remote(job))
-    write_json(folder / "samples.json", records)
-    return records
+    return config.speed.cpus or max(node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"])
+
+
+def main() -> None:
+    """Read the command line, run, and turn mistakes into one clear line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"fields:\n{describe_fields(EvaluationConfig)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("words", nargs="*", metavar="RUN | models:/NAME@ALIAS | section.field=value")
+    words = parser.parse_args().words
+    targets = [word for word in words if "=" not in word]
+    try:
+        if len(targets) > 1:
+            raise ConfigError(f"one run at a time, found {' and '.join(targets)}")
+        config = evaluation_config([word for word in words if "=" in word])
+        record = evaluate(targets[0] if targets else "runs/quickstart", config)
+    except (ConfigError, StageError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; run the same command to continue")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

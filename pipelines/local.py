@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 from torch import nn
 
@@ -144,16 +143,24 @@ class LocalStudent:
             self.spent += cost["flops"]
             return cost
         config = self.config.stage(f"k{k}")
-        init: Any = Grown(str(previous), k, config.loss)
-        if previous is None or config.train.warm_start == "teacher":
-            init = Wrapped(self.teacher, k, config.student.design, config.loss, config.seed)
-        module = init.build().eval()
+        module = self._module(config, k, previous)
         cost = {"flops": 0.0, "step_flops": 0.0, "batch_flops": 0.0, "steps": 0, "seconds": 0.0}
         if config.student.design.learns(k):
             cost = self._train(module, config, k, steps, budget, previous)
         module.model.save_pretrained(self.folder / f"k{k}")
         write_json(record, cost)
         return cost
+
+    def count(self, k: int, previous: Path | None) -> StepFlops:
+        """FLOPs of one step of a stage, of which own windows count by their share."""
+        config = self.config.stage(f"k{k}")
+        return self._count(self._module(config, k, previous), config, self._batches(config, k, previous))
+
+    def _module(self, config: Config, k: int, previous: Path | None) -> StudentStep:
+        init: Any = Grown(str(previous), k, config.loss)
+        if previous is None or config.train.warm_start == "teacher":
+            init = Wrapped(self.teacher, k, config.student.design, config.loss, config.seed)
+        return init.build().eval()
 
     def _train(
         self,
@@ -164,18 +171,17 @@ class LocalStudent:
         budget: float | None,
         previous: Path | None,
     ) -> dict[str, Any]:
-        actor = self._actor(config, k, previous)
-
-        def batch_at(step: int, steps: int) -> Any:
-            own = own_share(step, dataclasses.replace(config.train, steps=steps))
-            return to_batch(self._rows(actor, config.train.batch, step), "cpu", derive_key(config.seed, k, "own"), own)
-
-        flops = self._count(module, actor, config, batch_at)
+        batches = self._batches(config, k, previous)
+        flops = self._count(module, config, batches)
         if steps is None:
             assert budget is not None
             steps = max(1, round((budget - self.spent) / flops.total))
         self.folder.mkdir(parents=True, exist_ok=True)
         train = dataclasses.replace(config.train, steps=steps)
+
+        def batch_at(step: int, steps: int) -> Any:
+            return batches(step, own_share(step, train))
+
         seconds = train_here(module, batch_at, train, f"{self.name}  k{k}", self.folder / f"k{k}.pt")
         self.spent += steps * flops.total
         return {
@@ -187,34 +193,33 @@ class LocalStudent:
             "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
         }
 
-    def _actor(self, config: Config, k: int, previous: Path | None) -> RolloutActor:
+    def _batches(self, config: Config, k: int, previous: Path | None) -> Callable[[int, float], Any]:
+        """(step, share of own windows) → the step's rolled-out batch."""
         ar = config.targets == "ar" or previous is None or k == 1
-        return RolloutActor(
-            RolloutJob(
-                self.teacher if ar else str(previous),
-                ar,
-                k,
-                config.rollout.windows,
-                config.seed,
-                f"k{k}",
-                config.student.design,
-                config.rollout.top_m if config.loss == "soft" else None,
-                config.rollout.batch,
-                threads=1,
-            )
+        job = RolloutJob(
+            self.teacher if ar else str(previous),
+            ar,
+            k,
+            config.rollout.windows,
+            config.seed,
+            f"k{k}",
+            config.student.design,
+            config.rollout.top_m if config.loss == "soft" else None,
+            config.rollout.batch,
+            threads=1,
         )
+        actor, key, batch = RolloutActor(job), derive_key(config.seed, k, "own"), config.train.batch
 
-    def _rows(self, actor: RolloutActor, batch: int, step: int) -> pa.Table:
-        return actor(self.store.read(StepPlan(batch, 1, step + 1, step, 1).positions(0)))
+        def rolled_out(step: int, own: float) -> Any:
+            rows = self.store.read(StepPlan(batch, 1, step + 1, step, 1).positions(0))
+            return to_batch(actor(rows), "cpu", key, own)
 
-    def _count(
-        self, module: StudentStep, actor: RolloutActor, config: Config, batch_at: Callable[[int, int], Any]
-    ) -> StepFlops:
-        """FLOPs of one step, of which own windows count by their share."""
-        plain = count_step(module, batch_at)
+        return rolled_out
+
+    def _count(self, module: StudentStep, config: Config, batches: Callable[[int, float], Any]) -> StepFlops:
+        plain = count_step(module, lambda *_: batches(0, 0.0))
         train = config.train
         if not train.own_windows:
             return plain
-        rows = self._rows(actor, train.batch, 0)
-        own = count_step(module, lambda *_: to_batch(rows, "cpu", 0, train.own_windows))
+        own = count_step(module, lambda *_: batches(0, train.own_windows))
         return StepFlops(plain.batch, train.own_from * plain.train + (1 - train.own_from) * own.train)

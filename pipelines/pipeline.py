@@ -15,7 +15,7 @@ import ray
 
 from kforcing.model import build_backbone, check_backbone
 from pipelines.config import Config, fingerprint
-from pipelines.evaluate import EvalJob, SampleJob, evaluate_student, write_samples
+from pipelines.fidelity import EvalJob, SampleJob, evaluate_student, write_samples
 from pipelines.prepare import Prepared, eos_id, load_tokenizer, prepare
 from pipelines.report import training_log, write_report
 from pipelines.rollout import RolloutJob, cache_rollouts, load_ar, peak_rss_mb

@@ -11,15 +11,17 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import Config, leaves
+from pipelines.config import Config, ConfigError, leaves
 from pipelines.prepare import Prepared
 from pipelines.stages import write_json
 
@@ -289,20 +291,115 @@ def log_report(
     uri: str | None, experiment: str, folder: Path, params: dict[str, Any], metrics: dict[str, float]
 ) -> str:
     """A run of its own for a benchmark or a comparison, with the files of its folder; returns where it went."""
-    from mlflow.entities import Metric, Param
-
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.parent.absolute()}/mlflow.db"
     client = mlflow_client(uri)
     run = client.create_run(open_experiment(client, uri, experiment, folder.parent), run_name=folder.name).info.run_id
-    now = int(time.time() * 1000)
-    client.log_batch(run, params=[Param(name, str(value)[:500]) for name, value in params.items()])
-    values = [Metric(name, value, now, 0) for name, value in metrics.items()]
-    for start in range(0, len(values), 500):
-        client.log_batch(run, metrics=values[start : start + 500])
+    _log_values(client, run, list(params.items()), metrics)
     for file in sorted(f for f in folder.iterdir() if f.is_file()):
         client.log_artifact(run, str(file))
     client.set_terminated(run)
     return uri
+
+
+def log_evaluation(uri: str, experiment: str, parent: str | None, folder: Path, report: Record) -> None:
+    """A run for the evaluation, below the run that made the models, and one below it for each row: rows compare in the UI.
+
+    A server that is down costs a warning: the report is on disk.
+    """
+    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+    try:
+        client = mlflow_client(uri)
+        if parent is not None:
+            try:
+                place = client.get_run(parent).info.experiment_id
+            except Exception:  # made under another server
+                parent = None
+        if parent is None:
+            place = open_experiment(client, uri, experiment, folder.parent)
+        tags = {"evaluation": report["name"], **({MLFLOW_PARENT_RUN_ID: parent} if parent else {})}
+        top = client.create_run(place, run_name=f"evaluation {report['name']}", tags=tags).info.run_id
+        _log_values(
+            client, top, leaves(report["config"]), _numbers({k: report[k] for k in ("windows", "joint", "cost")})
+        )
+        for file in sorted(f for f in folder.iterdir() if f.suffix in (".md", ".json", ".png", ".html")):
+            client.log_artifact(top, str(file))
+        for row in report["rows"]:
+            run = client.create_run(place, run_name=row["name"], tags={MLFLOW_PARENT_RUN_ID: top}).info.run_id
+            params = [("k", row["k"]), ("method", row["method"])]
+            _log_values(
+                client, run, params, _numbers({k: v for k, v in row.items() if k not in ("name", "k", "method")})
+            )
+            client.set_terminated(run)
+        client.set_terminated(top)
+    except Exception as error:
+        print(f"warning  tracking to {uri} failed, the report is in {folder} ({error})", file=sys.stderr, flush=True)
+
+
+def _log_values(client: Any, run: str, params: list[tuple[str, Any]], metrics: dict[str, float]) -> None:
+    from mlflow.entities import Metric, Param
+
+    now = int(time.time() * 1000)
+    client.log_batch(run, params=[Param(name, str(value)[:500]) for name, value in params])
+    values = [Metric(name, value, now, 0) for name, value in metrics.items()]
+    for start in range(0, len(values), 500):
+        client.log_batch(run, metrics=values[start : start + 500])
+
+
+def _numbers(tree: Any, name: str = "eval") -> dict[str, float]:
+    """The numbers of nested dictionaries and lists by path; of a figure with an interval its value, lo and hi."""
+    if isinstance(tree, dict):
+        parts = [(f"{name}/{key}" if key != "value" else name, item) for key, item in tree.items()]
+    elif isinstance(tree, list):
+        parts = [(f"{name}_{j + 1}", item) for j, item in enumerate(tree)]
+    else:
+        plain = isinstance(tree, int | float) and not isinstance(tree, bool)
+        return {re.sub(r"[^A-Za-z0-9_\-./ ]", "_", name): float(tree)} if plain else {}
+    return {path: number for part, item in parts for path, number in _numbers(item, part).items()}
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version of a registered student, and the run that made it."""
+
+    name: str
+    version: str
+    source: str
+    uri: str
+    run: str
+    """Id of the pipeline's run."""
+    params: dict[str, str]
+    """Its config, field by field."""
+
+    def download(self, folder: Path) -> None:
+        """Copy the model's files to a new folder."""
+        from mlflow.artifacts import download_artifacts
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        place = Path(download_artifacts(artifact_uri=self.source, dst_path=str(folder.parent), tracking_uri=self.uri))
+        place.rename(folder)
+
+
+def registered_student(name: str, uri: str | None) -> Registered:
+    """`models:/NAME@ALIAS` or `models:/NAME/VERSION` in the registry. Raises ConfigError when it is not there."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd()}/runs/mlflow.db"
+    found = re.fullmatch(r"models:/([^@/]+)(?:@([^@/]+)|/(\d+))", name)
+    if not found:
+        raise ConfigError(f"{name}: write models:/NAME@ALIAS or models:/NAME/VERSION")
+    client = mlflow_client(uri)
+    try:
+        model, alias, number = found.groups()
+        version = (
+            client.get_model_version_by_alias(model, alias) if alias else client.get_model_version(model, str(number))
+        )
+        child = client.get_run(version.run_id)
+        parent = client.get_run(child.data.tags.get(MLFLOW_PARENT_RUN_ID, version.run_id))
+    except MlflowException as error:
+        raise ConfigError(f"{name} in {uri}: {str(error).splitlines()[0]}") from None
+    return Registered(model, version.version, version.source, uri, parent.info.run_id, dict(parent.data.params))
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ import pytest
 
 from kforcing.metrics import cluster_bootstrap
 from pipelines.config import ConfigError
-from pipelines.judge import JudgeConfig, Pair, judge
+from pipelines.evaluation.judge import JudgeConfig, Pair, judge
 from pipelines.stages import StageError
 
 PAIRS = [

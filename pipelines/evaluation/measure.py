@@ -1,0 +1,531 @@
+"""What each part measures: functions of (folder, job, results of other parts) that return JSON.
+
+Texts are made under noise that depends on seed and position alone, so every decoder continues the same prompts under the
+same noise and can be compared with the AR model token by token.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kforcing.cost import attention_step, measured_step, predicted_ar_step
+from kforcing.coupling import COUPLINGS
+from kforcing.engine import Engine, EngineConfig, Request
+from kforcing.freerun import free_run, same_so_far
+from kforcing.joint import (
+    ar_score,
+    divergence,
+    independent,
+    joint_tv,
+    position_entropy,
+    sample_blocks,
+    student_score,
+)
+from kforcing.metrics import cluster_bootstrap
+from kforcing.model import PushForwardLM
+from kforcing.noise import derive_key, sample_anchors, window_noise
+from kforcing.rivals.rows import Decoder
+from kforcing.rollout import ARTeacher
+from kforcing.staircase import Windows, head
+from kforcing.textquality import distinct_n, features, gen_ppl, load_external, mauve, repeated_tokens, unigram_entropy
+from pipelines.evaluation.config import EvaluationConfig
+from pipelines.evaluation.judge import JudgeConfig, Pair, judge
+from pipelines.evaluation.rivals import EngineDecoder, Row, decoder_of
+from pipelines.evaluation.subject import Student, Subject
+from pipelines.local import LocalStudent, count_step
+from pipelines.prepare import eos_id, load_tokenizer
+from pipelines.rollout import StepPlan, load_ar, pick_device
+from pipelines.step import ARStep, TokenBatch
+from pipelines.store import TokenStore, to_numpy
+
+BLOCK = 4
+"""Tokens of the joint distribution by which rivals are compared."""
+ROWS_AT_ONCE = 512
+BINS = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """Models, settings, and which of them a part is about."""
+
+    subject: Subject
+    config: EvaluationConfig
+    row: Row | None = None
+    student: Student | None = None
+    k: int = 0
+    rows: tuple[str, ...] = ()
+    """Names of rows, for parts about several."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Beginnings of held-out blocks."""
+
+    tokens_RN: Tensor
+    doc_R: np.ndarray
+    """Document of each, what intervals are bootstrapped over."""
+    seeds: list[int]
+
+
+def heldout(subject: Subject, config: EvaluationConfig, count: int, tokens: int, first: int = 0) -> Prompts:
+    """Prompts from rows `first`, `first + 1`, … of the held-out store, as many as there are."""
+    store = TokenStore(subject.heldout, config.seed)
+    count = min(count, store.rows_per_epoch)
+    rows = store.read(np.arange(first, first + count) % store.rows_per_epoch)
+    ids = torch.from_numpy(to_numpy(rows["tokens"])[:, :tokens].astype(np.int64))
+    seeds = [derive_key(config.seed, "prompt", first + i) % 2**31 for i in range(count)]
+    return Prompts(ids.to(pick_device()), rows["doc"].to_numpy(), seeds)
+
+
+def over_documents(
+    sums: np.ndarray, counts: np.ndarray, doc_R: np.ndarray, config: EvaluationConfig
+) -> list[dict[str, float]]:
+    """(R, M) sums and (R,) counts of texts → M figures with intervals over their documents."""
+    keep = counts > 0
+    names, cluster = np.unique(doc_R[keep], return_inverse=True)
+    if not len(names):
+        return [{"value": 0.0, "lo": 0.0, "hi": 0.0} for _ in range(sums.shape[1])]
+    total, number = np.zeros((len(names), sums.shape[1])), np.bincount(cluster, counts[keep])
+    np.add.at(total, cluster, sums[keep])
+    return [asdict(i) for i in cluster_bootstrap(total, number, config.bootstrap, config.seed)]
+
+
+def teacher_nll(teacher: Any, prompts_RN: Tensor, made: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Σ −log p of each text under the AR model, and its tokens."""
+    N, longest = prompts_RN.shape[1], max(map(len, made))
+    sums, counts = np.zeros(len(made)), np.array([len(text) for text in made], dtype=float)
+    padded = torch.tensor([text + [0] * (longest - len(text)) for text in made], device=prompts_RN.device)
+    with torch.inference_mode():
+        for rows in torch.arange(len(made)).split(32):
+            whole = torch.cat([prompts_RN[rows], padded[rows]], dim=1)
+            logp = teacher(input_ids=whole[:, :-1], use_cache=False).logits[:, N - 1 :].float().log_softmax(-1)
+            nll = -logp.gather(-1, padded[rows][..., None])[..., 0].double().cpu().numpy()
+            sums[rows] = (nll * (np.arange(longest) < counts[rows][:, None])).sum(1)
+    return sums, counts
+
+
+def text_figures(job: Job, prompts: Prompts, made: list[list[int]], teacher: Any) -> dict[str, Any]:
+    """Two-sided NLL and diversity of continuations."""
+    nll, counts = teacher_nll(teacher, prompts.tokens_RN, made)
+    ones = np.ones(len(made))
+    per_text = np.array([[unigram_entropy(t) if t else 0.0, float(len(t))] for t in made])
+    repeated = np.array([[float(repeated_tokens(t))] for t in made])
+    entropy, length = over_documents(per_text, ones, prompts.doc_R, job.config)
+    return {
+        "nll": over_documents(nll[:, None], counts, prompts.doc_R, job.config)[0],
+        "entropy": entropy,
+        "length": length,
+        "repetition": over_documents(repeated, counts, prompts.doc_R, job.config)[0],
+        "distinct": {str(n): distinct_n(made, n) for n in (1, 2, 3)},
+    }
+
+
+def cut(tokens_RT: Tensor, job: Job) -> list[list[int]]:
+    """Texts up to their first EOS, when the protocol wants it."""
+    rows = tokens_RT.tolist()
+    if not job.config.text.cut_at_eos:
+        return rows
+    eos = eos_id(load_tokenizer(job.subject.tokenizer))
+    return [row[: row.index(eos)] if eos in row else row for row in rows]
+
+
+def cost(folder: Path, job: Job, given: Any) -> dict[str, Any]:
+    """FLOPs of the run's training, counted on one real step of each stage; a decoding step's, measured."""
+    subject, config = job.subject, job.subject.config
+    stages = []
+    if config.teacher.path is None:
+        stages.append(_teacher_cost(subject))
+    previous = None
+    for student in subject.students:
+        stage = config.stage(student.name)
+        if stage.student.design.learns(student.k):
+            local = LocalStudent(config, subject.teacher, subject.train, str(folder / "count"), "count")
+            flops, steps = local.count(student.k, previous), stage.train.steps
+            stages.append(
+                {"name": student.name, "steps": steps, "rollouts": steps * flops.batch, "train": steps * flops.train}
+            )
+        previous = Path(student.path)
+    of_students = [s for s in stages if s["name"] != "teacher"]
+    context = config.data.block - subject.last.k
+    backbone = load_ar(subject.teacher)
+    ar = predicted_ar_step(backbone).flops + attention_step(backbone, 1, context).flops
+    decoding = [{"name": "AR", "k": 1, "flops_a_token": ar}]
+    for student, k in subject.pairs:
+        model = PushForwardLM.from_pretrained(student.path)
+        decoding.append({"name": student.name, "k": k, "flops_a_token": measured_step(model, k, context).flops / k})
+    total = sum(s["rollouts"] + s["train"] for s in of_students)
+    return {"stages": stages, "flops": total, "decoding": decoding}
+
+
+def _teacher_cost(subject: Subject) -> dict[str, Any]:
+    train = subject.config.teacher.train
+    store = TokenStore(subject.train, subject.config.seed)
+
+    def batch_at(step: int, steps: int) -> TokenBatch:
+        rows = store.read(StepPlan(train.micro_batch, 1, 1, 0, 1).positions(0))
+        return TokenBatch(torch.from_numpy(to_numpy(rows["tokens"]).astype(np.int64)))
+
+    flops = count_step(ARStep(load_ar(subject.teacher)), batch_at).train * train.batch / train.micro_batch
+    return {"name": "teacher", "steps": train.steps, "rollouts": 0.0, "train": train.steps * flops}
+
+
+def references(folder: Path, job: Job, given: Any) -> dict[str, Any]:
+    """The AR model's texts under each coupling, another text of each prompt, and its next tokens after fixed contexts."""
+    text, teacher = job.config.text, load_ar(job.subject.teacher).to(pick_device())
+    prompts = heldout(job.subject, job.config, text.prompts, text.prompt_tokens)
+    texts = {}
+    for name in COUPLINGS:
+        texts[name] = (
+            EngineDecoder(teacher, 1, name).decode(prompts.tokens_RN, text.new_tokens, prompts.seeds).tokens_RT
+        )
+    others = [seed + 1 for seed in prompts.seeds]
+    texts["again"] = (
+        EngineDecoder(teacher, 1, "inverse_cdf").decode(prompts.tokens_RN, text.new_tokens, others).tokens_RT
+    )
+    decoder = EngineDecoder(teacher, 1, "inverse_cdf")
+    blocks = {name: next_blocks(job, decoder, name).numpy() for name in ("one", "two")}
+    np.savez(folder / "blocks.npz", one=blocks["one"], two=blocks["two"])
+    tokenizer = load_tokenizer(job.subject.tokenizer)
+    return {
+        "prompts": [str(tokenizer.decode(p)) for p in prompts.tokens_RN.tolist()],
+        "texts": {name: tokens.tolist() for name, tokens in texts.items()},
+        "joint": joint_of(job, torch.from_numpy(blocks["two"]), blocks["one"]),
+        "joint_independent": joint_of(
+            job, torch.stack([independent(torch.from_numpy(b), 0) for b in blocks["two"]]), blocks["one"]
+        ),
+        **text_figures(job, prompts, cut(texts["again"], job), teacher),
+    }
+
+
+def next_blocks(job: Job, decoder: Decoder, stream: str) -> Tensor:
+    """(contexts, samples, BLOCK) tokens that a decoder makes after fixed prompts, each from noise of its own."""
+    fidelity, text = job.config.fidelity, job.config.text
+    prompts = heldout(job.subject, job.config, fidelity.contexts, text.prompt_tokens, first=1000)
+    seeds = [derive_key(job.config.seed, "blocks", stream, i) % 2**31 for i in range(fidelity.samples)]
+    blocks = []
+    for context_N in prompts.tokens_RN:
+        for some in [seeds[i : i + ROWS_AT_ONCE] for i in range(0, len(seeds), ROWS_AT_ONCE)]:
+            blocks.append(decoder.decode(context_N.expand(len(some), -1), BLOCK, some).tokens_RT.cpu())
+    return torch.cat(blocks).view(len(prompts.seeds), len(seeds), BLOCK)
+
+
+def joint_of(job: Job, blocks_CSK: Tensor, reference_CSK: np.ndarray) -> dict[str, Any]:
+    """Total variation to the AR model's blocks in hashed buckets, and the entropy of the offsets' marginals."""
+    tv, entropy = [], []
+    for mine, theirs in zip(blocks_CSK, torch.from_numpy(reference_CSK), strict=True):
+        tv.append(joint_tv(mine, theirs, job.config.fidelity.buckets))
+        entropy.append(position_entropy(mine))
+    sums, ones = np.array([tv, entropy]).T, np.ones(len(tv))
+    figures = over_documents(sums, ones, np.arange(len(tv)), job.config)
+    return {"tv": figures[0], "entropy": figures[1]}
+
+
+def row(folder: Path, job: Job, given: Any) -> dict[str, Any]:
+    """Everything about one way to decode but its speed."""
+    assert job.row is not None
+    made_by, text = job.row, job.config.text
+    teacher = load_ar(job.subject.teacher).to(pick_device())
+    prompts = heldout(job.subject, job.config, text.prompts, text.prompt_tokens)
+    decoder = _decoder(job, made_by)
+    done = decoder.decode(prompts.tokens_RN, text.new_tokens, prompts.seeds)
+    figures = {
+        "k": made_by.k,
+        "method": made_by.method,
+        "tokens": done.tokens_RT.tolist(),
+        "passes": done.passes,
+        **text_figures(job, prompts, cut(done.tokens_RT, job), teacher),
+    }
+    if made_by.same_noise:
+        theirs = torch.tensor(given["references"]["texts"][made_by.coupling])
+        figures |= _same_noise(job, prompts, done.tokens_RT.cpu(), theirs)
+    if made_by.decoder != "assisted":  # one prompt at a time: hours
+        reference = np.load(Path(job.subject.root) / "references" / "blocks.npz")["one"]
+        figures["joint"] = joint_of(job, next_blocks(job, decoder, "row"), reference)
+    return figures
+
+
+def _decoder(job: Job, row: Row, temperature: float = 1.0) -> Decoder:
+    trained = Path(job.subject.root) / f"train-{row.method}" if row.method else None
+    return decoder_of(row, job.subject.teacher, trained, job.subject.last.k, temperature)
+
+
+def _same_noise(job: Job, prompts: Prompts, mine_RT: Tensor, theirs_RT: Tensor) -> dict[str, Any]:
+    same = same_so_far(mine_RT, theirs_RT).double()
+    sums = torch.stack([same[:, : min(BLOCK, same.shape[1])].amin(1), same.sum(1)], dim=1).numpy()
+    block, until = over_documents(sums, np.ones(len(sums)), prompts.doc_R, job.config)
+    return {"first_tokens_same": block, "tokens_until_divergence": until}
+
+
+def external(folder: Path, job: Job, given: dict[str, Any]) -> dict[str, Any]:
+    """Gen-PPL of several rows' texts."""
+    judge_model = load_external(str(job.config.text.external))
+    texts = {name: given[f"row-{slug(name)}"]["tokens"] for name in job.rows if name != "AR again"}
+    if "AR again" in job.rows:
+        texts["AR again"] = given["references"]["texts"]["again"]
+    return {name: perplexity(job, judge_model, given["references"]["prompts"], made) for name, made in texts.items()}
+
+
+def perplexity(job: Job, model: Any, prompts: list[str], made: list[list[int]]) -> dict[str, Any]:
+    """Gen-PPL of continuations with its interval, weighted by token."""
+    tokenizer = load_tokenizer(job.subject.tokenizer)
+    texts = [str(tokenizer.decode(row)) for row in cut(torch.tensor(made), job)]
+    found = gen_ppl(model, texts, prompts)
+    doc_R = heldout(job.subject, job.config, job.config.text.prompts, 1).doc_R
+    (nll,) = over_documents(found.nll_C[:, None], found.tokens_C, doc_R, job.config)
+    return {name: float(np.exp(value)) for name, value in nll.items()} | {"by_document": found.by_document}
+
+
+def frontier(folder: Path, job: Job, given: dict[str, Any]) -> list[dict[str, Any]]:
+    """Gen-PPL and entropy of AR and the last student at other temperatures."""
+    text, model = job.config.text, load_external(str(job.config.text.external))
+    prompts = heldout(job.subject, job.config, text.prompts, text.prompt_tokens)
+    teacher = load_ar(job.subject.teacher).to(pick_device())
+    last = job.subject.last
+    design = PushForwardLM.from_pretrained(last.path).config.design
+    points = []
+    for name, k in (("AR", 1), (last.name, last.k)):
+        for temperature in text.cold:
+            if name != "AR" and not design.conditional and design.noise.clamp(temperature) != temperature:
+                continue
+            path = "" if name == "AR" else last.path
+            row = Row(name, k, "ar" if name == "AR" else "engine", path=path, coupling=design.coupling)
+            made = _decoder(job, row, temperature).decode(prompts.tokens_RN, text.new_tokens, prompts.seeds).tokens_RT
+            figures = text_figures(job, prompts, cut(made, job), teacher)
+            ppl = perplexity(job, model, given["references"]["prompts"], made.tolist())
+            points.append({"name": name, "k": k, "temperature": temperature, "gen_ppl": ppl, **figures})
+    return points
+
+
+def text_distance(folder: Path, job: Job, given: dict[str, Any]) -> dict[str, Any]:
+    """MAUVE of each text against the AR model's, several clusterings, with the AR model against itself as floor."""
+    model = load_external(str(job.config.text.external))
+    tokenizer = load_tokenizer(job.subject.tokenizer)
+    texts = {"AR again": given["references"]["texts"]["again"]}
+    texts |= {name: given[f"row-{slug(name)}"]["tokens"] for name in job.rows}
+
+    def seen(made: list[list[int]]) -> np.ndarray:
+        whole = [p + str(tokenizer.decode(row)) for p, row in zip(given["references"]["prompts"], made, strict=True)]
+        return features(model, whole)
+
+    theirs = seen(given["references"]["texts"]["inverse_cdf"])
+    found = {}
+    for name, made in texts.items():
+        mine = seen(made)
+        values = [mauve(theirs, mine, None, seed) for seed in range(job.config.text.mauve_seeds)]
+        found[name] = {"value": statistics.mean(values), "lo": min(values), "hi": max(values)}
+    return found
+
+
+def joint(folder: Path, job: Job, given: Any) -> dict[str, Any]:
+    """The joint distribution of a student's next k tokens after held-out contexts, against the AR model's."""
+    assert job.student is not None
+    config, fidelity, k = job.config, job.config.fidelity, job.k
+    device = pick_device()
+    teacher = load_ar(job.subject.teacher).to(device)
+    model = PushForwardLM.from_pretrained(job.student.path).to(device)
+    contexts = heldout(job.subject, config, fidelity.contexts, job.subject.config.data.block, first=1000)
+    coupling = COUPLINGS["inverse_cdf"]
+    rows, names = [], []
+    for context_N in contexts.tokens_RN:
+        draws = {
+            name: sample_blocks(
+                ARTeacher(teacher, coupling).rollout, context_N, k, fidelity.samples, derive_key(config.seed, name)
+            )
+            for name in ("one", "two")
+        }
+        if model.config.design.conditional:
+            found = divergence(
+                ar_score(teacher), student_score(model), context_N, draws["one"], head(teacher).weight.shape[0]
+            )
+            names, values = list(asdict(found)), list(asdict(found).values())
+        else:
+            key = derive_key(config.seed, "student")
+            with torch.inference_mode():
+                mine = sample_blocks(lambda w: model.draw(w).tokens_BWK, context_N, k, fidelity.samples, key)
+            lines = {"tv": mine, "floor_tv": draws["two"], "independent_tv": independent(draws["two"], 0)}
+            buckets = _buckets(k, fidelity.buckets)
+            names = list(lines)
+            values = [joint_tv(blocks, draws["one"], buckets) for blocks in lines.values()]
+        rows.append(values)
+    figures = over_documents(np.array(rows), np.ones(len(rows)), contexts.doc_R, config)
+    exact = "densities" if model.config.design.conditional else "samples"
+    return {"k": k, "by": exact, **dict(zip(names, figures, strict=True))}
+
+
+def _buckets(k: int, at_four: int) -> int:
+    """About as many cells for every k as for four tokens."""
+    return max(2, round(at_four ** (4 / k)))
+
+
+def free(folder: Path, job: Job, given: Any) -> dict[str, Any]:
+    """Fidelity by distance from the prompt, the decoder's own text being the context."""
+    config, fidelity = job.config, job.config.fidelity
+    device = pick_device()
+    teacher = load_ar(job.subject.teacher).to(device)
+    positions = getattr(teacher.config, "max_position_embeddings", 10**9)
+    new = min(fidelity.free_tokens, positions - config.text.prompt_tokens - job.subject.last.k)
+    prompts = heldout(job.subject, config, fidelity.free_prompts, config.text.prompt_tokens, first=500)
+    model = PushForwardLM.from_pretrained(job.student.path).to(device) if job.student else teacher
+    design = model.config.design if job.student else None
+    coupling = design.coupling if design else "inverse_cdf"
+    made = EngineDecoder(model, job.k, coupling).decode(prompts.tokens_RN, new, prompts.seeds).tokens_RT
+    own = EngineDecoder(teacher, 1, coupling).decode(prompts.tokens_RN, new, prompts.seeds).tokens_RT
+    run = free_run(teacher, prompts.tokens_RN, made.to(device), prompts.seeds, COUPLINGS[coupling])
+    same = same_so_far(made, own)
+    edges = np.linspace(0, new, BINS + 1).astype(int)
+    curves: dict[str, list[Any]] = {"upto": edges[1:].tolist()}
+    for name, values in (*asdict(run).items(), ("same", same)):
+        sums = [values[:, a:b].double().sum(1).cpu().numpy() for a, b in itertools.pairwise(edges)]
+        widths = np.diff(edges)
+        curves[name] = [
+            over_documents(s[:, None], np.full(len(s), float(w)), prompts.doc_R, config)[0]
+            for s, w in zip(sums, widths, strict=True)
+        ]
+    return {"k": job.k, **curves, "repetition": text_figures(job, prompts, made.tolist(), teacher)["repetition"]}
+
+
+def determinism(folder: Path, job: Job, given: Any) -> dict[str, Any]:
+    """Tokens that change with precision and batch shape, on the same contexts and over whole texts."""
+    config, text = job.config, job.config.text
+    load = (
+        (lambda: PushForwardLM.from_pretrained(job.student.path))
+        if job.student
+        else (lambda: load_ar(job.subject.teacher))
+    )
+    coupling = load().config.design.coupling if job.student else "inverse_cdf"
+    prompts = heldout(job.subject, config, 16, text.prompt_tokens)
+    requests = [Request(p, text.new_tokens, s) for p, s in zip(prompts.tokens_RN.tolist(), prompts.seeds, strict=True)]
+
+    def decode(dtype: torch.dtype, slots: int, invariant: bool = False) -> Tensor:
+        options = EngineConfig(
+            slots, text.prompt_tokens + text.new_tokens, job.k, coupling=coupling, batch_invariant=invariant
+        )
+        engine = Engine(load().to(pick_device(), dtype), options)
+        return torch.tensor([c.tokens for c in engine.generate(requests)])
+
+    fp32, bf16 = torch.float32, torch.bfloat16
+    runs = {(d, n): decode(d, n) for d in (fp32, bf16) for n in (1, 4, 16)}
+    pairs = {
+        "fp32: 1 slot and 4": (runs[fp32, 1], runs[fp32, 4]),
+        "fp32: 1 slot and 16": (runs[fp32, 1], runs[fp32, 16]),
+        "bf16: 1 slot and 4": (runs[bf16, 1], runs[bf16, 4]),
+        "bf16: 1 slot and 16": (runs[bf16, 1], runs[bf16, 16]),
+        "bf16, batch-invariant: alone in 16 slots and in company": _company(decode, load, job, prompts, text, coupling),
+        "fp32 and bf16, 16 slots": (runs[fp32, 16], runs[bf16, 16]),
+    }
+    found = {}
+    for name, (one, other) in pairs.items():
+        same = same_so_far(one, other)
+        # Up to and with the first difference contexts are equal: what changes there is the precision's or the shape's own.
+        first = (~same & (same.roll(1, 1) | (torch.arange(same.shape[1]) == 0))).sum().item()
+        found[name] = {"texts": (~same.all(1)).double().mean().item(), "tokens": first / (same.sum().item() + first)}
+    return {"k": job.k, "flips": found, "windows": _window_flips(job, load, coupling)}
+
+
+def _company(decode: Any, load: Any, job: Job, prompts: Prompts, text: Any, coupling: str) -> tuple[Tensor, Tensor]:
+    """The texts of a batch-invariant engine of 16 slots: every request alone, and all together."""
+    options = EngineConfig(16, text.prompt_tokens + text.new_tokens, job.k, coupling=coupling, batch_invariant=True)
+    engine = Engine(load().to(pick_device(), torch.bfloat16), options)
+    requests = [Request(p, text.new_tokens, s) for p, s in zip(prompts.tokens_RN.tolist(), prompts.seeds, strict=True)]
+    together = [c.tokens for c in engine.generate(requests)]
+    alone = [engine.generate([request])[0].tokens for request in requests]
+    return torch.tensor(alone), torch.tensor(together)
+
+
+@torch.inference_mode()
+def _window_flips(job: Job, load: Any, coupling: str) -> dict[str, float]:
+    """Share of tokens that bf16 changes on the same held-out contexts and noise, by one pass of a block."""
+    rows = heldout(job.subject, job.config, 32, job.subject.config.data.block)
+    seq = torch.arange(len(rows.seeds))
+    anchors = sample_anchors(derive_key(job.config.seed, "flips"), seq, rows.tokens_RN.shape[1], 16)
+    noise = window_noise(derive_key(job.config.seed, "flip noise"), seq, anchors, job.k)
+    windows = Windows(*(x.to(pick_device()) for x in (rows.tokens_RN, anchors, noise, torch.ones(len(seq)))))
+    made = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load().to(pick_device(), dtype)
+        made.append(
+            model.draw(windows).tokens_BWK if job.student else ARTeacher(model, COUPLINGS[coupling]).rollout(windows)
+        )
+    flips = (made[0] != made[1]).double()
+    return {"bf16": flips.mean().item(), "bf16_first": flips[..., 0].mean().item()}
+
+
+def speed(folder: Path, job: Job, given: Any) -> dict[str, Any]:
+    """Tokens a second of every row, prompts included, medians; rows take turns. And what batch invariance costs."""
+    config, text = job.config, job.config.text
+    rows = {row.name: row for row in _rows_of(job)}
+    found: dict[str, Any] = {name: {} for name in rows}
+    for batch in config.speed.sizes:
+        prompts = heldout(job.subject, config, batch, text.prompt_tokens)
+        times: dict[str, list[float]] = {}
+        decoders = {}
+        for name, one in rows.items():
+            if one.decoder == "assisted" and batch > 1:
+                continue  # transformers takes one prompt at a time
+            decoders[name] = _decoder(job, one)
+            decoders[name].decode(prompts.tokens_RN, min(8, text.new_tokens), prompts.seeds)
+        for _ in range(config.speed.rounds):
+            for name, decoder in decoders.items():
+                started = time.perf_counter()
+                done = decoder.decode(prompts.tokens_RN, text.new_tokens, prompts.seeds)
+                times.setdefault(name, []).append(done.made / (time.perf_counter() - started))
+        for name, rates in times.items():
+            found[name][str(batch)] = {"value": statistics.median(rates), "lo": min(rates), "hi": max(rates)}
+    return {"rows": found, "batch_invariant": _invariance(job)}
+
+
+def _rows_of(job: Job) -> list[Row]:
+    return [Row(**record) for record in json.loads((Path(job.subject.root) / "rows.json").read_text())]
+
+
+def _invariance(job: Job) -> dict[str, float]:
+    """Seconds a token of one request in 16 slots, as it is and batch-invariant."""
+    text, config = job.config.text, job.config
+    prompts = heldout(job.subject, config, 1, text.prompt_tokens)
+    request = Request(prompts.tokens_RN[0].tolist(), text.new_tokens)
+    teacher, found = load_ar(job.subject.teacher).to(pick_device()), {}
+    for name, invariant in (("plain", False), ("invariant", True)):
+        options = EngineConfig(16, text.prompt_tokens + text.new_tokens, batch_invariant=invariant)
+        engine, times = Engine(teacher, options), []
+        engine.generate([request])
+        for _ in range(config.speed.rounds):
+            started = time.perf_counter()
+            engine.generate([request])
+            times.append((time.perf_counter() - started) / text.new_tokens)
+        found[name] = statistics.median(times)
+    return found
+
+
+def judged(folder: Path, job: Job, given: dict[str, Any]) -> dict[str, Any]:
+    """Win rate of each row's texts against the AR model's under an LLM judge that is asked both orders."""
+    section = job.config.judge
+    asked = JudgeConfig(str(section.url), section.model, key_env=section.key_env)
+    tokenizer = load_tokenizer(job.subject.tokenizer)
+
+    def texts(made: list[list[int]]) -> list[str]:
+        return [str(tokenizer.decode(row)) for row in cut(torch.tensor(made), job)]
+
+    prompts, theirs = given["references"]["prompts"], texts(given["references"]["texts"]["again"])
+    found: dict[str, Any] = {}
+    for name in job.rows:
+        mine = texts(given[f"row-{slug(name)}"]["tokens"])
+        pairs = [Pair(*pair) for pair in zip(prompts, theirs, mine, strict=True)]
+        verdicts = judge(pairs, asked, folder / f"{slug(name)}.jsonl")
+        found[name] = {n: asdict(i) for n, i in verdicts.intervals(job.config.bootstrap, job.config.seed).items()}
+        found[name]["invalid"] = verdicts.invalid
+    return found
+
+
+def slug(name: str) -> str:
+    """A row's name as a folder's."""
+    return "".join(c if c.isalnum() else "-" for c in name).strip("-").replace("--", "-").lower()

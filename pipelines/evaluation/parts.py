@@ -1,0 +1,97 @@
+"""Parts of an evaluation: named by the hash of their inputs, run as cluster tasks, kept when they are done.
+
+part A ─┐
+part B ─┴─► part C ─► …        every arrow is a result on disk; a killed evaluation begins with those that are missing
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import fingerprint
+from pipelines.stages import Stage, StageError, open_stage
+
+Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One unit of work."""
+
+    name: str
+    """Its folder, and how other parts call it."""
+    inputs: tuple[Any, ...]
+    """What its result depends on, beside the parts it needs."""
+    run: Callable[..., Any]
+    """(folder, job, results of the needed parts by name) → JSON."""
+    job: Any
+    needs: tuple[str, ...] = ()
+    alone: bool = False
+    """Nothing else may run: its result is a time."""
+
+
+def run_parts(
+    parts: list[Part], root: Path, say: Callable[[str], None], cpus: float, gpus: float, alone_cpus: float
+) -> Results:
+    """All results by part name. Parts of one need run side by side as far as the cluster allows.
+
+    Raises StageError for the first part that fails; what is finished stays.
+    """
+    import ray
+
+    stages: dict[str, Stage] = {}
+    keys: dict[str, str] = {}
+    for part in parts:
+        keys[part.name] = fingerprint(part.name, *part.inputs, *(keys[name] for name in part.needs))
+        stages[part.name] = open_stage(root, part.name, keys[part.name])
+    results: Results = {}
+    for part in parts:
+        manifest = stages[part.name].manifest
+        if manifest:
+            results[part.name] = manifest["result"]
+    if results:
+        say(f"{len(results)} of {len(parts)} parts were finished before")
+    started, todo = time.monotonic(), [p for p in parts if p.name not in results]
+    running: dict[Any, Part] = {}
+    while todo or running:
+        for part in _ready(todo, results, bool(running)):
+            given = {name: results[name] for name in part.needs}
+            options = {"num_cpus": alone_cpus if part.alone else cpus, "num_gpus": gpus or None}
+            task = ray.remote(max_retries=1, **options)(_run)
+            running[task.remote(part, str(stages[part.name].folder), given)] = part
+            todo.remove(part)
+            if part.alone:
+                break
+        done, _ = ray.wait(list(running))
+        part = running.pop(done[0])
+        try:
+            results[part.name], seconds = ray.get(done[0])
+        except ray.exceptions.RayTaskError as error:
+            raise StageError(f"part {part.name} of the evaluation failed: {error.cause or error}") from error
+        stages[part.name].finish(result=results[part.name], seconds=seconds)
+        left = len(todo) + len(running)
+        say(f"{part.name:<36}done in {seconds:.0f} s  ({left} to go, {time.monotonic() - started:.0f} s so far)")
+    return results
+
+
+def _ready(todo: list[Part], results: Results, busy: bool) -> list[Part]:
+    """Parts that may start now; those that want to be alone come last, one at a time."""
+    ready = [p for p in todo if all(name in results for name in p.needs)]
+    together = [p for p in ready if not p.alone]
+    if together or busy or any(not p.alone for p in todo):
+        return together
+    return ready[:1]
+
+
+def _run(part: Part, folder: str, given: Results) -> tuple[Any, float]:
+    import torch
+
+    if not part.alone:
+        torch.set_num_threads(1)
+    started = time.monotonic()
+    result = part.run(Path(folder), part.job, given)
+    return result, time.monotonic() - started

@@ -1,0 +1,518 @@
+"""`report.json` for programs; `report.md` with tables and plots for people; `samples.html` for eyes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.ticker import ScalarFormatter
+
+from pipelines.evaluation.config import EvaluationConfig
+from pipelines.evaluation.measure import slug
+from pipelines.evaluation.page import write_page
+from pipelines.evaluation.plan import load_rows
+from pipelines.evaluation.rivals import METHODS, Row
+from pipelines.evaluation.subject import Subject
+from pipelines.prepare import load_tokenizer
+from pipelines.report import ratio
+from pipelines.stages import write_json
+
+Record = dict[str, Any]
+
+REPORTED = {
+    "lm1b": [
+        ("AR", 104.8, "–", 2.03),
+        ("K-Forcing, paper, k=2", 107.2, "50.2%", 3.48),
+        ("K-Forcing, paper, k=3", 117.1, "45.1%", 4.99),
+        ("K-Forcing, paper, k=4", 127.6, "42.9%", 6.77),
+    ],
+    "owt": [
+        ("AR", 42.64, "–", 1.99),
+        ("K-Forcing, paper, k=2", 32.82, "46.9%", 3.46),
+        ("K-Forcing, paper, k=3", 29.67, "42.8%", 5.03),
+        ("K-Forcing, paper, k=4", 24.97, "39.4%", 6.91),
+    ],
+}
+"""The paper's (arXiv 2606.10820): Gen-PPL by GPT-2-Large, win rate against AR, thousand tokens/s at batch 16 on one H100."""
+
+
+def write_evaluation(subject: Subject, config: EvaluationConfig, results: Record, seconds: float) -> Record:
+    """Write the report's files; returns the report."""
+    root = Path(subject.root)
+    rows = load_rows(root)
+    report = {
+        "name": subject.name,
+        "seconds": round(seconds, 1),
+        "config": dataclasses.asdict(config),
+        "rows": [row_record(row, results, config) for row in rows],
+        "windows": results["windows"],
+        "joint": _named(results, "joint-", subject),
+        "free": _named(results, "free-", subject),
+        "determinism": {n.removeprefix("determinism-"): r for n, r in results.items() if n.startswith("determinism-")},
+        "frontier": results.get("frontier", []),
+        "mauve": results.get("mauve", {}),
+        "judge": results.get("judge", {}),
+        "references": {k: v for k, v in results["references"].items() if k not in ("texts", "prompts")},
+        "batch_invariant": results["speed"]["batch_invariant"],
+        "cost": cost_record(subject, results),
+    }
+    report["gen_ppl_again"] = results.get("gen-ppl-1", {}).get("AR again")
+    write_json(root / "report.json", report)
+    plot_windows(report["windows"], root / "match.png")
+    plot_free(report["free"], root / "distance.png")
+    plot_rivals(report["rows"], report["references"]["joint"]["tv"]["value"], config, root / "rivals.png")
+    plots = ["match", "distance", "rivals"]
+    if report["frontier"]:
+        plot_frontier(report, root / "frontier.png")
+        plots.append("frontier")
+    write_page(root / "samples.html", subject, rows, results, load_tokenizer(subject.tokenizer))
+    (root / "report.md").write_text(markdown(report, config, subject, plots))
+    return report
+
+
+def _named(results: Record, prefix: str, subject: Subject) -> Record:
+    return {f"{s.name} at k={k}": results[f"{prefix}{s.name}-at-{k}"] for s, k in subject.pairs}
+
+
+def row_record(row: Row, results: Record, config: EvaluationConfig) -> Record:
+    """One row of the rivals' table: quality, passes, speed, training cost."""
+    record = {k: v for k, v in results[f"row-{slug(row.name)}"].items() if k != "tokens"}
+    ppl = {**results.get("gen-ppl-1", {}), **results.get("gen-ppl-2", {})}.get(row.name)
+    trained = results[f"train-{row.method}"] if row.method else None
+    return {
+        "name": row.name,
+        **record,
+        "gen_ppl": ppl,
+        "tokens_per_s": results["speed"]["rows"][row.name],
+        "training": trained,
+        "judge": results.get("judge", {}).get(row.name),
+    }
+
+
+def cost_record(subject: Subject, results: Record) -> Record:
+    """What the run cost, what a token saves, and after how many tokens that is even."""
+    stages, seconds = results["cost"]["stages"], _seconds(subject)
+    for stage in stages:
+        stage |= seconds.get(stage["name"], {})
+    decoding, savings = results["cost"]["decoding"], []
+    ar_flops = decoding[0]["flops_a_token"]
+    rates = results["speed"]["rows"]
+    spent_flops = results["cost"]["flops"]
+    spent_s = sum(s.get("wall_s", 0.0) for s in stages if s["name"] != "teacher")
+    for entry in (e for e in decoding if e["k"] > 1):
+        name = f"this run, {entry['name']} at k={entry['k']}"
+        line: Record = {"name": name, "flops_a_token": entry["flops_a_token"] / ar_flops}
+        saved = ar_flops - entry["flops_a_token"]
+        line["even_flops"] = spent_flops / saved if saved > 0 else None
+        for batch in rates["AR, engine"]:
+            mine, theirs = 1 / rates[name][batch]["value"], 1 / rates["AR, engine"][batch]["value"]
+            line[f"saved_s_{batch}"] = theirs - mine
+            line[f"even_{batch}"] = spent_s / (theirs - mine) if theirs > mine and spent_s else None
+        savings.append(line)
+    return {"stages": stages, "flops": spent_flops, "wall_s": spent_s, "ar_flops_a_token": ar_flops, "savings": savings}
+
+
+def _seconds(subject: Subject) -> dict[str, Record]:
+    """Measured times of the run's stages: the whole stage, and what rollouts took of their actors."""
+    file = subject.config.root / "report.json"
+    if not file.is_file():
+        return {}
+    found = {}
+    for cost in json.loads(file.read_text())["costs"]:
+        name = cost["name"]
+        train = subject.config.teacher.train if name == "teacher" else subject.config.stage(name).train
+        found[name] = {
+            "wall_s": cost["seconds"],
+            "trainer_s": cost["seconds"] * (1 - cost["data_wait"]) * train.workers,
+        }
+        if "rollout_s" in cost:
+            found[name]["rollout_s"] = cost["rollout_s"] * train.batch * cost["steps"]
+    return found
+
+
+def markdown(report: Record, config: EvaluationConfig, subject: Subject, plots: list[str]) -> str:
+    """The report for people."""
+    sections = [
+        f"# Evaluation of {subject.name}",
+        f"{len(report['rows'])} ways to decode, measured in {report['seconds']:.0f} s (parts that were there before not counted). "
+        "Brackets hold 95% intervals, bootstrapped over documents. Every figure comes from a run on this machine unless it is "
+        "marked as reported.",
+        "## Every rival, one table",
+        rivals_table(report, config),
+        _legend(report, config),
+        "![quality against speed](rivals.png)",
+        _reported(config),
+        "## Fidelity under the same noise",
+        windows_table(report["windows"]),
+        "![match by offset](match.png)",
+        "### The joint distribution of the next k tokens",
+        joint_table(report["joint"]),
+        "### Far from the prompt",
+        free_table(report["free"]),
+        "![fidelity by distance from the prompt](distance.png)",
+        "## Text",
+        text_table(report, config),
+        "[Texts side by side, divergences marked](samples.html)"
+        + ("\n\n![frontier](frontier.png)" if "frontier" in plots else ""),
+        "## Cost",
+        cost_tables(report["cost"]),
+        "## Determinism",
+        determinism_table(report),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _figure(figure: Record | None, digits: int = 2) -> str:
+    return ratio(figure, digits) if figure else "–"
+
+
+def rivals_table(report: Record, config: EvaluationConfig) -> str:
+    """Quality, passes, speed, training cost; a row a way to decode."""
+    batches = [str(b) for b in config.speed.sizes]
+    head = [
+        "decoder",
+        "joint TV of 4 tokens",
+        "NLL under the AR model",
+        "Gen-PPL",
+        "entropy",
+        "distinct-2",
+        "repetition",
+    ]
+    head += ["tokens until it leaves AR's text", "passes a token", *(f"tokens/s, batch {b}" for b in batches)]
+    head += ["training FLOPs (core-s)"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in report["rows"]:
+        speed = [f"{row['tokens_per_s'][b]['value']:,.0f}" if b in row["tokens_per_s"] else "–" for b in batches]
+        training = row["training"]
+        own = report["cost"] if row["name"].startswith("this run") else None
+        cost = f"{flops(training['flops'])} ({training['seconds']:.0f})" if training else "0"
+        if own:
+            cost = f"{flops(own['flops'])}, all stages"
+        cells = [
+            row["name"],
+            _figure(row["joint"]["tv"], 3) if "joint" in row else "–",
+            _figure(row["nll"]),
+            _figure(row["gen_ppl"], 1),
+            f"{row['entropy']['value']:.2f}",
+            f"{row['distinct']['2']:.2f}",
+            f"{row['repetition']['value']:.2f}",
+            _figure(row.get("tokens_until_divergence"), 1),
+            f"{row['passes']:.2f}",
+            *speed,
+            cost,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _legend(report: Record, config: EvaluationConfig) -> str:
+    references, text = report["references"], config.text
+    ppl = report["gen_ppl_again"]
+    lines = [
+        f"* Texts: {text.prompts} held-out prompts of {text.prompt_tokens} tokens, {text.new_tokens} new ones. The AR model's text under "
+        f"other noise: NLL {_figure(references['nll'])}, entropy {references['entropy']['value']:.2f}"
+        + (f", Gen-PPL {_figure(ppl, 1)}" if ppl else "")
+        + ". NLL and Gen-PPL are two-sided: lower than AR's with a lower entropy is a collapse towards modes, not quality.",
+        f"* Joint TV: total variation to the AR model's next four tokens in {config.fidelity.buckets}⁴ hashed cells, "
+        f"{config.fidelity.samples:,} samples after each of {config.fidelity.contexts} prompts; between two samples of the AR model "
+        f"{_figure(references['joint']['tv'], 3)}, of independent draws from its marginals "
+        f"{_figure(references['joint_independent']['tv'], 3)}.",
+        "* Tokens until it leaves: how long a text is the AR model's own under the same noise (decoders that verify: to its end).",
+        "* Passes count every model that runs. A pass of the AR model reads one token, one of K-Forcing 2k, one of MDLM the whole text.",
+        f"* Every method had {config.rivals.share:g} of the FLOPs of the run's own students, teacher passes and rollouts included. "
+        "Speed: the whole decoding with its prompts, medians, this machine. `transformers` assists one prompt at a time.",
+    ]
+    methods = {row["method"] for row in report["rows"] if row["method"]}
+    lines += [f"* `{name}`: {text}." for name, text in METHODS.items() if name in methods]
+    return "\n".join(lines)
+
+
+def _reported(config: EvaluationConfig) -> str:
+    protocols = [config.text.protocol] if config.text.protocol else list(REPORTED)
+    what = (
+        "the same protocol, another model and machine"
+        if config.text.protocol
+        else "another protocol, model and machine: not to be compared line by line"
+    )
+    lines = [
+        f"Reported by the paper, not run here ({what}):",
+        "",
+        "| reported | corpus | Gen-PPL, GPT-2-Large | win rate against AR | thousand tokens/s, batch 16, H100 |",
+        "|---|---|---|---|---|",
+    ]
+    for protocol in protocols:
+        lines += [f"| *{n}* | {protocol} | *{ppl}* | *{win}* | *{rate}* |" for n, ppl, win, rate in REPORTED[protocol]]
+    return "\n".join(lines)
+
+
+def windows_table(windows: Record) -> str:
+    """Match and NLLs by offset of each student and k."""
+    lines = [
+        "| student | match by offset | whole block | NLL under AR, its tokens / AR's own | target NLL | windows, documents |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, f in windows.items():
+        match = " · ".join(ratio(m) for m in f["match"])
+        nll = " · ".join(
+            f"{a['value']:.2f} / {b['value']:.2f}" for a, b in zip(f["student_nll"], f["teacher_nll"], strict=True)
+        )
+        target = " · ".join(f"{t['value']:.2f}" for t in f["target_nll"])
+        lines.append(
+            f"| {name} | {match} | {ratio(f['block_match'])} | {nll} | {target} | {f['windows']:,}, {f['documents']} |"
+        )
+    return "\n".join(lines)
+
+
+def joint_table(joint: Record) -> str:
+    """Joint total variation and KL with the independent line."""
+    lines = [
+        "| student | total variation | of independent marginals | KL, nats | of independent marginals | by |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, f in joint.items():
+        by = (
+            "exact densities"
+            if f["by"] == "densities"
+            else f"samples in hashed cells (floor {f['floor_tv']['value']:.3f})"
+        )
+        lines.append(
+            f"| {name} | {_figure(f['tv'], 3)} | {_figure(f['independent_tv'], 3)} | {_figure(f.get('kl'), 3)} | "
+            f"{_figure(f.get('independent_kl'), 3)} | {by} |"
+        )
+    return "\n".join(lines)
+
+
+def free_table(free: Record) -> str:
+    """First and last stretch of the free run."""
+    lines = [
+        "| student | tokens from the prompt | same token as AR, given the text so far | its NLL / AR's own | still AR's text | repetition |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, f in free.items():
+        for i in (0, len(f["upto"]) - 1):
+            start = f["upto"][i - 1] if i else 0
+            lines.append(
+                f"| {name} | {start}–{f['upto'][i]} | {ratio(f['match'][i])} | {f['decoder_nll'][i]['value']:.2f} / "
+                f"{f['teacher_nll'][i]['value']:.2f} | {f['same'][i]['value']:.2f} | {f['repetition']['value']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def text_table(report: Record, config: EvaluationConfig) -> str:
+    """Diversity with intervals, MAUVE and judge of the run's own rows."""
+    if not config.text.external:
+        return "No external LM was named (text.external), so there is no Gen-PPL and no MAUVE."
+    lines = [
+        f"External LM: {config.text.external}. MAUVE against the AR model's text, smallest and largest of "
+        f"{config.text.mauve_seeds} clusterings; the AR model under other noise is the floor.",
+        "",
+        "| text | MAUVE | entropy | repetition | length | distinct-1, 2, 3 | judge: wins against AR, flips |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    again = {"name": "AR again", **report["references"]}
+    for row in [again, *report["rows"]]:
+        if row["name"] not in report["mauve"] and not row.get("judge"):
+            continue
+        verdict = row.get("judge")
+        wins = f"{_figure(verdict['win_rate'])}, {_figure(verdict['flip_rate'])}" if verdict else "–"
+        distinct = ", ".join(f"{row['distinct'][n]:.2f}" for n in ("1", "2", "3"))
+        lines.append(
+            f"| {row['name']} | {_figure(report['mauve'].get(row['name']))} | {_figure(row['entropy'])} | "
+            f"{_figure(row['repetition'])} | {row['length']['value']:.0f} | {distinct} | {wins} |"
+        )
+    return "\n".join(lines)
+
+
+def cost_tables(cost: Record) -> str:
+    """Training by stage, then what a token saves."""
+    lines = [
+        "| stage | steps | rollouts, FLOP | training, FLOP | rollout actors, h | trainers, h | wall, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for s in cost["stages"]:
+        hours = [f"{s[n] / 3600:.3f}" if n in s else "–" for n in ("rollout_s", "trainer_s")]
+        wall = f"{s['wall_s']:.0f}" if "wall_s" in s else "–"
+        lines.append(
+            f"| {s['name']} | {s['steps']} | {flops(s['rollouts'])} | {flops(s['train'])} | {' | '.join(hours)} | {wall} |"
+        )
+    batches = [name.removeprefix("saved_s_") for name in (cost["savings"] or [{}])[0] if name.startswith("saved_s_")]
+    heads = [f"µs saved a token, batch {b} | tokens until even" for b in batches]
+    lines += ["", "| decoder | FLOPs a token against AR's | tokens until FLOPs are even | " + " | ".join(heads) + " |"]
+    lines.append("|---|---|---|" + "---|---|" * len(batches))
+    for s in cost["savings"]:
+        cells = [f"{s['flops_a_token']:.2f}×", _count(s["even_flops"])]
+        for b in batches:
+            cells += [f"{s[f'saved_s_{b}'] * 1e6:,.0f}", _count(s[f"even_{b}"])]
+        lines.append(f"| {s['name']} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"AR: {cost['ar_flops_a_token'] / 1e6:.2f} MFLOP a token. Distillation: {flops(cost['flops'])}FLOP, {cost['wall_s']:.0f} s of "
+        "this machine. Even: generated tokens after which decoding has saved what distillation cost; never, where a token costs "
+        "more than AR's.",
+    ]
+    return "\n".join(lines)
+
+
+def flops(number: float) -> str:
+    """Three digits and a prefix."""
+    for power, prefix in ((15, "P"), (12, "T"), (9, "G")):
+        if number >= 10**power:
+            return f"{number / 10**power:.3g} {prefix}"
+    return f"{number / 1e6:.3g} M" if number else "0"
+
+
+def _count(tokens: float | None) -> str:
+    return "never" if tokens is None else f"{tokens:,.0f}"
+
+
+def determinism_table(report: Record) -> str:
+    """What precision and batch shape change."""
+    lines = ["| model | compared | texts that differ | tokens that flip on equal contexts |", "|---|---|---|---|"]
+    for name, f in report["determinism"].items():
+        lines += [f"| {name} | {pair} | {d['texts']:.0%} | {d['tokens']:.3%} |" for pair, d in f["flips"].items()]
+        w = f["windows"]
+        lines.append(
+            f"| {name} | fp32 and bf16, held-out windows | – | {w['bf16']:.2%} (first of a block {w['bf16_first']:.2%}) |"
+        )
+    plain, invariant = report["batch_invariant"]["plain"], report["batch_invariant"]["invariant"]
+    lines += [
+        "",
+        f"Batch-invariant mode, one request in 16 slots: {plain * 1e3:.2f} → {invariant * 1e3:.2f} ms a token ({invariant / plain:.1f}×); with "
+        "all slots in use it computes what a full batch does anyway.",
+    ]
+    return "\n".join(lines)
+
+
+# Colours that stay apart for most colour-blind readers (Okabe and Ito).
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
+
+
+def _bars(figures: list[Record]) -> tuple[list[float], list[list[float]]]:
+    values = [f["value"] for f in figures]
+    return values, [
+        [max(0.0, f["value"] - f["lo"]) for f in figures],
+        [max(0.0, f["hi"] - f["value"]) for f in figures],
+    ]
+
+
+def plot_windows(windows: Record, path: Path) -> None:
+    """Match by offset, a line a student and k."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    for colour, (name, f) in zip(COLOURS * 3, windows.items(), strict=False):
+        values, errors = _bars(f["match"])
+        shift = 0.03 * (list(windows).index(name) - len(windows) / 2)
+        axes.errorbar(
+            [j + 1 + shift for j in range(len(values))], values, errors, marker="o", capsize=2, label=name, color=colour
+        )
+    axes.set(xlabel="offset in the block", ylabel="same token as the AR model", ylim=(0, 1.03))
+    axes.set_xticks(range(1, max(len(f["match"]) for f in windows.values()) + 1))
+    _finish(figure, axes, path)
+
+
+def plot_free(free: Record, path: Path) -> None:
+    """Stepwise match and NLL gap by distance from the prompt."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11.5, 3.6), layout="constrained")
+    for colour, (name, f) in zip(COLOURS * 3, free.items(), strict=False):
+        for axes, key in ((left, "match"), (right, "same")):
+            values, errors = _bars(f[key])
+            axes.errorbar(f["upto"], values, errors, marker="o", markersize=3, capsize=2, label=name, color=colour)
+        gap = [a["value"] - b["value"] for a, b in zip(f["decoder_nll"], f["teacher_nll"], strict=True)]
+        middle.plot(f["upto"], gap, marker="o", markersize=3, color=colour, label=name)
+    left.set(ylabel="same token as AR, given the text so far", ylim=(0, 1.03))
+    middle.axhline(0, color="grey", linewidth=0.8)
+    middle.set(ylabel="NLL of its tokens − of AR's own (nats)")
+    right.set(ylabel="text is still AR's", ylim=(0, 1.03))
+    for axes in (left, middle, right):
+        axes.set_xlabel("tokens from the prompt")
+        axes.grid(alpha=0.3)
+    left.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_rivals(rows: list[Record], floor: float, config: EvaluationConfig, path: Path) -> None:
+    """Quality (joint total variation) against speed, one panel a batch size."""
+    batches = [str(b) for b in config.speed.sizes]
+    figure, panels = plt.subplots(
+        1, len(batches), figsize=(6.2 * len(batches), 4.8), layout="constrained", squeeze=False
+    )
+    shown = [r for r in rows if "joint" in r]
+    kinds = list(dict.fromkeys(r["method"] or r["name"].split(",")[0] for r in shown))
+    for axes, batch in zip(panels[0], batches, strict=True):
+        for row in shown:
+            kind = row["method"] or row["name"].split(",")[0]
+            i = kinds.index(kind)
+            x, y = row["tokens_per_s"][batch]["value"], row["joint"]["tv"]["value"]
+            axes.plot(x, y, "os^Dv"[i // len(COLOURS) % 5], color=COLOURS[i % len(COLOURS)], markersize=6, label=kind)
+            axes.annotate(f" {row['k']}" if row["k"] else "", (x, y), fontsize=7)
+        axes.axhline(floor, color="grey", linewidth=0.8, linestyle="--", label="two samples of the AR model")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(ScalarFormatter())
+        axes.tick_params(axis="x", which="both", labelsize=7)
+        axes.set(
+            xlabel=f"tokens/s, batch {batch}", ylabel="joint TV to AR, next 4 tokens (lower is better)", xscale="log"
+        )
+        axes.grid(alpha=0.3, which="both")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    panels[0][-1].legend(
+        unique.values(), unique.keys(), fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1)
+    )
+    figure.suptitle("Numbers are tokens a step", fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_frontier(report: Record, path: Path) -> None:
+    """Gen-PPL against entropy: temperatures of AR and the last student, and every row."""
+    figure, axes = plt.subplots(figsize=(6.8, 4.6), layout="constrained")
+    lines: dict[str, list[tuple[float, float, str]]] = {}
+    for point in report["frontier"]:
+        lines.setdefault(point["name"], []).append(
+            (point["entropy"]["value"], point["gen_ppl"]["value"], f"T={point['temperature']}")
+        )
+    warm = {"AR": "AR, engine"} | {
+        r["name"].split(" at ")[0].removeprefix("this run, "): r["name"]
+        for r in report["rows"]
+        if "this run" in r["name"]
+    }
+    rows = {row["name"]: row for row in report["rows"]}
+    for colour, (name, points) in zip(COLOURS, lines.items(), strict=False):
+        row = rows[warm[name]]
+        points.append((row["entropy"]["value"], row["gen_ppl"]["value"], "T=1"))
+        points.sort()
+        axes.plot([p[0] for p in points], [p[1] for p in points], "-o", color=colour, label=f"{name}, temperatures")
+        for x, y, text in points:
+            axes.annotate(text, (x, y), fontsize=7, xytext=(3, -9), textcoords="offset points", color=colour)
+    others = [r for r in report["rows"] if r["name"] not in warm.values()]
+    axes.plot(
+        [r["entropy"]["value"] for r in others],
+        [r["gen_ppl"]["value"] for r in others],
+        "x",
+        color="grey",
+        label="other rows, T=1",
+    )
+    for row in others:
+        axes.annotate(
+            row["name"],
+            (row["entropy"]["value"], row["gen_ppl"]["value"]),
+            fontsize=5.5,
+            color="grey",
+            xytext=(3, 2),
+            textcoords="offset points",
+        )
+    axes.set(xlabel="entropy of a text's tokens (nats)", ylabel="Gen-PPL under the external LM", yscale="log")
+    _finish(figure, axes, path)
+
+
+def _finish(figure: Any, axes: Any, path: Path) -> None:
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,181 @@
+"""What is evaluated: the models of a run directory, or a model of the MLflow registry, with the corpus they belong to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kforcing.model import PushForwardLM, read_config
+from pipelines.cluster import with_lasting_root
+from pipelines.config import Config, ConfigError, fingerprint, override
+from pipelines.evaluation.config import EvaluationConfig
+from pipelines.prepare import Prepared, prepare
+from pipelines.recipes import RECIPES, recipe
+from pipelines.stages import write_json
+from pipelines.tracking import LOG, Registered, registered_student
+
+
+@dataclass(frozen=True)
+class Student:
+    """A finished student."""
+
+    name: str
+    k: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Models and data, all as paths that every node sees."""
+
+    name: str
+    config: Config
+    """Of the run that made them."""
+    teacher: str
+    students: tuple[Student, ...]
+    tokenizer: str
+    train: str
+    heldout: str
+    root: str
+    """Folder of the evaluation."""
+    parent: str | None
+    """MLflow run that the models come from."""
+
+    @property
+    def last(self) -> Student:
+        """The student of the largest k."""
+        return max(self.students, key=lambda s: s.k)
+
+    @property
+    def pairs(self) -> list[tuple[Student, int]]:
+        """Every student at its own k, and the last one at every smaller number of tokens worth decoding."""
+        own = [(s, s.k) for s in self.students if s != self.last]
+        return own + [(self.last, k) for k in block_sizes(self.last.k)]
+
+    @property
+    def id(self) -> str:
+        """Names the models and data by their contents."""
+        folders = [self.teacher, *(s.path for s in self.students), self.heldout]
+        return fingerprint([_mark(Path(folder)) for folder in folders])
+
+
+def block_sizes(k: int) -> list[int]:
+    """Tokens a step that are looked at: 1, 2, 3, 4, 8, … up to k."""
+    return sorted({n for n in (1, 2, 3, *(2**i for i in range(2, 12)), k) if n <= k})
+
+
+def _mark(folder: Path) -> Any:
+    manifest = folder / "manifest.json"
+    if manifest.is_file():
+        record = json.loads(manifest.read_text())
+        return record.get("fingerprint") or folder.parent.name
+    return [(f.name, f.stat().st_size) for f in sorted(folder.glob("*.safetensors"))]
+
+
+def open_subject(target: str, options: EvaluationConfig) -> tuple[Config, Path]:
+    """The config of the run behind a run directory or `models:/…`, and where the evaluation goes. Raises ConfigError."""
+    if target.startswith("models:/"):
+        found = registered_student(target, options.tracking.uri)
+        base = Path(found.params.get("output_dir") or "runs").name
+        name = re.sub(r"[^A-Za-z0-9]+", "-", target.removeprefix("models:/")).strip("-")
+        config = with_lasting_root(dataclasses.replace(config_of(found.params, target), output_dir=f"runs/{base}"))
+        return config, Path(options.output_dir or config.root.parent / f"evaluation-{name}").absolute()
+    root = Path(target).expanduser()
+    if not root.is_absolute():
+        root = with_lasting_root(Config("", output_dir=target)).root
+    if not (root / LOG).is_file():
+        raise ConfigError(
+            f"{target} is not a run directory (no {LOG}); give one that pipelines/distill.py wrote, or models:/NAME@ALIAS"
+        )
+    config = dataclasses.replace(config_of(_last_config(root / LOG), target), output_dir=str(root))
+    missing = [n for n in ("teacher", *(f"k{k}" for k in config.ks())) if not (root / n / "manifest.json").is_file()]
+    if missing:
+        raise ConfigError(
+            f"{target}: {', '.join(missing)} not finished; run pipelines/distill.py output_dir={target} to its end"
+        )
+    return config, Path(options.output_dir or root / "evaluation").absolute()
+
+
+def subject_of(target: str, config: Config, root: Path, options: EvaluationConfig, say: Any) -> Subject:
+    """Models and data of an opened target; corpus and registered models are fetched or made if they are not there."""
+    prepared = prepare(config, say)
+    parent: str | None
+    if target.startswith("models:/"):
+        found = registered_student(target, options.tracking.uri)
+        student = _downloaded(found, root)
+        students: tuple[Student, ...] = (student,)
+        teacher = options.teacher or _teacher_inside(student, root)
+        name, parent = target.removeprefix("models:/"), str(found.run)
+    else:
+        students = tuple(Student(f"k{k}", k, str(config.root / f"k{k}")) for k in config.ks())
+        teacher, name = str(config.root / "teacher"), config.root.name
+        state = config.root / "mlflow.json"
+        parent = json.loads(state.read_text()).get("parent") if state.is_file() else None
+    return _with_data(name, config, teacher, students, prepared, root, parent)
+
+
+def _with_data(
+    name: str,
+    config: Config,
+    teacher: str,
+    students: tuple[Student, ...],
+    prepared: Prepared,
+    root: Path,
+    parent: str | None,
+) -> Subject:
+    stores = str(prepared.split("train")), str(prepared.split("heldout"))
+    return Subject(name, config, teacher, students, str(prepared.tokenizer), *stores, str(root), parent)
+
+
+def config_of(record: dict[str, str], target: str) -> Config:
+    """A run's config from its fields as text, as the log and MLflow keep them."""
+    name = record.get("recipe", "")
+    if name not in RECIPES:
+        raise ConfigError(f"{target}: its run has recipe {name!r}, which this release does not know")
+    config = dataclasses.replace(recipe(name), stages={})
+    for path, value in record.items():
+        if path in ("recipe", "time", "event") or path.startswith("tracking."):
+            continue
+        try:
+            config = override(config, path, value)
+        except ConfigError as error:
+            raise ConfigError(f"{target} was made by another release: {error}") from None
+    return config
+
+
+def _last_config(log: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
+    with open(log) as lines:
+        for line in lines:
+            if '"event": "config"' in line:
+                found = json.loads(line)
+    return found
+
+
+def _downloaded(found: Registered, root: Path) -> Student:
+    folder = root / "model"
+    marker, version = folder / "version.json", {"name": found.name, "version": found.version}
+    if not (marker.is_file() and json.loads(marker.read_text()) == version):
+        shutil.rmtree(folder, ignore_errors=True)
+        found.download(folder)
+        write_json(marker, version)
+    k = read_config(folder).k
+    return Student(f"k{k}", k, str(folder))
+
+
+def _teacher_inside(student: Student, root: Path) -> str:
+    """The AR model that an exact trunk is, written where transformers can load it."""
+    if not read_config(student.path).design.exact_trunk:
+        raise ConfigError("teacher=none: this student does not carry its AR model; give teacher=FOLDER")
+    folder = root / "teacher"
+    if not (folder / "config.json").is_file():
+        with torch.no_grad():
+            PushForwardLM.from_pretrained(student.path).backbone.save_pretrained(folder)
+    return str(folder)
