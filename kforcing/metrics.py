@@ -69,7 +69,7 @@ def cluster_bootstrap(sums_CM: np.ndarray, counts_C: np.ndarray, draws: int, see
 
     Studentised (bootstrap-t, Efron and Tibshirani 1993, §12.5): what is resampled is (mean − value) / standard error, which
     covers what it says with as few as ten clusters, where percentiles of the mean are too short. Ends are cut to
-    the smallest and largest mean of a cluster, which no mean of theirs can leave.
+    the smallest and largest mean of a cluster, which no mean of theirs can leave; two or three clusters have these ends.
 
     Args:
         sums_CM: sum of each figure over the windows of each cluster.
@@ -82,9 +82,10 @@ def cluster_bootstrap(sums_CM: np.ndarray, counts_C: np.ndarray, draws: int, see
     value_M, error_M = _ratio(np.ones((1, C)), sums_CM, counts_C)
     mean_SM, spread_SM = _ratio(times_SC, sums_CM, counts_C)
     with np.errstate(divide="ignore", invalid="ignore"):
-        t_SM = np.where(spread_SM > 0, (mean_SM - value_M) / spread_SM, 0.0)
+        # A resample without spread lies infinitely many errors away, unless it lies nowhere else.
+        t_SM = np.nan_to_num((mean_SM - value_M) / spread_SM, nan=0.0, posinf=1e300, neginf=-1e300)
         own_CM = sums_CM / counts_C[:, None]
-    low_M, high_M = np.quantile(t_SM, [0.025, 0.975], axis=0)
+    low_M, high_M = np.quantile(t_SM, [0.025, 0.975], axis=0, method="nearest")
     lo = np.maximum(value_M - high_M * error_M, np.nanmin(own_CM, axis=0))[0]
     hi = np.minimum(value_M - low_M * error_M, np.nanmax(own_CM, axis=0))[0]
     return [Interval(float(v), float(a), float(b)) for v, a, b in zip(value_M[0], lo, hi, strict=True)]

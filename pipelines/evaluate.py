@@ -64,7 +64,9 @@ def held(root: Path) -> Iterator[None]:
         try:
             stack.enter_context(exclusive(root / ".lock", wait=False))
         except BlockingIOError:
-            raise ConfigError(f"{root} is in use by another evaluation; wait for it or choose another output_dir") from None
+            raise ConfigError(
+                f"{root} is in use by another evaluation; wait for it or choose another output_dir"
+            ) from None
         yield
 
 

@@ -56,3 +56,13 @@ def make_sequential(backbone, k=4, coupling="gumbel", **parts):
     student = PushForwardLM.from_backbone(backbone, k=k, design=design).eval()
     torch.nn.init.normal_(student.readout.correct.weight, std=0.5)
     return student
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """One undisturbed smoke run, started from a folder that is not the project's: (run directory, its process)."""
+    from tests.test_distill import distill
+
+    folder = tmp_path_factory.mktemp("smoke")
+    done = distill("--recipe", "smoke", "output_dir=runs/smoke", cwd=folder)
+    return folder / "runs" / "smoke", done

@@ -41,14 +41,6 @@ def distill(*words, cwd, **extra):
     return done
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """One undisturbed smoke run, started from a folder that is not the project's."""
-    folder = tmp_path_factory.mktemp("smoke")
-    done = distill("--recipe", "smoke", "output_dir=runs/smoke", cwd=folder)
-    return folder / "runs" / "smoke", done
-
-
 def report(run):
     return json.loads((run / "report.json").read_text())
 

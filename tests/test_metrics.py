@@ -68,6 +68,13 @@ def test_bootstrap_value_is_the_ratio_and_the_interval_is_over_clusters():
     assert same == [figure]
 
 
+def test_two_clusters_give_no_better_interval_than_their_means_and_none_varies_when_all_are_equal():
+    apart, equal = cluster_bootstrap(np.array([[1.0, 3.0], [4.0, 6.0]]), np.array([1.0, 2.0]), draws=500, seed=0)
+    assert (apart.lo, apart.hi) == (1.0, 2.0)
+    assert equal.lo == pytest.approx(3.0)
+    assert equal.hi == pytest.approx(3.0)
+
+
 def rates(rng, counts):
     """Shares whose documents differ: mean 0.6."""
     return rng.binomial(counts, rng.beta(6, 4, len(counts))).astype(float)

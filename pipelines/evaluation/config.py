@@ -23,7 +23,7 @@ class FidelityConfig:
     """Windows of each block."""
     contexts: int = 8
     """Contexts whose next k tokens are compared as a joint distribution."""
-    samples: int = 2048
+    samples: int = 1024
     """Blocks drawn after each of them."""
     buckets: int = 4
     """Hash buckets of a token where only samples can be compared."""

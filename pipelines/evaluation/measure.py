@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -33,10 +34,10 @@ from kforcing.joint import (
 )
 from kforcing.metrics import cluster_bootstrap
 from kforcing.model import PushForwardLM
-from kforcing.noise import derive_key, sample_anchors, window_noise
+from kforcing.noise import derive_key
 from kforcing.rivals.rows import Decoder
 from kforcing.rollout import ARTeacher
-from kforcing.staircase import Windows, head
+from kforcing.staircase import head
 from kforcing.textquality import distinct_n, features, gen_ppl, load_external, mauve, repeated_tokens, unigram_entropy
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.judge import JudgeConfig, Pair, judge
@@ -394,72 +395,6 @@ def free(folder: Path, job: Job, given: Any) -> dict[str, Any]:
     return {"k": job.k, **curves, "repetition": text_figures(job, prompts, made.tolist(), teacher)["repetition"]}
 
 
-def determinism(folder: Path, job: Job, given: Any) -> dict[str, Any]:
-    """Tokens that change with precision and batch shape, on the same contexts and over whole texts."""
-    config, text = job.config, job.config.text
-    load = (
-        (lambda: PushForwardLM.from_pretrained(job.student.path))
-        if job.student
-        else (lambda: load_ar(job.subject.teacher))
-    )
-    coupling = load().config.design.coupling if job.student else "inverse_cdf"
-    prompts = heldout(job.subject, config, 16, text.prompt_tokens)
-    requests = [Request(p, text.new_tokens, s) for p, s in zip(prompts.tokens_RN.tolist(), prompts.seeds, strict=True)]
-
-    def decode(dtype: torch.dtype, slots: int, invariant: bool = False) -> Tensor:
-        options = EngineConfig(
-            slots, text.prompt_tokens + text.new_tokens, job.k, coupling=coupling, batch_invariant=invariant
-        )
-        engine = Engine(load().to(pick_device(), dtype), options)
-        return torch.tensor([c.tokens for c in engine.generate(requests)])
-
-    fp32, bf16 = torch.float32, torch.bfloat16
-    runs = {(d, n): decode(d, n) for d in (fp32, bf16) for n in (1, 4, 16)}
-    pairs = {
-        "fp32: 1 slot and 4": (runs[fp32, 1], runs[fp32, 4]),
-        "fp32: 1 slot and 16": (runs[fp32, 1], runs[fp32, 16]),
-        "bf16: 1 slot and 4": (runs[bf16, 1], runs[bf16, 4]),
-        "bf16: 1 slot and 16": (runs[bf16, 1], runs[bf16, 16]),
-        "bf16, batch-invariant: alone in 16 slots and in company": _company(decode, load, job, prompts, text, coupling),
-        "fp32 and bf16, 16 slots": (runs[fp32, 16], runs[bf16, 16]),
-    }
-    found = {}
-    for name, (one, other) in pairs.items():
-        same = same_so_far(one, other)
-        # Up to and with the first difference contexts are equal: what changes there is the precision's or the shape's own.
-        first = (~same & (same.roll(1, 1) | (torch.arange(same.shape[1]) == 0))).sum().item()
-        found[name] = {"texts": (~same.all(1)).double().mean().item(), "tokens": first / (same.sum().item() + first)}
-    return {"k": job.k, "flips": found, "windows": _window_flips(job, load, coupling)}
-
-
-def _company(decode: Any, load: Any, job: Job, prompts: Prompts, text: Any, coupling: str) -> tuple[Tensor, Tensor]:
-    """The texts of a batch-invariant engine of 16 slots: every request alone, and all together."""
-    options = EngineConfig(16, text.prompt_tokens + text.new_tokens, job.k, coupling=coupling, batch_invariant=True)
-    engine = Engine(load().to(pick_device(), torch.bfloat16), options)
-    requests = [Request(p, text.new_tokens, s) for p, s in zip(prompts.tokens_RN.tolist(), prompts.seeds, strict=True)]
-    together = [c.tokens for c in engine.generate(requests)]
-    alone = [engine.generate([request])[0].tokens for request in requests]
-    return torch.tensor(alone), torch.tensor(together)
-
-
-@torch.inference_mode()
-def _window_flips(job: Job, load: Any, coupling: str) -> dict[str, float]:
-    """Share of tokens that bf16 changes on the same held-out contexts and noise, by one pass of a block."""
-    rows = heldout(job.subject, job.config, 32, job.subject.config.data.block)
-    seq = torch.arange(len(rows.seeds))
-    anchors = sample_anchors(derive_key(job.config.seed, "flips"), seq, rows.tokens_RN.shape[1], 16)
-    noise = window_noise(derive_key(job.config.seed, "flip noise"), seq, anchors, job.k)
-    windows = Windows(*(x.to(pick_device()) for x in (rows.tokens_RN, anchors, noise, torch.ones(len(seq)))))
-    made = []
-    for dtype in (torch.float32, torch.bfloat16):
-        model = load().to(pick_device(), dtype)
-        made.append(
-            model.draw(windows).tokens_BWK if job.student else ARTeacher(model, COUPLINGS[coupling]).rollout(windows)
-        )
-    flips = (made[0] != made[1]).double()
-    return {"bf16": flips.mean().item(), "bf16_first": flips[..., 0].mean().item()}
-
-
 def speed(folder: Path, job: Job, given: Any) -> dict[str, Any]:
     """Tokens a second of every row, prompts included, medians; rows take turns. And what batch invariance costs."""
     config, text = job.config, job.config.text
@@ -528,4 +463,4 @@ def judged(folder: Path, job: Job, given: dict[str, Any]) -> dict[str, Any]:
 
 def slug(name: str) -> str:
     """A row's name as a folder's."""
-    return "".join(c if c.isalnum() else "-" for c in name).strip("-").replace("--", "-").lower()
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

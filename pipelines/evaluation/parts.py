@@ -37,7 +37,7 @@ class Part:
 def run_parts(
     parts: list[Part], root: Path, say: Callable[[str], None], cpus: float, gpus: float, alone_cpus: float
 ) -> Results:
-    """All results by part name. Parts of one need run side by side as far as the cluster allows.
+    """All results by part name. Earlier parts of the list start first, side by side as far as the cluster allows.
 
     Raises StageError for the first part that fails; what is finished stays.
     """
@@ -48,24 +48,19 @@ def run_parts(
     for part in parts:
         keys[part.name] = fingerprint(part.name, *part.inputs, *(keys[name] for name in part.needs))
         stages[part.name] = open_stage(root, part.name, keys[part.name])
-    results: Results = {}
-    for part in parts:
-        manifest = stages[part.name].manifest
-        if manifest:
-            results[part.name] = manifest["result"]
+    results = {part.name: m["result"] for part in parts if (m := stages[part.name].manifest)}
     if results:
         say(f"{len(results)} of {len(parts)} parts were finished before")
     started, todo = time.monotonic(), [p for p in parts if p.name not in results]
     running: dict[Any, Part] = {}
+    at_once = max(1, int(ray.cluster_resources().get("CPU", 1.0) / cpus)) if cpus else len(parts)
     while todo or running:
-        for part in _ready(todo, results, bool(running)):
+        for part in _ready(todo, results, at_once - len(running), bool(running)):
             given = {name: results[name] for name in part.needs}
             options = {"num_cpus": alone_cpus if part.alone else cpus, "num_gpus": gpus or None}
             task = ray.remote(max_retries=1, **options)(_run)
             running[task.remote(part, str(stages[part.name].folder), given)] = part
             todo.remove(part)
-            if part.alone:
-                break
         done, _ = ray.wait(list(running))
         part = running.pop(done[0])
         try:
@@ -75,15 +70,15 @@ def run_parts(
         stages[part.name].finish(result=results[part.name], seconds=seconds)
         left = len(todo) + len(running)
         say(f"{part.name:<36}done in {seconds:.0f} s  ({left} to go, {time.monotonic() - started:.0f} s so far)")
-    return results
+    return {part.name: results[part.name] for part in parts}
 
 
-def _ready(todo: list[Part], results: Results, busy: bool) -> list[Part]:
-    """Parts that may start now; those that want to be alone come last, one at a time."""
+def _ready(todo: list[Part], results: Results, places: int, busy: bool) -> list[Part]:
+    """Parts to start now, first come first: as many as there are places; those that want to be alone come last, one by one."""
     ready = [p for p in todo if all(name in results for name in p.needs)]
     together = [p for p in ready if not p.alone]
     if together or busy or any(not p.alone for p in todo):
-        return together
+        return together[: max(0, places)]
     return ready[:1]
 
 

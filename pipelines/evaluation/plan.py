@@ -18,6 +18,7 @@ from kforcing.model import read_config
 from pipelines.config import Config, ConfigError
 from pipelines.evaluation import measure
 from pipelines.evaluation.config import EvaluationConfig
+from pipelines.evaluation.determinism import determinism
 from pipelines.evaluation.measure import Job, slug
 from pipelines.evaluation.parts import Part
 from pipelines.evaluation.rivals import METHODS, Row, Trial, rows_of, train_rival
@@ -93,7 +94,7 @@ def parts_of(subject: Subject, config: EvaluationConfig, methods: list[str]) -> 
     two: list[tuple[Student | None, int]] = [(None, 1), (subject.last, subject.last.k)]
     for model, k in two:
         one, name = dataclasses.replace(job, student=model, k=k), model.name if model else "ar"
-        parts.append(Part(f"determinism-{name}", made, measure.determinism, one))
+        parts.append(Part(f"determinism-{name}", made, determinism, one))
     parts += _judges(subject, config, rows, job, text)
     names = tuple(f"row-{slug(row.name)}" for row in rows)
     parts.append(Part("speed", (*base, config.speed, config.text), measure.speed, job, names, alone=True))

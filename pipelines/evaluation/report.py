@@ -380,6 +380,13 @@ def determinism_table(report: Record) -> str:
         lines.append(
             f"| {name} | fp32 and bf16, held-out windows | – | {w['bf16']:.2%} (first of a block {w['bf16_first']:.2%}) |"
         )
+    lines += [
+        "",
+        "| model | precision, slots | same token as the fp32 AR model, given the text so far |",
+        "|---|---|---|",
+    ]
+    for name, f in report["determinism"].items():
+        lines += [f"| {name} | {m['precision']}, {m['slots']} | {ratio(m)} |" for m in f["match"]]
     plain, invariant = report["batch_invariant"]["plain"], report["batch_invariant"]["invariant"]
     lines += [
         "",
