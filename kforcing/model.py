@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from kforcing.coupling import COUPLINGS
 from kforcing.readout import ArgmaxReadout, BlockScores, Draw, NoiseConfig
 from kforcing.sequential import SequentialConfig, SequentialReadout
-from kforcing.staircase import Context, Windows, head, lm_head
+from kforcing.staircase import BlockReader, Context, Windows, embeddings, head, lm_head, read_context
 
 FORMAT_VERSION = 2
 
@@ -259,7 +259,7 @@ def build_backbone(config: dict[str, Any]) -> PreTrainedModel:
 
 
 def check_backbone(backbone: PreTrainedModel) -> None:
-    """Raise ValueError unless the backbone's logits are its LM head applied to its base model's states.
+    """Raise ValueError unless blocks can be read, and logits are the LM head applied to the base model's states.
 
     Soft-capped or scaled logits would silently be lost by the shared head of the hints.
     """
@@ -273,3 +273,6 @@ def check_backbone(backbone: PreTrainedModel) -> None:
             f"{type(backbone).__name__} changes its logits after the LM head (scaling or soft-capping); the hints "
             "share the head and would not see it. Choose a backbone without such a step, like Llama, Qwen or GPT-2."
         )
+    with torch.no_grad():
+        reader = BlockReader(backbone.base_model, read_context(backbone, ids).layers, ids[:, :1])
+        reader.read(embeddings(backbone)(ids[:, None, :1]))
