@@ -124,7 +124,7 @@ class PushForwardLM(nn.Module):
         self.readout.grow(k)
 
     def scores(self, windows: Windows, tokens_BWK: Tensor, context: Context | None = None) -> BlockScores:
-        """Logits of every token of the windows' blocks, in one pass: see `Readout.scores`.
+        """What every token of the windows' blocks is read from, in one pass: see `Readout.scores`.
 
         Raises:
             ValueError: when the windows ask for more tokens than the student's k.
@@ -139,6 +139,11 @@ class PushForwardLM(nn.Module):
         """
         self._check_k(windows.k)
         return self.readout.draw(self.backbone, windows, context)
+
+    def tokens(self, windows: Windows, context: Context | None = None) -> Tensor:
+        """The (B, W, K) int64 tokens of `draw`, without keeping the logits they were picked from."""
+        self._check_k(windows.k)
+        return self.readout.tokens(self.backbone, windows, context)
 
     def forward(self, context_ids: Tensor, noise: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
         """Next-k-token logits: (B, N) int64 context and (B, K) noise, K ≤ k, → (B, K, V).

@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from kforcing.losses import CHUNK
 from kforcing.model import Design
 from kforcing.readout import NoiseConfig
 
@@ -123,6 +124,11 @@ class TrainConfig:
     """Ray GPUs a train worker reserves."""
     label: str | None = field(default=None, metadata=RUNTIME)
     """`key=value` label of the nodes train workers may use."""
+    loss_chunk: int = field(default=CHUNK, metadata=RUNTIME)
+    """Tokens whose logits over the whole vocabulary exist at a time; they are computed again in the backward pass."""
+    activation_checkpointing: bool = field(default=False, metadata=RUNTIME)
+    """Keep only the inputs of transformer layers, and compute the rest again in the backward pass: less memory, about a
+    third more time."""
     checkpoint_every: int = field(default=200, metadata=RUNTIME)
     """Steps between checkpoints an interrupted stage resumes from."""
     log_every: int = field(default=20, metadata=RUNTIME)
