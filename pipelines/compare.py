@@ -170,6 +170,7 @@ class Student:
             config.rollout.top_m if config.loss == "soft" else None,
             config.rollout.batch,
             threads=1,
+            draws=config.rollout.draws,
         )
         actor = RolloutActor(job)
         trained = [p for p in module.parameters() if p.requires_grad]

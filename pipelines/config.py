@@ -143,6 +143,8 @@ class RolloutConfig:
 
     windows: int = 32
     """Windows trained of each sequence's N."""
+    draws: int = 1
+    """Independent noises of each of those windows: a context is read once for all of them."""
     top_m: int | None = 32
     """For loss=soft: tokens of the teacher's distribution that travel with each target, with their log-probabilities;
     what is left is one tail. None ships tokens alone, and train workers take whole distributions from the AR model
@@ -151,8 +153,8 @@ class RolloutConfig:
     """Write rollouts to Parquet once and train several epochs from them, instead of streaming fresh ones."""
     cache_epochs: int = 4
     """How many times cached rollouts are trained on."""
-    batch: int = field(default=16, metadata=RUNTIME)
-    """Sequences in one teacher forward."""
+    batch: int | None = field(default=None, metadata=RUNTIME)
+    """Sequences in one teacher forward; none takes 16 on a CPU, and on a GPU as many as fit in half of its free memory."""
     actors: int = field(default=1, metadata=RUNTIME)
     """Rollout actors, each with its own copy of the teacher."""
     cpus_per_actor: float = field(default=0.5, metadata=RUNTIME)

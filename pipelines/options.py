@@ -79,8 +79,9 @@ def validate(config: Config) -> None:
                 f"{config.data.block} windows"
             )
         node_selector(stage.rollout.label)
-        for field in ("actors", "batch", "cache_epochs", "steps_per_chunk"):
-            _check_positive(f"rollout.{field}", getattr(stage.rollout, field))
+        for field in ("actors", "batch", "cache_epochs", "steps_per_chunk", "draws"):
+            if getattr(stage.rollout, field) is not None:
+                _check_positive(f"rollout.{field}", getattr(stage.rollout, field))
     _check_data(config)
     _check_teacher(config)
 

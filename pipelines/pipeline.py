@@ -152,6 +152,7 @@ class Pipeline:
             config.rollout.top_m if config.loss == "soft" else None,
             config.rollout.batch,
             threads=max(1, int(config.rollout.cpus_per_actor)),
+            draws=config.rollout.draws,
         )
         store = str(prepared.split("train"))
         if config.rollout.cache and config.student.design.learns(k):
