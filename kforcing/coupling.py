@@ -5,7 +5,8 @@ Each is a function of (logits, z, temperature); z is one uniform number a token,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from kforcing.noise import spread_bits
 
 _SMALLEST = 5e-324
+ENTRIES = 2**22  # probabilities in float64 at a time: 32 MiB
 
 Coupling = Callable[[Tensor, Tensor, Tensor | float], Tensor]
 """(..., V) logits, (...) noise and temperature → (...) int64 token ids."""
@@ -33,8 +35,12 @@ def inverse_cdf(logits: Tensor, z: Tensor, temperature: Tensor | float = 1.0) ->
     Returns:
         (...) int64 token ids.
     """
+    return _by_rows(_inverse_cdf, logits, z, temperature)
+
+
+def _inverse_cdf(logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
     logits = _tempered(logits, temperature)
-    cdf = (logits - logits.amax(dim=-1, keepdim=True)).exp_().cumsum(dim=-1)
+    cdf = (logits - logits.amax(dim=-1, keepdim=True)).exp_().cumsum_(dim=-1)
     z = z.to(torch.float64).clamp(min=_SMALLEST)[..., None] * cdf[..., -1:]
     # Beyond the last token only where logits were not numbers; an id outside the vocabulary would do worse harm.
     return torch.searchsorted(cdf, z, side="left").squeeze(-1).clamp_(max=logits.shape[-1] - 1)
@@ -55,8 +61,25 @@ def gumbel_max(logits: Tensor, z: Tensor, temperature: Tensor | float = 1.0) -> 
     Returns:
         (...) int64 token ids; of equal scores the lowest.
     """
+    return _by_rows(_gumbel_max, logits, z, temperature)
+
+
+def _gumbel_max(logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
     race = spread_bits(z.to(torch.float64), logits.shape[-1]).log_().neg_().log_()
     return (_tempered(logits, temperature) - race).argmax(dim=-1)
+
+
+def _by_rows(draw: Coupling, logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
+    """`draw` of a few rows at a time: what it makes in float64 of (..., V) logits is larger than they are."""
+    shape, V = logits.shape[:-1], logits.shape[-1]
+    size = max(1, ENTRIES // V)
+    if shape.numel() <= size:
+        return draw(logits, z, temperature)
+    temperatures: Iterable[Tensor | float] = itertools.repeat(temperature)
+    if isinstance(temperature, Tensor):
+        temperatures = temperature.expand(shape).reshape(-1).split(size)
+    parts = zip(logits.reshape(-1, V).split(size), z.expand(shape).reshape(-1).split(size), temperatures, strict=False)
+    return torch.cat([draw(*part) for part in parts]).view(shape)
 
 
 def _tempered(logits: Tensor, temperature: Tensor | float) -> Tensor:

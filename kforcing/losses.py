@@ -1,15 +1,22 @@
-"""Losses, summed over tokens: whoever calls divides by the *global* token count (see `pipelines/step.py`)."""
+"""Losses, summed over tokens: whoever calls divides by the *global* token count (see `pipelines/step.py`).
+
+Shapes: B batch, W windows, R rows (windows of all sequences in a line), K tokens of a block, M tokens of a label, D width,
+V vocabulary.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from kforcing.staircase import lm_head
+from kforcing.recompute import in_chunks
+from kforcing.staircase import head
+
+CHUNK = 1024  # tokens whose logits exist at a time, where nobody chose
 
 
 @dataclass
@@ -51,6 +58,11 @@ class SoftTargets:
     ids_BWKM: Tensor | None = None
     """int64 token ids; none when the distribution is whole."""
 
+    def rows(self, rows: slice) -> SoftTargets:
+        """Those of some windows, the windows of all sequences in a line: (1, R, K, M)."""
+        parts = (None if x is None else x.flatten(0, 1)[None, rows] for x in (self.logp_BWKM, self.ids_BWKM))
+        return SoftTargets(*parts)  # type: ignore[arg-type]
+
     def after_first(self) -> SoftTargets:
         """The distributions of all offsets but the first."""
         return SoftTargets(self.logp_BWKM[:, :, 1:], None if self.ids_BWKM is None else self.ids_BWKM[:, :, 1:])
@@ -65,8 +77,16 @@ class SoftTargets:
 
 def target_nll(logits_BWKV: Tensor, targets_BWK: Tensor) -> Tensor:
     """(B, W, K) float32 −log p_j(target_j)."""
-    flat = cross_entropy(logits_BWKV.float().flatten(0, -2), targets_BWK.flatten(), reduction="none")
-    return flat.view(targets_BWK.shape)
+    logits_BWKV = logits_BWKV.float()
+    return logits_BWKV.logsumexp(dim=-1) - logits_BWKV.gather(-1, targets_BWK[..., None]).squeeze(-1)
+
+
+@torch.no_grad()
+def token_nll(head: Callable[[Tensor], Tensor], states_BWKD: Tensor, tokens_BWK: Tensor, chunk: int = CHUNK) -> Tensor:
+    """(B, W, K) float32 −log p_j(token_j) of states before the LM head, without gradients."""
+    states_RD, tokens_R = states_BWKD.flatten(0, 2), tokens_BWK.flatten()
+    (nll_R,) = in_chunks(lambda rows: (target_nll(head(states_RD[rows]), tokens_R[rows]),), len(tokens_R), chunk)
+    return nll_R.view(tokens_BWK.shape)
 
 
 def soft_target_kl(logits_BWKV: Tensor, soft: SoftTargets) -> Tensor:
@@ -75,14 +95,17 @@ def soft_target_kl(logits_BWKV: Tensor, soft: SoftTargets) -> Tensor:
     With m tokens and a tail it is the divergence of the two (m + 1)-way distributions: at most the whole one, by what
     the student could still misplace inside the tail.
     """
-    logq = logits_BWKV.float().log_softmax(dim=-1)
+    logits_BWKV = logits_BWKV.float()
+    total_BWK = logits_BWKV.logsumexp(dim=-1)
     p = soft.logp_BWKM.exp()
     if soft.ids_BWKM is None:
-        return (p * (soft.logp_BWKM - logq)).sum(dim=-1)
-    divergence = (p * (soft.logp_BWKM - logq.gather(-1, soft.ids_BWKM))).sum(dim=-1)
-    if soft.ids_BWKM.shape[-1] == logq.shape[-1]:
+        return (p * (soft.logp_BWKM - logits_BWKV)).sum(dim=-1) + p.sum(dim=-1) * total_BWK
+    logq = logits_BWKV.gather(-1, soft.ids_BWKM) - total_BWK[..., None]
+    divergence = (p * (soft.logp_BWKM - logq)).sum(dim=-1)
+    if soft.ids_BWKM.shape[-1] == logits_BWKV.shape[-1]:
         return divergence
-    tail_p, tail_logq = soft.tail_BWK, logq.scatter(-1, soft.ids_BWKM, -torch.inf).logsumexp(dim=-1)
+    rest_BWK = logits_BWKV.scatter(-1, soft.ids_BWKM, -torch.inf).logsumexp(dim=-1)
+    tail_p, tail_logq = soft.tail_BWK, rest_BWK - total_BWK
     return divergence + torch.special.xlogy(tail_p, tail_p) - tail_p * tail_logq
 
 
@@ -95,15 +118,28 @@ def block_sums(loss: Tensor, windows: int, right_RK: Tensor, nll_RK: Tensor) -> 
     return LossSums(loss, nll.sum(0) * (windows / len(nll)), right.sum(0) * share, block, windows)
 
 
-def hard_target_loss(logits_BWKV: Tensor, targets_BWK: Tensor) -> LossSums:
-    """−log p_j(target_j) in float32, summed over batch, windows and offsets (K-Forcing's training loss)."""
-    nll_BWK = target_nll(logits_BWKV, targets_BWK)
-    right_BWK = logits_BWKV.argmax(dim=-1) == targets_BWK
-    return block_sums(nll_BWK.sum(), nll_BWK[..., 0].numel(), right_BWK, nll_BWK)
+def hard_target_loss(
+    head: Callable[[Tensor], Tensor], states_BWKD: Tensor, targets_BWK: Tensor, chunk: int = CHUNK
+) -> LossSums:
+    """−log p_j(target_j) in float32, summed over batch, windows and offsets (K-Forcing's training loss).
+
+    Args:
+        head: states before the LM head → logits.
+        states_BWKD: what token j of each window is read from.
+        targets_BWK: int64.
+        chunk: tokens whose logits exist at a time.
+    """
+    states_RD, targets_R = states_BWKD.flatten(0, 2), targets_BWK.flatten()
+
+    def part(rows: slice) -> tuple[Tensor, ...]:
+        logits = head(states_RD[rows])
+        return target_nll(logits, targets_R[rows]), logits.detach().argmax(dim=-1) == targets_R[rows]
+
+    nll, right = (x.view(targets_BWK.shape) for x in in_chunks(part, len(targets_R), chunk))
+    return block_sums(nll.sum(), nll[..., 0].numel(), right, nll)
 
 
-def next_token_loss(backbone: PreTrainedModel, context_BN: Tensor) -> LossSums:
+def next_token_loss(backbone: PreTrainedModel, context_BN: Tensor, chunk: int = CHUNK) -> LossSums:
     """The AR model's next-token loss on packed blocks (its training loss as the pipeline's first stage)."""
     states = backbone.base_model(input_ids=context_BN, use_cache=False).last_hidden_state
-    logits = lm_head(backbone, states[:, :-1])
-    return hard_target_loss(logits[:, :, None], context_BN[:, 1:, None])
+    return hard_target_loss(head(backbone), states[:, :-1, None], context_BN[:, 1:, None], chunk)

@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kforcing.coupling import COUPLINGS
+from kforcing.losses import token_nll
 from kforcing.model import PushForwardLM
 from kforcing.rollout import ARTeacher
-from kforcing.staircase import Windows, ar_block_logits, read_context
+from kforcing.staircase import Windows, ar_block_states, head, read_context
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,17 @@ def window_scores(student: PushForwardLM, teacher: PreTrainedModel, windows: Win
     mine = student.draw(windows).tokens_BWK
     theirs = ARTeacher(teacher, COUPLINGS[student.config.design.coupling]).rollout(windows)
     context = read_context(teacher, windows.context_BN)
+    scores = student.scores(windows, theirs)
+
+    def teacher_nll(tokens_BWK: Tensor) -> Tensor:
+        return token_nll(head(teacher), ar_block_states(teacher, context, windows.anchors_BW, tokens_BWK), tokens_BWK)
+
     return WindowScores(
         match=mine == theirs,
-        student_nll=_nll(ar_block_logits(teacher, context, windows.anchors_BW, mine), mine),
-        teacher_nll=_nll(ar_block_logits(teacher, context, windows.anchors_BW, theirs), theirs),
-        target_nll=_nll(student.scores(windows, theirs).logits_BWKV.float(), theirs),
+        student_nll=teacher_nll(mine),
+        teacher_nll=teacher_nll(theirs),
+        target_nll=token_nll(scores.head, scores.states_BWKD, theirs),
     )
-
-
-def _nll(logits_BWKV: Tensor, tokens_BWK: Tensor) -> Tensor:
-    return -logits_BWKV.log_softmax(dim=-1).gather(-1, tokens_BWK[..., None]).squeeze(-1)
 
 
 @dataclass(frozen=True)

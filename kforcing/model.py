@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from kforcing.coupling import COUPLINGS
 from kforcing.readout import ArgmaxReadout, BlockScores, Draw, NoiseConfig
 from kforcing.sequential import SequentialConfig, SequentialReadout
-from kforcing.staircase import Context, Windows, head, lm_head
+from kforcing.staircase import BlockReader, Context, Windows, embeddings, head, lm_head, read_context
 
 FORMAT_VERSION = 2
 
@@ -124,7 +124,7 @@ class PushForwardLM(nn.Module):
         self.readout.grow(k)
 
     def scores(self, windows: Windows, tokens_BWK: Tensor, context: Context | None = None) -> BlockScores:
-        """Logits of every token of the windows' blocks, in one pass: see `Readout.scores`.
+        """What every token of the windows' blocks is read from, in one pass: see `Readout.scores`.
 
         Raises:
             ValueError: when the windows ask for more tokens than the student's k.
@@ -139,6 +139,11 @@ class PushForwardLM(nn.Module):
         """
         self._check_k(windows.k)
         return self.readout.draw(self.backbone, windows, context)
+
+    def tokens(self, windows: Windows, context: Context | None = None) -> Tensor:
+        """The (B, W, K) int64 tokens of `draw`, without keeping the logits they were picked from."""
+        self._check_k(windows.k)
+        return self.readout.tokens(self.backbone, windows, context)
 
     def forward(self, context_ids: Tensor, noise: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
         """Next-k-token logits: (B, N) int64 context and (B, K) noise, K ≤ k, → (B, K, V).
@@ -259,7 +264,7 @@ def build_backbone(config: dict[str, Any]) -> PreTrainedModel:
 
 
 def check_backbone(backbone: PreTrainedModel) -> None:
-    """Raise ValueError unless the backbone's logits are its LM head applied to its base model's states.
+    """Raise ValueError unless blocks can be read, and logits are the LM head applied to the base model's states.
 
     Soft-capped or scaled logits would silently be lost by the shared head of the hints.
     """
@@ -273,3 +278,6 @@ def check_backbone(backbone: PreTrainedModel) -> None:
             f"{type(backbone).__name__} changes its logits after the LM head (scaling or soft-capping); the hints "
             "share the head and would not see it. Choose a backbone without such a step, like Llama, Qwen or GPT-2."
         )
+    with torch.no_grad():
+        reader = BlockReader(backbone.base_model, read_context(backbone, ids).layers, ids[:, :1])
+        reader.read(embeddings(backbone)(ids[:, None, :1]))

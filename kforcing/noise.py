@@ -82,11 +82,23 @@ def spread_bits(z: Tensor, n: int) -> Tensor:
 
 
 def window_noise(key: Tensor | int, sequence_B: Tensor, anchors_BW: Tensor, k: int) -> Tensor:
-    """Noise of the windows of a batch: (B,) ids and (B, W) anchors give (B, W, k) float64 in (0, 1)."""
+    """Noise of the windows of a batch: (B,) ids and (B, W) anchors give (B, W, k) float64 in (0, 1).
+
+    Where an anchor repeats in a sequence its windows are independent draws: the d-th one counts in the offset's high bits.
+    """
     offsets_K = torch.arange(k, device=anchors_BW.device)
+    draws_BW = repetitions(anchors_BW)
     if isinstance(key, Tensor):
         key = key[:, None, None]
-    return uniform(key, sequence_B[:, None, None], anchors_BW[:, :, None], offsets_K)
+    return uniform(key, sequence_B[:, None, None], anchors_BW[:, :, None], offsets_K + (draws_BW[..., None] << 16))
+
+
+def repetitions(anchors_BW: Tensor) -> Tensor:
+    """How often each anchor came before in its sequence: (B, W) int64, zeros when all are different."""
+    sorted_BW, order_BW = anchors_BW.sort(dim=1, stable=True)
+    places_W = torch.arange(anchors_BW.shape[1], device=anchors_BW.device)
+    count_BW = places_W - torch.searchsorted(sorted_BW, sorted_BW)
+    return torch.empty_like(order_BW).scatter_(1, order_BW, count_BW)
 
 
 def sample_anchors(key: Tensor | int, sequence_B: Tensor, n_context: int, n_windows: int) -> Tensor:

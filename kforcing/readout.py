@@ -21,16 +21,30 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kforcing.staircase import BlockReader, Context, Reader, Windows, embeddings, lm_head, read_context
+from kforcing.losses import CHUNK
+from kforcing.staircase import BlockReader, Context, Reader, Windows, embeddings, head, lm_head, read_context
 
 
-class BlockScores(NamedTuple):
-    """Logits of every token of the windows' blocks."""
+@dataclass(frozen=True)
+class BlockScores:
+    """What every token of the windows' blocks is read from, before the LM head: logits are made on demand."""
 
-    logits_BWKV: Tensor
-    """What token j is read from."""
-    side: tuple[Tensor, ...] = ()
-    """Further (B, W, K − 1, V) logits for tokens 2 … K that training should also bring near the targets."""
+    states_BWKD: Tensor
+    """Final states; `head` makes token j's logits of row j."""
+    head: Callable[[Tensor], Tensor]
+    """(..., D) states → (..., V) logits."""
+    side_states: tuple[Tensor, ...] = ()
+    """Further (B, W, K − 1, D) states for tokens 2 … K, whose logits training should also bring near the targets."""
+
+    @property
+    def logits_BWKV(self) -> Tensor:
+        """What token j is read from, all of it at once."""
+        return self.head(self.states_BWKD)
+
+    @property
+    def side(self) -> tuple[Tensor, ...]:
+        """The (B, W, K − 1, V) logits of the side states."""
+        return tuple(self.head(states) for states in self.side_states)
 
 
 class Draw(NamedTuple):
@@ -60,7 +74,7 @@ class Readout(nn.Module):
     def scores(
         self, backbone: PreTrainedModel, windows: Windows, tokens_BWK: Tensor, context: Context | None = None
     ) -> BlockScores:
-        """Logits of every token of given blocks (teacher-forced where the read-out depends on the tokens before).
+        """What every token of given blocks is read from (teacher-forced where that depends on the tokens before).
 
         `context` is the pass over `windows.context_BN`, when the caller has it already.
         """
@@ -80,14 +94,25 @@ class Readout(nn.Module):
 
     def draw(self, backbone: PreTrainedModel, windows: Windows, context: Context | None = None) -> Draw:
         """One step of decoding: the tokens that the windows' noise maps to."""
+        logits, tokens = zip(*self._unroll(backbone, windows, context), strict=True)
+        return Draw(torch.stack(tokens, dim=2), torch.stack(logits, dim=2))
+
+    def tokens(self, backbone: PreTrainedModel, windows: Windows, context: Context | None = None) -> Tensor:
+        """The (B, W, K) tokens of `draw` alone, a few windows at a time: `CHUNK` tokens' logits exist at once."""
+        context = context or read_context(backbone, windows.context_BN)
+        made = []
+        for part in windows.split(max(1, CHUNK // (len(windows.context_BN) * windows.k))):
+            made.append(torch.stack([token_BW for _, token_BW in self._unroll(backbone, part, context)], dim=2))
+        return torch.cat(made, dim=1)
+
+    def _unroll(self, backbone: PreTrainedModel, windows: Windows, context: Context | None) -> Iterator[Turn]:
         context = context or read_context(backbone, windows.context_BN)
         reader = BlockReader(backbone.base_model, context.layers, windows.anchors_BW)
 
         def pick(logits_BWV: Tensor, offset: int) -> Tensor:
             return self.pick(logits_BWV, windows.noise_BWK[..., offset], windows.temperature_BW)
 
-        logits, tokens = zip(*self.turns(backbone, windows, reader, context.at(windows.anchors_BW), pick), strict=True)
-        return Draw(torch.stack(tokens, dim=2), torch.stack(logits, dim=2))
+        return self.turns(backbone, windows, reader, context.at(windows.anchors_BW), pick)
 
     @abstractmethod
     def grow(self, k: int) -> None:
@@ -172,14 +197,14 @@ class ArgmaxReadout(Readout):
         """p_j(· | context, z_1 … z_j): the tokens do not matter here."""
         context = context or read_context(backbone, windows.context_BN)
         reader = BlockReader(backbone.base_model, context.layers, windows.anchors_BW)
-        return BlockScores(self._logits(backbone, windows, reader))
+        return BlockScores(self._states(backbone, windows, reader), head(backbone))
 
-    def _logits(self, backbone: PreTrainedModel, windows: Windows, reader: Reader) -> Tensor:
+    def _states(self, backbone: PreTrainedModel, windows: Windows, reader: Reader) -> Tensor:
         noise_BWK = windows.noise_BWK
         block = self.noise_encoder(noise_BWK, windows.temperature_B[:, None, None].expand_as(noise_BWK))
         if windows.prefix_BWP is not None:
             block = torch.cat([embeddings(backbone)(windows.prefix_BWP), block], dim=2)
-        return lm_head(backbone, reader.read(block)[:, :, -windows.k :])
+        return reader.read(block)[:, :, -windows.k :]
 
     def pick(self, logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
         """The likeliest token; the noise has done its work inside the network."""
@@ -189,7 +214,8 @@ class ArgmaxReadout(Readout):
         self, backbone: PreTrainedModel, windows: Windows, reader: Reader, known_BWD: Tensor | None, pick: Pick
     ) -> Iterator[Turn]:
         """All k tokens from one pass."""
-        for offset, logits_BWV in enumerate(self._logits(backbone, windows, reader).unbind(2)):
+        logits_BWKV = lm_head(backbone, self._states(backbone, windows, reader))
+        for offset, logits_BWV in enumerate(logits_BWKV.unbind(2)):
             yield logits_BWV, pick(logits_BWV, offset)
 
     def grow(self, k: int) -> None:

@@ -1,11 +1,15 @@
-"""The decode loop without cache, slots or batches: slow, obvious, and what the engine has to equal token for token."""
+"""Slow and obvious versions of what the rest does fast, for tests and benchmarks to hold it against.
+
+`decode` is the decode loop without cache, slots or batches: what the engine has to equal token for token. `dense_states`
+and `dense_attention` are the staircase as one mask over context and blocks, at a cost of O((N + W·L)²).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kforcing.coupling import Coupling
@@ -69,3 +73,58 @@ def _ar_step(backbone: PreTrainedModel, coupling: Coupling | None) -> Step:
         return coupling(logits, noise[:, 0], temperature)[:, None]
 
     return step
+
+
+def staircase_mask(anchors_BW: Tensor, n_context: int, block: int) -> Tensor:
+    """(B, 1, N + W·L, N + W·L) bool, True = attend: context and all blocks in one pass."""
+    B, W = anchors_BW.shape
+    mask = torch.zeros(B, *[n_context + W * block] * 2, dtype=torch.bool, device=anchors_BW.device)
+    mask[:, :n_context, :n_context] = torch.ones_like(mask[0, :n_context, :n_context]).tril()
+    sees_context = torch.arange(n_context, device=anchors_BW.device) <= anchors_BW[..., None]
+    mask[:, n_context:, :n_context] = sees_context.repeat_interleave(block, dim=1)
+    window = torch.arange(W, device=anchors_BW.device).repeat_interleave(block)
+    mask[:, n_context:, n_context:] = (window[:, None] == window).tril()
+    return mask[:, None]
+
+
+def dense_states(stack: nn.Module, context_BND: Tensor, anchors_BW: Tensor, block_BWLD: Tensor) -> Tensor:
+    """What reading blocks after a context gives, in a single pass under the dense mask: (B, W, L, D).
+
+    Args:
+        stack: base model, with sdpa attention or the staircase's, which is the same here.
+        context_BND: input embeddings of the context.
+        anchors_BW: int64, position of the last context token each window sees.
+        block_BWLD: input embeddings of the blocks.
+    """
+    (B, N, _), (W, L) = context_BND.shape, block_BWLD.shape[1:3]
+    offsets_L = torch.arange(L, device=anchors_BW.device)
+    context = torch.arange(N, device=anchors_BW.device).expand(B, N)
+    states = stack(
+        inputs_embeds=torch.cat([context_BND, block_BWLD.flatten(1, 2)], dim=1),
+        position_ids=torch.cat([context, (anchors_BW[..., None] + 1 + offsets_L).flatten(1)], dim=1),
+        attention_mask=staircase_mask(anchors_BW, N, L),
+        use_cache=False,
+    ).last_hidden_state
+    return states[:, N:].unflatten(1, (W, L))
+
+
+def dense_attention(
+    q_BHSE: Tensor,
+    keys_BJNE: Tensor,
+    values_BJNE: Tensor,
+    own_keys_BJWTE: Tensor,
+    own_values_BJWTE: Tensor,
+    anchors_BW: Tensor,
+    scale: float,
+) -> Tensor:
+    """`kforcing.attention.staircase_attention` as one softmax under a dense mask: (B, S, H, E)."""
+    W, T = own_keys_BJWTE.shape[2:4]
+    L, N = q_BHSE.shape[2] // W, keys_BJNE.shape[2]
+    sees_context = (torch.arange(N) <= anchors_BW[..., None]).repeat_interleave(L, dim=1)
+    own = torch.kron(torch.eye(W), torch.ones(L, T).tril(T - L)).bool().expand(len(q_BHSE), -1, -1)
+    sees = torch.cat([sees_context, own], dim=2)[:, None]
+    groups = q_BHSE.shape[1] // keys_BJNE.shape[1]
+    keys = torch.cat([keys_BJNE, own_keys_BJWTE.flatten(2, 3)], dim=2).repeat_interleave(groups, dim=1)
+    values = torch.cat([values_BJNE, own_values_BJWTE.flatten(2, 3)], dim=2).repeat_interleave(groups, dim=1)
+    scores = (q_BHSE @ keys.mT * scale).masked_fill(~sees, -torch.inf)
+    return (scores.softmax(dim=-1) @ values).transpose(1, 2)

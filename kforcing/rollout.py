@@ -8,7 +8,8 @@ PFLM(k) give the targets of PFLM(2k), the paper's self-forcing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kforcing.coupling import Coupling
-from kforcing.losses import SoftTargets
+from kforcing.losses import CHUNK, SoftTargets
 from kforcing.model import PushForwardLM
+from kforcing.recompute import in_chunks
 from kforcing.staircase import BlockReader, Windows, embeddings, lm_head, read_context
 
 
@@ -35,33 +37,48 @@ class ARTeacher:
     def __init__(self, backbone: PreTrainedModel, coupling: Coupling):
         self.backbone, self.coupling = backbone.eval(), coupling
 
-    def steps(self, windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each offset the (B, W, V) float32 logits and the (B, W) token they give; keys and values are kept."""
-        context = read_context(self.backbone, windows.context_BN)
-        reader = BlockReader(self.backbone.base_model, context.layers, windows.anchors_BW)
-        states_BWD = context.at(windows.anchors_BW)
-        for j in range(windows.k):
-            logits_BWV = lm_head(self.backbone, states_BWD).float()
-            token_BW = self.coupling(logits_BWV, windows.noise_BWK[..., j], windows.temperature_BW)
-            yield logits_BWV, token_BW
-            if j + 1 < windows.k:
-                states_BWD = reader.read(embeddings(self.backbone)(token_BW)[:, :, None])[:, :, 0]
-
     @torch.no_grad()
     def rollout(self, windows: Windows) -> Tensor:
         """See `Teacher.rollout`."""
-        return torch.stack([token for _, token in self.steps(windows)], dim=2)
+        return self._unroll(windows, lambda logits: ())[0]
 
     @torch.no_grad()
     def labelled_rollout(self, windows: Windows, m: int) -> tuple[Tensor, SoftTargets]:
         """The rollout with the teacher's m likeliest tokens at each offset and their log-probabilities."""
-        tokens, ids, logp = [], [], []
-        for logits_BWV, token_BW in self.steps(windows):
-            best = logits_BWV.log_softmax(dim=-1).topk(min(m, logits_BWV.shape[-1]), dim=-1)
-            tokens.append(token_BW)
-            ids.append(best.indices)
-            logp.append(best.values)
-        return torch.stack(tokens, dim=2), SoftTargets(torch.stack(logp, dim=2), torch.stack(ids, dim=2))
+
+        def label(logits_RV: Tensor) -> tuple[Tensor, ...]:
+            best = logits_RV.topk(min(m, logits_RV.shape[-1]), dim=-1)
+            return best.values - logits_RV.logsumexp(dim=-1, keepdim=True), best.indices
+
+        tokens, logp, ids = self._unroll(windows, label)
+        return tokens, SoftTargets(logp, ids)
+
+    def _unroll(self, windows: Windows, label: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
+        """(B, W, K) tokens, and (B, W, K, …) what `label` makes of the (R, V) float32 logits behind them."""
+        context = read_context(self.backbone, windows.context_BN)
+        reader = BlockReader(self.backbone.base_model, context.layers, windows.anchors_BW)
+        states_BWD, shape = context.at(windows.anchors_BW), windows.anchors_BW.shape
+        temperature_R = windows.temperature_BW.flatten()
+        made = []
+        for j in range(windows.k):
+            step = partial(
+                self._step, states_BWD.flatten(0, 1), windows.noise_BWK[..., j].flatten(), temperature_R, label
+            )
+            made.append([x.unflatten(0, shape) for x in in_chunks(step, shape.numel(), CHUNK)])
+            if j + 1 < windows.k:
+                states_BWD = reader.read(embeddings(self.backbone)(made[-1][0])[:, :, None])[:, :, 0]
+        return [torch.stack(parts, dim=2) for parts in zip(*made, strict=True)]
+
+    def _step(
+        self,
+        states_RD: Tensor,
+        noise_R: Tensor,
+        temperature_R: Tensor,
+        label: Callable[[Tensor], tuple[Tensor, ...]],
+        rows: slice,
+    ) -> tuple[Tensor, ...]:
+        logits = lm_head(self.backbone, states_RD[rows]).float()
+        return self.coupling(logits, noise_R[rows], temperature_R[rows]), *label(logits)
 
 
 class StudentTeacher:
@@ -74,10 +91,11 @@ class StudentTeacher:
     @torch.no_grad()
     def rollout(self, windows: Windows) -> Tensor:
         """See `Teacher.rollout`."""
+        context = read_context(self.student.backbone, windows.context_BN)
         tokens_BWP: Tensor | None = windows.prefix_BWP
         made = []
         for noise in windows.noise_BWK.split(self.k, dim=2):
             step = dataclasses.replace(windows, noise_BWK=noise, prefix_BWP=tokens_BWP)
-            made.append(self.student.draw(step).tokens_BWK)
+            made.append(self.student.tokens(step, context))
             tokens_BWP = made[-1] if tokens_BWP is None else torch.cat([tokens_BWP, made[-1]], dim=2)
         return torch.cat(made, dim=2)

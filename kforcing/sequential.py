@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 from transformers import AutoModel, PreTrainedModel
 
 from kforcing.coupling import Coupling
+from kforcing.losses import CHUNK
 from kforcing.readout import BlockScores, Pick, Readout, Turn
+from kforcing.recompute import in_chunks
 from kforcing.staircase import BlockReader, Context, Reader, Windows, embeddings, head, lm_head, read_context
 
 
@@ -204,16 +207,15 @@ class SequentialReadout(Readout):
         context = context or read_context(backbone, windows.context_BN)
         reader = BlockReader(backbone.base_model, context.layers, windows.anchors_BW)
         trunk_BWD = self._trunk(backbone, windows, reader, context.at(windows.anchors_BW))
-        first_BW1V = lm_head(backbone, trunk_BWD[:, :, None])
+        first_BW1D = trunk_BWD[:, :, None]
         if windows.k == 1:
-            return BlockScores(first_BW1V)
-        drafts, draft_logits = self._drafts(backbone, windows, tokens_BWK)
+            return BlockScores(first_BW1D, head(backbone))
+        drafts, side = self._drafts(backbone, windows, tokens_BWK)
         hints_BWHD = self._hints(backbone, trunk_BWD, reader, drafts, windows.k)
         before_BWHD = embeddings(backbone)(tokens_BWK[..., :-1])
         corrections_BWHD, _ = self._head(trunk_BWD, hints_BWHD, before_BWHD, 1, self._first_entry(trunk_BWD))
-        side = (*draft_logits, lm_head(backbone, hints_BWHD)) if self.config.shortlist else draft_logits
-        logits = lm_head(backbone, hints_BWHD + corrections_BWHD)
-        return BlockScores(torch.cat([first_BW1V, logits], dim=2), side)
+        side = (*side, hints_BWHD) if self.config.shortlist else side
+        return BlockScores(torch.cat([first_BW1D, hints_BWHD + corrections_BWHD], dim=2), head(backbone), side)
 
     def turns(
         self, backbone: PreTrainedModel, windows: Windows, reader: Reader, known_BWD: Tensor | None, pick: Pick
@@ -258,7 +260,7 @@ class SequentialReadout(Readout):
     def _drafts(
         self, backbone: PreTrainedModel, windows: Windows, tokens_BWK: Tensor
     ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """Guesses (B, W) of tokens 1, 2, … for the hints to see, of which the first is known; bigram logits to train."""
+        """Guesses (B, W) of tokens 1, 2, … for the hints to see, of which the first is known; bigram states to train."""
         if self.config.draft == "none":
             return [], ()
         drafts = [tokens_BWK[..., 0]]
@@ -266,13 +268,20 @@ class SequentialReadout(Readout):
             return drafts, ()
 
         def bigram(tokens: Tensor) -> Tensor:
-            return lm_head(backbone, self.bigram(embeddings(backbone)(tokens)))
+            return self.bigram(embeddings(backbone)(tokens))
 
+        temperature_R, shape = windows.temperature_BW.flatten(), windows.anchors_BW.shape
         with torch.no_grad():
             for j in range(1, windows.k - 1):
-                logits = bigram(drafts[-1])
-                drafts.append(self.pick(logits, windows.noise_BWK[..., j], windows.temperature_BW))
+                states_RD, noise_R = bigram(drafts[-1]).flatten(0, 1), windows.noise_BWK[..., j].flatten()
+                guess = partial(self._guess, backbone, states_RD, noise_R, temperature_R)
+                drafts.append(in_chunks(guess, shape.numel(), CHUNK)[0].view(shape))
         return drafts, (bigram(tokens_BWK[..., :-1]),) if torch.is_grad_enabled() else ()
+
+    def _guess(
+        self, backbone: PreTrainedModel, states_RD: Tensor, noise_R: Tensor, temperature_R: Tensor, rows: slice
+    ) -> tuple[Tensor, ...]:
+        return (self.pick(lm_head(backbone, states_RD[rows]), noise_R[rows], temperature_R[rows]),)
 
     def _hints(
         self, backbone: PreTrainedModel, trunk_BWD: Tensor, reader: Reader, drafts: list[Tensor], k: int

@@ -5,22 +5,29 @@
 
 A window's block holds tokens already committed and hints, read together or a few entries at a time. Block entry l sits
 at position anchor + 1 + l, so a token committed to the block stands where it belongs, and so does the paper's hint, which
-stands at the position of the token it predicts. Context and blocks are two passes:
-the first leaves keys and values, the second reads them through a mask of (W·L) × (N + W·L), so the context is never
-recomputed for the blocks.
+stands at the position of the token it predicts. Context and blocks are two passes: the first leaves keys and values, the
+second reads them where they lie, through an attention function of its own (`kforcing.attention`) which transformers calls
+like any other. Nothing of the context is computed, copied or masked again for the blocks.
 
-Shapes: B batch, N context, W windows, P committed tokens, K hints, L block entries, D width, V vocabulary.
+Shapes: B batch, N context, W windows, P committed tokens, K hints, L block entries, D width, V vocabulary; J heads of keys,
+E their width.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from kforcing.attention import Staircase, has_causal_kernel, staircase_attention
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,14 @@ class Windows:
         prefix = None if self.prefix_BWP is None else self.prefix_BWP[index_R]
         return Windows(context, anchors, noise, self.temperature_B[index_R], prefix)
 
+    def split(self, size: int) -> Iterator[Windows]:
+        """At most `size` windows of every sequence at a time."""
+        for start in range(0, self.anchors_BW.shape[1], size):
+            some = slice(start, start + size)
+            prefix = None if self.prefix_BWP is None else self.prefix_BWP[:, some]
+            anchors, noise = self.anchors_BW[:, some], self.noise_BWK[:, some]
+            yield Windows(self.context_BN, anchors, noise, self.temperature_B, prefix)
+
     @property
     def temperature_BW(self) -> Tensor:
         """The temperature of each window, as a coupling wants it."""
@@ -71,14 +86,113 @@ class Context:
 
 def read_context(backbone: PreTrainedModel, context_BN: Tensor) -> Context:
     """A plain causal pass over (B, N) int64 token ids."""
-    # A cache without windows: block masks number keys by position, so none may be dropped.
-    out = backbone.base_model(input_ids=context_BN, past_key_values=DynamicCache(), use_cache=True)
-    return Context(out.last_hidden_state, cached_layers(out))
+    config: Any = backbone.config
+    layers = [PassLayer() for _ in range(config.num_hidden_layers)]
+    out = backbone.base_model(input_ids=context_BN, past_key_values=Cache(layers=[*layers]), use_cache=True)
+    return Context(out.last_hidden_state, [layer.kept for layer in layers])
 
 
-def cached_layers(out: Any) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each layer from the output of a base model."""
-    return [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+class PassLayer(CacheLayerMixin):
+    """Keys and values of one layer in one pass, as transformers wants them.
+
+    What is written replaces what was there, so a layer that is computed a second time for its gradients changes nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_initialized = True
+
+    @property
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the pass."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep (B, J, S, E) keys and values."""
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do."""
+
+    def get_seq_length(self) -> int:
+        """Tokens before the pass: none."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys to make a mask for, and the position of the first."""
+        return query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+
+class WindowLayer(PassLayer):
+    """Keys and values of the windows' entries in one layer: those of earlier reads, and those of the read in progress."""
+
+    def __init__(self, context: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor] | None, windows: int):
+        super().__init__()
+        self.context, self.before, self.windows = context, before, windows
+        self.attended = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep (B, J, W·L, E) keys and values behind those of earlier reads, as (B, J, W, T, E)."""
+        now = [x.unflatten(2, (self.windows, -1)) for x in (key_states, value_states)]
+        if self.before is not None:
+            now = [torch.cat([old, new], dim=3) for old, new in zip(self.before, now, strict=True)]
+        self.keys, self.values = now
+        return key_states, value_states
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What travels with a read down to the attention function of every layer."""
+
+    staircase: Staircase
+    layers: list[WindowLayer]
+
+
+ATTENTION = "staircase"
+# Settings of an attention that the kernels here do not know; anything else a model passes has no effect on blocks.
+UNKNOWN = ("softcap", "s_aux", "position_bias")
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    staircase: Passage | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function `staircase`: for reads of blocks; any other pass is sdpa's.
+
+    Raises ValueError for dropout, soft-capping, sinks or position biases in blocks.
+    """
+    if staircase is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    unknown = [name for name in UNKNOWN if kwargs.get(name) is not None] + ["dropout"] * (dropout > 0)
+    if unknown:
+        raise ValueError(
+            f"the attention of {type(module).__name__} has {', '.join(unknown)}, which blocks cannot be read with; "
+            "call eval() to switch dropout off, or choose a backbone like Llama, Qwen or GPT-2"
+        )
+    layer = staircase.layers[cast(int, module.layer_idx)]
+    layer.attended = True
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return staircase_attention(query, *layer.context, *layer.kept, staircase.staircase, scale), None
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 class Reader(Protocol):
@@ -97,43 +211,52 @@ class BlockReader:
     """Reads entries of the windows' blocks through a stack of transformer layers, a few at a time.
 
     Args:
-        stack: base model that takes `inputs_embeds`, `position_ids`, a 4-D boolean mask and a cache (sdpa attention).
+        stack: base model that takes `inputs_embeds`, `position_ids` and a cache and calls its attention through
+            transformers' `AttentionInterface`; it is set to the one registered here, which leaves other passes as they are.
         layers: the context's keys and values for each layer of the stack.
         anchors_BW: int64, position of the last context token each window sees.
     """
 
     def __init__(self, stack: nn.Module, layers: list[tuple[Tensor, Tensor]], anchors_BW: Tensor):
-        self.stack, self.layers, self.anchors_BW = stack, layers, anchors_BW
-        context_N = torch.arange(layers[0][0].shape[2], device=anchors_BW.device)
-        self.sees_BWS = context_N <= anchors_BW[..., None]
+        keys = layers[0][0]
+        self.stack, self.contexts, self.anchors_BW = stack, layers, anchors_BW
+        self.staircase = Staircase(anchors_BW, keys.shape[2], has_causal_kernel(keys))
+        self.own: list[tuple[Tensor, Tensor] | None] = [None] * len(layers)
         self.length = 0
 
     def fork(self, stack: nn.Module, depth: int) -> BlockReader:
         """See `Reader.fork`."""
         other = copy.copy(self)
-        other.stack, other.layers = stack, self.layers[-depth:]
+        other.stack, other.contexts, other.own = stack, self.contexts[-depth:], self.own[-depth:]
         return other
 
     def read(self, block_BWLD: Tensor) -> Tensor:
-        """The next L entries of every window, as input embeddings → their final hidden states (B, W, L, D)."""
+        """The next L entries of every window, as input embeddings → their final hidden states (B, W, L, D).
+
+        Raises ValueError for a stack that does not call its attention through transformers' `AttentionInterface`.
+        """
         B, W, L, D = block_BWLD.shape
         offsets_L = self.length + torch.arange(L, device=block_BWLD.device)
-        positions = (self.anchors_BW[..., None] + 1 + offsets_L).view(B, W * L)
-        # Keys lie as [context | earlier reads | this read], each read window by window.
-        own = torch.eye(W, dtype=torch.bool, device=block_BWLD.device)
-        causal = torch.ones(L, L, dtype=torch.bool, device=block_BWLD.device).tril()
-        before = self.sees_BWS.repeat_interleave(L, dim=1)
-        now = torch.kron(own, causal).expand(B, -1, -1)
-        mask = torch.cat([before, now], dim=2)[:, None]
-        out = self.stack(
+        layers = [WindowLayer(context, own, W) for context, own in zip(self.contexts, self.own, strict=True)]
+        stack = cast(PreTrainedModel, self.stack)
+        if stack.config._attn_implementation != ATTENTION:
+            stack.set_attn_implementation(ATTENTION)
+        out = stack(
             inputs_embeds=block_BWLD.reshape(B, W * L, D),
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=DynamicCache(ddp_cache_data=self.layers),
+            position_ids=(self.anchors_BW[..., None] + 1 + offsets_L).view(B, W * L),
+            attention_mask=torch.ones(
+                1, 1, 1, 1, dtype=torch.bool, device=block_BWLD.device
+            ),  # a made one is left alone
+            past_key_values=Cache(layers=[*layers]),
             use_cache=True,
+            staircase=Passage(self.staircase, layers),
         )
-        self.layers = cached_layers(out)
-        self.sees_BWS = torch.cat([self.sees_BWS, own.repeat_interleave(L, dim=1).expand(B, -1, -1)], dim=2)
+        if not all(layer.attended for layer in layers):
+            raise ValueError(
+                f"{type(stack).__name__} does not call its attention through transformers' AttentionInterface, so its "
+                "blocks cannot be read; choose a backbone like Llama, Qwen, Mistral, GPT-2 or GPT-NeoX"
+            )
+        self.own = [layer.kept for layer in layers]
         self.length += L
         return out.last_hidden_state.view(B, W, L, D)
 
@@ -160,10 +283,15 @@ def lm_head(backbone: PreTrainedModel, states: Tensor) -> Tensor:
     return head(backbone)(states)
 
 
+def ar_block_states(backbone: PreTrainedModel, context: Context, anchors_BW: Tensor, tokens_BWK: Tensor) -> Tensor:
+    """The AR model's states from which every token of given blocks is read, teacher-forced in one pass: (B, W, K, D)."""
+    states_BWKD = context.at(anchors_BW)[:, :, None]
+    if tokens_BWK.shape[2] == 1:
+        return states_BWKD
+    reader = BlockReader(backbone.base_model, context.layers, anchors_BW)
+    return torch.cat([states_BWKD, reader.read(embeddings(backbone)(tokens_BWK[..., :-1]))], dim=2)
+
+
 def ar_block_logits(backbone: PreTrainedModel, context: Context, anchors_BW: Tensor, tokens_BWK: Tensor) -> Tensor:
     """The AR model's logits for every token of given blocks, teacher-forced in one pass: (B, W, K, V) float32."""
-    states_BWKD = context.at(anchors_BW)[:, :, None]
-    if tokens_BWK.shape[2] > 1:
-        reader = BlockReader(backbone.base_model, context.layers, anchors_BW)
-        states_BWKD = torch.cat([states_BWKD, reader.read(embeddings(backbone)(tokens_BWK[..., :-1]))], dim=2)
-    return lm_head(backbone, states_BWKD).float()
+    return lm_head(backbone, ar_block_states(backbone, context, anchors_BW, tokens_BWK)).float()

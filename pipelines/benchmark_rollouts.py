@@ -85,7 +85,7 @@ def measure(config: Config, name: str, fingerprint: str) -> dict[str, Any]:
         "data_wait": spread([r["data_wait"] for r in records]),
         "seconds": round(sum(r["seconds"] for r in records), 1),
     }
-    tokens_a_row = stage.rollout.windows * config.student.k
+    tokens_a_row = stage.rollout.windows * stage.rollout.draws * config.student.k
     cache = config.root / name / "rollouts" / "manifest.json"
     if stage.rollout.cache:
         facts = json.loads(cache.read_text())

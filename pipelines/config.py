@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from kforcing.losses import CHUNK
 from kforcing.model import Design
 from kforcing.readout import NoiseConfig
 
@@ -123,6 +124,11 @@ class TrainConfig:
     """Ray GPUs a train worker reserves."""
     label: str | None = field(default=None, metadata=RUNTIME)
     """`key=value` label of the nodes train workers may use."""
+    loss_chunk: int = field(default=CHUNK, metadata=RUNTIME)
+    """Tokens whose logits over the whole vocabulary exist at a time; they are computed again in the backward pass."""
+    activation_checkpointing: bool = field(default=False, metadata=RUNTIME)
+    """Keep only the inputs of transformer layers, and compute the rest again in the backward pass: less memory, about a
+    third more time."""
     checkpoint_every: int = field(default=200, metadata=RUNTIME)
     """Steps between checkpoints an interrupted stage resumes from."""
     log_every: int = field(default=20, metadata=RUNTIME)
@@ -137,6 +143,8 @@ class RolloutConfig:
 
     windows: int = 32
     """Windows trained of each sequence's N."""
+    draws: int = 1
+    """Independent noises of each of those windows: a context is read once for all of them."""
     top_m: int | None = 32
     """For loss=soft: tokens of the teacher's distribution that travel with each target, with their log-probabilities;
     what is left is one tail. None ships tokens alone, and train workers take whole distributions from the AR model
@@ -145,8 +153,8 @@ class RolloutConfig:
     """Write rollouts to Parquet once and train several epochs from them, instead of streaming fresh ones."""
     cache_epochs: int = 4
     """How many times cached rollouts are trained on."""
-    batch: int = field(default=16, metadata=RUNTIME)
-    """Sequences in one teacher forward."""
+    batch: int | None = field(default=None, metadata=RUNTIME)
+    """Sequences in one teacher forward; none takes 16 on a CPU, and on a GPU as many as fit in half of its free memory."""
     actors: int = field(default=1, metadata=RUNTIME)
     """Rollout actors, each with its own copy of the teacher."""
     cpus_per_actor: float = field(default=0.5, metadata=RUNTIME)

@@ -207,6 +207,7 @@ class LocalStudent:
             config.rollout.top_m if config.loss == "soft" else None,
             config.rollout.batch,
             threads=1,
+            draws=config.rollout.draws,
         )
         actor, key, batch = RolloutActor(job), derive_key(config.seed, k, "own"), config.train.batch
 

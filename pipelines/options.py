@@ -79,8 +79,9 @@ def validate(config: Config) -> None:
                 f"{config.data.block} windows"
             )
         node_selector(stage.rollout.label)
-        for field in ("actors", "batch", "cache_epochs", "steps_per_chunk"):
-            _check_positive(f"rollout.{field}", getattr(stage.rollout, field))
+        for field in ("actors", "batch", "cache_epochs", "steps_per_chunk", "draws"):
+            if getattr(stage.rollout, field) is not None:
+                _check_positive(f"rollout.{field}", getattr(stage.rollout, field))
     _check_data(config)
     _check_teacher(config)
 
@@ -101,7 +102,7 @@ def _check_train(section: str, train: TrainConfig) -> None:
     _check_choices(f"{section}.schedule", train.schedule, ("constant", "cosine"))
     node_selector(train.label)
     _check_choices(f"{section}.warm_start", train.warm_start, ("previous", "teacher"))
-    for field in ("steps", "batch", "micro_batch", "lr", "workers", "checkpoint_every", "log_every"):
+    for field in ("steps", "batch", "micro_batch", "lr", "workers", "checkpoint_every", "log_every", "loss_chunk"):
         _check_positive(f"{section}.{field}", getattr(train, field))
     if not 0 <= train.ema < 1:
         raise ConfigError(f"{section}.ema={train.ema}: the decay must be in [0, 1); 0 switches the average off")

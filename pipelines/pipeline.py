@@ -17,7 +17,7 @@ from kforcing.model import build_backbone, check_backbone
 from pipelines.config import Config, fingerprint
 from pipelines.fidelity import EvalJob, SampleJob, evaluate_student, write_samples
 from pipelines.prepare import Prepared, eos_id, load_tokenizer, prepare
-from pipelines.report import training_log, write_report
+from pipelines.report import balance, balance_line, training_log, write_report
 from pipelines.rollout import RolloutJob, cache_rollouts, load_ar, peak_rss_mb
 from pipelines.stages import Stage, open_stage
 from pipelines.tracking import Tracker, model_files
@@ -152,6 +152,7 @@ class Pipeline:
             config.rollout.top_m if config.loss == "soft" else None,
             config.rollout.batch,
             threads=max(1, int(config.rollout.cpus_per_actor)),
+            draws=config.rollout.draws,
         )
         store = str(prepared.split("train"))
         if config.rollout.cache and config.student.design.learns(k):
@@ -187,6 +188,11 @@ class Pipeline:
         cost = {"name": stage.name, **cost_of(records)}
         if records:
             self.training[stage.name] = records
+        config = self.config.stage(stage.name)
+        if "rollout_s" in cost and not config.rollout.cache:
+            step_s = cost["seconds"] * (1 - cost["data_wait"]) / cost["steps"]
+            cost["balance"] = balance(cost["rollout_s"], config.rollout.actors, step_s, config.train.batch)
+            say(f"{stage.name}  {balance_line(cost)}")
         model = Model(stage.name, k, stage.folder, stage.fingerprint, figures, cost)
         self.models.append(model)
         return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +62,50 @@ def table(stages: list[Record]) -> str:
     return "\n".join(lines)
 
 
+def balance(rollout_s: float, actors: int, step_s: float, rows: int) -> Record:
+    """Which side of a streaming stage holds up the other, and how many rollout actors would make them equally fast.
+
+    Args:
+        rollout_s: seconds that one actor takes for a row.
+        actors: rollout actors.
+        step_s: seconds of a training step, without those it waited for rows.
+        rows: rows of a step, over all workers.
+    """
+    made, used = actors / rollout_s, rows / step_s
+    return {
+        "rollout_rows_per_s": made,
+        "train_rows_per_s": used,
+        "bottleneck": "rollouts" if made < used else "training",
+        "actors": actors,
+        "balanced_actors": math.ceil(rollout_s * used),
+    }
+
+
+def balance_line(cost: Record) -> str:
+    """A stage's balance in words."""
+    b = cost["balance"]
+    return (
+        f"{b['actors']} rollout actor{'s' * (b['actors'] > 1)} make {b['rollout_rows_per_s']:.1f} rows/s, training could use "
+        f"{b['train_rows_per_s']:.1f} and waited {cost['data_wait']:.0%} of its time: the bottleneck is {b['bottleneck']}, "
+        f"rollout.actors={b['balanced_actors']} would balance them"
+    )
+
+
 def cost_table(costs: list[Record]) -> str:
     """What each stage cost: steps, seconds, throughput, waiting, memory."""
     lines = [
-        "| stage | steps | seconds | train tokens/s | data wait | rollout rows/s | rollout actor peak MiB |",
-        "|---|---|---|---|---|---|---|",
+        "| stage | steps | seconds | train tokens/s | data wait | rows/s of an actor | actor peak MiB | bottleneck | actors, "
+        "balanced |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for c in costs:
         rate = f"{1 / c['rollout_s']:.1f}" if c.get("rollout_s") else "–"
+        b = c.get("balance")
+        sides = f"{b['bottleneck']} | {b['actors']}, {b['balanced_actors']}" if b else "– | –"
         memory = f"{c['rollout_rss_mb']:.0f}" if c.get("rollout_rss_mb") else "–"
         lines.append(
             f"| {c['name']} | {c['steps']} | {c['seconds']:.0f} | {c['tokens_per_s']:,.0f} | {c['data_wait']:.0%} | {rate} | "
-            f"{memory} |"
+            f"{memory} | {sides} |"
         )
     return "\n".join(lines)
 

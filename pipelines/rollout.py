@@ -21,19 +21,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kforcing.coupling import COUPLINGS
 from kforcing.model import Design, PushForwardLM
 from kforcing.noise import derive_key, sample_anchors, uniform, window_noise
-from kforcing.rollout import ARTeacher, StudentTeacher, Teacher
-from kforcing.staircase import Windows
+from kforcing.rollout import ARTeacher, StudentTeacher
+from kforcing.staircase import Windows, key_heads
 from pipelines.config import NoiseConfig, RolloutConfig, TrainConfig, node_selector
 from pipelines.stages import Stage
 from pipelines.store import MANIFEST, TokenStore, fixed_list, open_store, to_numpy, write_manifest, write_shard
 
 # Ray plans every chunk ahead; longer stages get longer chunks.
 MAX_CHUNKS = 20_000
+
+# Sequences in one forward on a CPU, where nothing is gained by more.
+CPU_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,11 @@ class RolloutJob:
     """The student's: its coupling and temperatures."""
     top_m: int | None
     """How many of the teacher's likeliest tokens label each target; none for tokens alone."""
-    batch: int
+    batch: int | None
+    """Sequences in one forward; none for as many as the device has room for."""
     threads: int
+    draws: int = 1
+    """Windows of each anchor, with independent noise."""
 
 
 def load_ar(folder: str, **extra: Any) -> Any:
@@ -114,7 +120,7 @@ class RolloutActor:
         torch.set_num_threads(job.threads)
         self.job = job
         self.device = pick_device()
-        self.teacher: Teacher
+        self.teacher: ARTeacher | StudentTeacher
         if job.ar:
             self.teacher = ARTeacher(load_ar(job.teacher).to(self.device), COUPLINGS[job.design.coupling])
         else:
@@ -123,11 +129,21 @@ class RolloutActor:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Rows of tokens → the same rows with anchors, targets, noise key, temperature and the cost of making them."""
         started = time.monotonic()
-        parts = [self._roll_out(table.slice(i, self.job.batch)) for i in range(0, len(table), self.job.batch)]
+        batch = self.job.batch or self._fitting(len(table["tokens"][0]))
+        parts = [self._roll_out(table.slice(i, batch)) for i in range(0, len(table), batch)]
         rolled = pa.concat_tables(parts)
         seconds = (time.monotonic() - started) / len(rolled)
         rolled = rolled.append_column("rollout_s", pa.array(np.full(len(rolled), seconds)))
         return rolled.append_column("rollout_rss_mb", pa.array(np.full(len(rolled), peak_rss_mb())))
+
+    def _fitting(self, context: int) -> int:
+        if self.device.type != "cuda":
+            return CPU_BATCH
+        backbone = self.teacher.backbone if isinstance(self.teacher, ARTeacher) else self.teacher.student.backbone
+        # With what torch has reserved and does not use, so that the answer does not shrink from call to call.
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        entries = self.job.windows * self.job.draws * self.job.k
+        return fitting_batch(free, pass_bytes(backbone, context, entries))
 
     def _roll_out(self, rows: pa.Table) -> pa.Table:
         job = self.job
@@ -137,6 +153,7 @@ class RolloutActor:
         seq = torch.from_numpy(rows["seq"].to_numpy().copy())
         tokens = torch.from_numpy(to_numpy(rows["tokens"]).astype(np.int64))
         anchors = sample_anchors(torch.from_numpy(anchor_keys), seq, tokens.shape[1], job.windows)
+        anchors = anchors.repeat_interleave(job.draws, dim=1)
         noise = window_noise(torch.from_numpy(keys), seq, anchors, job.k)
         temperature = draw_temperature(torch.from_numpy(anchor_keys), seq, job.design.noise)
         windows = Windows(*(x.to(self.device) for x in (tokens, anchors, noise, temperature)))
@@ -158,6 +175,24 @@ class RolloutActor:
         for name, column in columns.items():
             rows = rows.append_column(name, column)
         return rows
+
+
+def pass_bytes(backbone: PreTrainedModel, context: int, entries: int) -> int:
+    """Memory that one sequence of a rollout needs at most, about: `context` tokens and the `entries` of its blocks.
+
+    Keys and values of all layers, and what one layer works on: a dozen vectors of the model's width for each token that is
+    read at once. Logits are made in chunks and left out.
+    """
+    config: Any = backbone.config
+    size = next(backbone.parameters()).element_size()
+    heads, width = key_heads(backbone)
+    tokens = context + entries
+    return size * tokens * (2 * config.num_hidden_layers * heads * width + 12 * config.hidden_size)
+
+
+def fitting_batch(free: int, sequence: int) -> int:
+    """Sequences that fit in half of so many free bytes: a power of two from 1 to 1024."""
+    return 2 ** min(10, max(1, free // 2 // sequence).bit_length() - 1)
 
 
 def draw_temperature(keys_B: torch.Tensor, seq_B: torch.Tensor, noise: NoiseConfig) -> torch.Tensor:

@@ -22,11 +22,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kforcing.losses import LossSums, SoftTargets, block_sums, next_token_loss, soft_target_kl, target_nll
+from kforcing.losses import CHUNK, LossSums, SoftTargets, block_sums, next_token_loss, soft_target_kl, target_nll
 from kforcing.model import PushForwardLM
 from kforcing.noise import uniform, window_noise
 from kforcing.readout import BlockScores
-from kforcing.staircase import Context, Windows, ar_block_logits, read_context
+from kforcing.recompute import in_chunks
+from kforcing.staircase import Context, Windows, ar_block_states, lm_head, read_context
 from pipelines.store import to_numpy
 
 # Training's match is measured on every so-many-th window, since couplings over the whole vocabulary are not free.
@@ -88,64 +89,131 @@ def to_batch(table: pa.Table, device: torch.device | str, own_key: int = 0, own_
 
 
 class StudentStep(nn.Module):
-    """The push-forward loss of a micro-batch of rolled-out windows: `hard` or `soft` targets."""
+    """The push-forward loss of a micro-batch of rolled-out windows: `hard` or `soft` targets.
 
-    def __init__(self, model: PushForwardLM, loss: str = "hard"):
+    Args:
+        model: the student.
+        loss: `hard` or `soft`.
+        chunk: tokens whose logits exist at a time.
+    """
+
+    def __init__(self, model: PushForwardLM, loss: str = "hard", chunk: int = CHUNK):
         super().__init__()
-        self.model, self.loss = model, loss
+        self.model, self.loss, self.chunk = model, loss, chunk
 
     def forward(self, batch: WindowBatch) -> LossSums:
         """Sums of the loss over the windows."""
-        model, windows = self.model, batch.windows
-        targets = self._own_windows(batch)
-        context = read_context(model.backbone, windows.context_BN)
-        scores = model.scores(windows, targets, context)
-        nll = target_nll(scores.logits_BWKV, targets)
-        if self.loss == "hard":
-            loss = nll.sum() + self._side(scores, lambda logits: target_nll(logits, targets[..., 1:]))
-        else:
-            soft = batch.soft or self._local_targets(windows, context, targets)
-            later = soft.after_first()
-            loss = soft_target_kl(scores.logits_BWKV, soft).sum()
-            loss = loss + self._side(scores, lambda logits: soft_target_kl(logits, later))
-        some = slice(min(MATCH_STRIDE, nll.shape[1]) // 2, None, MATCH_STRIDE)
-        noise, temperature = windows.noise_BWK[:, some], windows.temperature_BW[:, some, None]
-        with torch.no_grad():
-            picked = model.readout.pick(scores.logits_BWKV[:, some], noise, temperature.expand_as(noise))
-        right, windows_here = picked == targets[:, some], nll[..., 0].numel()
+        windows, targets = batch.windows, self._own_windows(batch)
+        context = read_context(self.model.backbone, windows.context_BN)
+        scores = self.model.scores(windows, targets, context)
+        labels = None if self.loss == "hard" else self._labels(batch.soft, windows, context, targets)
+        rows, measured = targets[..., 0].numel(), measured_windows(targets.shape[1])
+        loss_R, nll_RK, right_RK = in_chunks(
+            ChunkLoss(self.model, scores, windows, targets, labels, measured), rows, max(1, self.chunk // windows.k)
+        )
         if batch.own_B is not None and not batch.own_B.all():  # a student's own tokens always match its noise
-            return block_sums(loss, windows_here, right[~batch.own_B], nll.detach()[~batch.own_B])
-        return block_sums(loss, windows_here, right, nll.detach())
+            given_B = ~batch.own_B
+            right_RK = right_RK[given_B.repeat_interleave(len(measured))]
+            nll_RK = nll_RK[given_B.repeat_interleave(targets.shape[1])]
+        return block_sums(loss_R.sum(), rows, right_RK, nll_RK)
 
     def _own_windows(self, batch: WindowBatch) -> Tensor:
         if batch.own_B is None:
             return batch.targets_BWK
         with torch.no_grad():  # all sequences, so that every rank gathers the same parameters under ZeRO 3
-            own = self.model.draw(batch.windows).tokens_BWK
+            own = self.model.tokens(batch.windows)
         return torch.where(batch.own_B[:, None, None], own, batch.targets_BWK)
 
-    @torch.no_grad()
-    def _local_targets(self, windows: Windows, context: Context, targets_BWK: Tensor) -> SoftTargets:
-        """Whole distributions from the AR model inside the student."""
+    def _labels(self, soft: SoftTargets | None, windows: Windows, context: Context, targets_BWK: Tensor) -> Labels:
+        """The labels that rollouts ship, or whole distributions from the AR model inside the student."""
+        if soft is not None:
+            return soft.rows
         assert self.model.config.design.exact_trunk, "no labels in the rollouts, and no AR model in the student"
-        logits = ar_block_logits(self.model.backbone, context, windows.anchors_BW, targets_BWK)
-        return SoftTargets(logits.log_softmax(dim=-1))
+        backbone = self.model.backbone
+        with torch.no_grad():
+            states_RKD = ar_block_states(backbone, context, windows.anchors_BW, targets_BWK).flatten(0, 1)
 
-    def _side(self, scores: BlockScores, loss: Callable[[Tensor], Tensor]) -> Tensor | float:
-        weight = self.model.config.design.sequential.side_weight
-        return sum((weight * loss(logits).sum() for logits in scores.side), 0.0)
+        def local(rows: slice) -> SoftTargets:
+            with torch.no_grad():
+                return SoftTargets(lm_head(backbone, states_RKD[rows]).float().log_softmax(dim=-1)[None])
+
+        return local
+
+
+Labels = Callable[[slice], SoftTargets]
+"""Some windows, those of all sequences in a line → the teacher's distributions along their targets."""
+
+
+def measured_windows(windows: int) -> range:
+    """The windows of each sequence that match is measured on."""
+    return range(min(MATCH_STRIDE, windows) // 2, windows, MATCH_STRIDE)
+
+
+class ChunkLoss:
+    """Loss, NLL and matches of some windows, from their states: what `in_chunks` calls.
+
+    Args:
+        model: the student.
+        scores: of all windows.
+        windows: B · W of them, taken as R rows here.
+        targets_BWK: int64 tokens.
+        labels: soft targets; none when the tokens are the targets.
+        measured: windows of each sequence that match is measured on.
+    """
+
+    def __init__(
+        self,
+        model: PushForwardLM,
+        scores: BlockScores,
+        windows: Windows,
+        targets_BWK: Tensor,
+        labels: Labels | None,
+        measured: range,
+    ):
+        self.model, self.head, self.labels, self.measured = model, scores.head, labels, measured
+        self.states_RKD = scores.states_BWKD.flatten(0, 1)
+        self.side_states = [states.flatten(0, 1) for states in scores.side_states]
+        self.targets_RK = targets_BWK.flatten(0, 1)
+        self.noise_RK = windows.noise_BWK.flatten(0, 1)
+        self.temperature_R = windows.temperature_BW.flatten()
+        self.width = targets_BWK.shape[1]
+
+    def __call__(self, rows: slice) -> tuple[Tensor, ...]:
+        """(r,) loss with gradient, (r, K) NLL, and (s, K) whether tokens of the measured windows are the targets."""
+        targets, logits = self.targets_RK[rows], self.head(self.states_RKD[rows]).float()
+        soft = None if self.labels is None else self.labels(rows)
+        token_loss_RK = _token_loss(logits, targets, soft)
+        loss_R = token_loss_RK.sum(dim=-1)
+        later = None if soft is None else soft.after_first()
+        for states in self.side_states:
+            side_RK = _token_loss(self.head(states[rows]), targets[:, 1:], later)
+            loss_R = loss_R + self.model.config.design.sequential.side_weight * side_RK.sum(dim=-1)
+        with torch.no_grad():  # last, so that recomputing the loss stops before it
+            nll_RK = token_loss_RK.detach() if soft is None else target_nll(logits, targets)
+            return loss_R, nll_RK, self._right(logits, rows)
+
+    def _right(self, logits_RKV: Tensor, rows: slice) -> Tensor:
+        index = [row for row in range(rows.start, rows.stop) if row % self.width in self.measured]
+        here = torch.tensor(index, dtype=torch.int64, device=logits_RKV.device)
+        noise = self.noise_RK[here]
+        temperature = self.temperature_R[here, None].expand_as(noise)
+        return self.model.readout.pick(logits_RKV[here - rows.start], noise, temperature) == self.targets_RK[here]
+
+
+def _token_loss(logits_RKV: Tensor, targets_RK: Tensor, soft: SoftTargets | None) -> Tensor:
+    return target_nll(logits_RKV, targets_RK) if soft is None else soft_target_kl(logits_RKV[None], soft)[0]
 
 
 class ARStep(nn.Module):
-    """The next-token loss of a micro-batch of token blocks."""
+    """The next-token loss of a micro-batch of token blocks; `chunk` tokens' logits exist at a time."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, chunk: int = CHUNK):
         super().__init__()
-        self.model = model
+        self.model, self.chunk = model, chunk
 
     def forward(self, batch: TokenBatch) -> LossSums:
         """Sums of the next-token loss over the blocks."""
-        return next_token_loss(self.model, batch.tokens_BN)
+        return next_token_loss(self.model, batch.tokens_BN, self.chunk)
 
 
 def optimizer_step(engine: Any, micro_batches: Sequence[TokenBatch | WindowBatch]) -> LossSums:

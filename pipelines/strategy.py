@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from pipelines.config import TrainConfig
 from pipelines.stages import StageError, write_json
@@ -69,9 +70,25 @@ def build_engine(module: nn.Module, train: TrainConfig, checkpoints: Path) -> An
     latest, world = latest_checkpoint(checkpoints), dist.get_world_size()
     universal = latest is not None and latest["world_size"] != world
     config = engine_config(train, world, universal)
+    if train.zero_stage == 3:
+        for part in module.modules():
+            if type(part) is nn.Linear and not part.weight.requires_grad:
+                part.__class__ = FrozenLinear
     trained = [p for p in module.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=config)
     return engine
+
+
+class FrozenLinear(nn.Linear):
+    """A linear map that is not trained, whose weights autograd keeps by an alias.
+
+    ZeRO 3 empties parameters as soon as their module has run. A pass that is computed again in a backward pass
+    (`kforcing.recompute`) needs them a little longer; torch sees to that for trained parameters alone.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) → (..., out)."""
+        return linear(x, self.weight.detach(), None if self.bias is None else self.bias.detach())
 
 
 def set_lr(engine: Any, lr: float) -> None:

@@ -22,8 +22,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from kforcing.losses import CHUNK
 from kforcing.model import Design, PushForwardLM
 from kforcing.noise import derive_key
+from kforcing.recompute import checkpoint_layers
 from pipelines import strategy
 from pipelines.config import RolloutConfig, TeacherConfig, TrainConfig, node_selector
 from pipelines.rollout import RolloutJob, StepPlan, load_ar, peak_rss_mb, pick_device, training_rows
@@ -57,7 +59,7 @@ class AR:
     eos: int
     seed: int
 
-    def build(self) -> nn.Module:
+    def build(self, chunk: int = CHUNK) -> nn.Module:
         """A new causal LM, the same on every worker."""
         torch.manual_seed(self.seed)
         config = LlamaConfig(
@@ -70,7 +72,8 @@ class AR:
             bos_token_id=self.eos,
             eos_token_id=self.eos,
         )
-        return ARStep(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        return ARStep(model, chunk)
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,11 @@ class Wrapped:
     loss: str
     seed: int
 
-    def build(self) -> nn.Module:
+    def build(self, chunk: int = CHUNK) -> nn.Module:
         """The wrapped teacher, the same on every worker."""
         torch.manual_seed(self.seed)
-        return StudentStep(PushForwardLM.from_backbone(load_ar(self.teacher), self.k, self.design), self.loss)
+        student = PushForwardLM.from_backbone(load_ar(self.teacher), self.k, self.design)
+        return StudentStep(student, self.loss, chunk)
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,11 @@ class Grown:
     k: int
     loss: str
 
-    def build(self) -> nn.Module:
+    def build(self, chunk: int = CHUNK) -> nn.Module:
         """The previous student, told its new k."""
         student = PushForwardLM.from_pretrained(self.previous)
         student.set_k(self.k)
-        return StudentStep(student, self.loss)
+        return StudentStep(student, self.loss, chunk)
 
 
 def fit(job: TrainJob, relay: Any) -> None:
@@ -161,7 +165,11 @@ def train_worker(config: dict[str, Any]) -> None:
     job: TrainJob = config["job"]
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))
-    module = job.init.build().eval()  # eval: dropout stays off, as in the paper, and a resumed step repeats exactly
+    module = job.init.build(
+        job.train.loss_chunk
+    ).eval()  # eval: no dropout, as in the paper, and a resumed step repeats exactly
+    if job.train.activation_checkpointing:
+        checkpoint_layers(module)
     checkpoints = Path(job.folder, "checkpoints")
     engine = strategy.build_engine(module, job.train, checkpoints)
     average = strategy.MovingAverage(engine, job.train.ema) if job.train.ema else None

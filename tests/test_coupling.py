@@ -1,11 +1,13 @@
 import math
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import given, settings
 from scipy import stats
 
-from kforcing.coupling import gumbel_max, inverse_cdf
+from kforcing import coupling
+from kforcing.coupling import COUPLINGS, gumbel_max, inverse_cdf
 from kforcing.noise import derive_key, spread_bits, uniform
 
 
@@ -113,3 +115,16 @@ def test_the_bits_of_one_uniform_spread_into_independent_ones():
     assert torch.equal(spread_bits(noise(5), 3), spread_bits(noise(5), 6)[:, :3])
     neighbour = noise(5) + 2.0**-52
     assert (spread_bits(neighbour, 6) != spread_bits(noise(5), 6)).all()
+
+
+@pytest.mark.parametrize("name", list(COUPLINGS))
+@pytest.mark.parametrize("temperature", [1.0, 0.7, "each"])
+def test_a_few_rows_at_a_time_are_drawn_the_same(monkeypatch, name, temperature):
+    logits = torch.randn(3, 37, 501, generator=torch.Generator().manual_seed(0)) * 4
+    z = noise(111).view(3, 37)
+    tau = torch.linspace(0.5, 1.5, 111).view(3, 37) if temperature == "each" else temperature
+    whole = COUPLINGS[name](logits, z, tau)
+    monkeypatch.setattr(coupling, "ENTRIES", 7 * 501)
+    assert torch.equal(COUPLINGS[name](logits, z, tau), whole)
+    if temperature == "each":
+        assert torch.equal(COUPLINGS[name](logits, z, tau[:, :1]), COUPLINGS[name](logits, z, tau[:, :1].expand(3, 37)))

@@ -9,7 +9,7 @@ def test_hard_target_loss_sums_by_offset():
     p = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]])
     logits = p.log()[None, None].expand(2, 1, 2, 3)
     targets = torch.tensor([[[0, 1]], [[2, 1]]])
-    sums = hard_target_loss(logits, targets)
+    sums = hard_target_loss(torch.nn.Identity(), logits, targets)
     expected = -torch.log(torch.tensor([0.5 * 0.25, 0.8 * 0.8]))
     torch.testing.assert_close(sums.nll_K, expected)
     assert sums.loss.item() == pytest.approx(expected.sum().item())

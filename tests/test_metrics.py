@@ -27,7 +27,7 @@ class UnrolledTeacher:
         return Draw(self.teacher.rollout(windows), torch.empty(0))
 
     def scores(self, windows, tokens):
-        return BlockScores(one_hot(self.draw(windows).tokens_BWK, VOCAB).float() * 100)
+        return BlockScores(one_hot(self.draw(windows).tokens_BWK, VOCAB).float() * 100, torch.nn.Identity())
 
 
 def windows():

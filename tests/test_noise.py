@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from scipy import stats
 
-from kforcing.noise import derive_key, philox4x32, sample_anchors, uniform, window_noise
+from kforcing.noise import derive_key, philox4x32, repetitions, sample_anchors, uniform, window_noise
 
 
 def words(*values):
@@ -82,3 +82,22 @@ def test_anchors_are_different_positions_and_cover_all():
 def test_too_many_windows_are_refused():
     with pytest.raises(ValueError, match="17 windows asked of a sequence with 16 positions"):
         sample_anchors(0, torch.tensor([1]), 16, 17)
+
+
+def test_windows_of_one_anchor_are_independent_draws():
+    key, ids = derive_key(4), torch.arange(300)
+    once = sample_anchors(key, ids, 20, 8)
+    z = window_noise(key, ids, once.repeat_interleave(3, dim=1), 4).unflatten(1, (8, 3))
+    assert torch.equal(z[:, :, 0], window_noise(key, ids, once, 4))  # the first draw is that of a single one
+    for one, other in ((0, 1), (1, 2)):
+        assert abs(torch.corrcoef(torch.stack([z[:, :, one].flatten(), z[:, :, other].flatten()]))[0, 1]) < 0.03
+    assert z.unique().numel() == z.numel()
+    assert stats.kstest(z.flatten().numpy(), "uniform").pvalue > 1e-3
+
+
+def test_a_draw_depends_on_its_number_and_anchor_alone():
+    anchors = torch.tensor([[7, 2, 7, 2, 7]])
+    assert repetitions(anchors).tolist() == [[0, 0, 1, 1, 2]]
+    z = window_noise(1, torch.tensor([5]), anchors, 2)
+    assert torch.equal(z[:, [0, 2]], window_noise(1, torch.tensor([5]), torch.tensor([[7, 7]]), 2))
+    assert torch.equal(z[:, 3], window_noise(1, torch.tensor([5]), torch.tensor([[2, 2]]), 2)[:, 1])

@@ -1,7 +1,10 @@
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig
 
-from kforcing.staircase import BlockReader, ar_block_logits, lm_head, read_context
+from kforcing import PushForwardLM, attention
+from kforcing.reference import dense_states, staircase_mask
+from kforcing.staircase import ATTENTION, BlockReader, Windows, ar_block_logits, embeddings, lm_head, read_context
 from tests.conftest import VOCAB, make_backbone
 
 
@@ -12,32 +15,10 @@ def windows(seed=0, B=3, N=9, W=4, P=3):
     return context, anchors, torch.randint(0, VOCAB, (B, W, P), generator=g)
 
 
-def staircase_mask(anchors_BW, n_context, block):
-    """The dense reference: (B, 1, N + W·L, N + W·L), True = attend, context and all blocks in one pass."""
-    B, W = anchors_BW.shape
-    rows = n_context + W * block
-    mask = torch.zeros(B, rows, rows, dtype=torch.bool)
-    mask[:, :n_context, :n_context] = torch.ones(n_context, n_context).tril().bool()
-    sees_context = torch.arange(n_context) <= anchors_BW[..., None]
-    mask[:, n_context:, :n_context] = sees_context.repeat_interleave(block, dim=1)
-    mask[:, n_context:, n_context:] = torch.block_diag(*[torch.ones(block, block).tril()] * W).bool()
-    return mask[:, None]
-
-
-def dense_states(backbone, context, anchors, block):
+def dense_block_states(backbone, context, anchors, block):
     """Block states of a single pass under the dense mask."""
-    N, (W, L) = context.shape[1], block.shape[1:3]
     embed = backbone.get_input_embeddings()
-    positions = torch.cat(
-        [torch.arange(N).expand(len(context), N), (anchors[..., None] + 1 + torch.arange(L)).flatten(1)], dim=1
-    )
-    states = backbone.base_model(
-        inputs_embeds=embed(torch.cat([context, block.flatten(1)], dim=1)),
-        position_ids=positions,
-        attention_mask=staircase_mask(anchors, N, L),
-        use_cache=False,
-    ).last_hidden_state
-    return states[:, N:].unflatten(1, (W, L))
+    return dense_states(backbone.base_model, embed(context), anchors, embed(block))
 
 
 def two_pass_states(backbone, context, anchors, block, split=None):
@@ -65,7 +46,7 @@ def test_reading_blocks_equals_one_dense_pass_with_its_gradients(backbone, split
     context, anchors, block = windows()
     weights = torch.randn(3, 4, 3, 16, generator=torch.Generator().manual_seed(1))
     gradients = []
-    dense = dense_states(backbone, context, anchors, block)
+    dense = dense_block_states(backbone, context, anchors, block)
     two = two_pass_states(backbone, context, anchors, block, split)
     torch.testing.assert_close(two, dense, rtol=1e-4, atol=1e-5)
     for states in (dense, two):
@@ -74,6 +55,93 @@ def test_reading_blocks_equals_one_dense_pass_with_its_gradients(backbone, split
         gradients.append([p.grad.clone() for p in backbone.base_model.parameters()])
     for expected, actual in zip(*gradients, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+def assert_same_with_gradients(mine, theirs, backbone, seed=1):
+    """States to 1e-5, gradients to 1e-5 of each tensor's largest entry (or of the largest of all, where it is tiny)."""
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    weights = torch.randn(mine.shape, generator=torch.Generator().manual_seed(seed))
+    parameters = list(backbone.base_model.parameters())
+    gradients = [torch.autograd.grad(x, parameters, weights, allow_unused=True) for x in (mine, theirs)]
+    largest = max(g.abs().max() for g in gradients[1] if g is not None)
+    for actual, expected in zip(*gradients, strict=True):
+        if expected is not None:
+            assert (actual - expected).abs().max() < 1e-5 * max(expected.abs().max(), 0.1 * largest)
+
+
+@pytest.mark.parametrize("k", range(1, 9))
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("kind", ["full", "sampled"])
+def test_training_passes_of_every_k_equal_the_dense_one(monkeypatch, name, k, kind):
+    monkeypatch.setattr(attention, "WINDOWS_A_CALL", 8)
+    backbone, N = make_backbone(name, scale=2.0), 20
+    g = torch.Generator().manual_seed(k)
+    context = torch.randint(0, VOCAB, (2, N), generator=g)
+    sampled = torch.randint(0, N, (2, 13), generator=g).sort(dim=1).values  # with repeats, different in each row
+    anchors = torch.arange(N).expand(2, N) if kind == "full" else sampled
+    block = torch.randint(0, VOCAB, (2, anchors.shape[1], k), generator=g)
+    dense = dense_block_states(backbone, context, anchors, block)
+    assert_same_with_gradients(two_pass_states(backbone, context, anchors, block), dense, backbone)
+
+
+def test_512_tokens_with_all_their_windows():
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+    )
+    torch.manual_seed(0)
+    backbone = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    context, block = torch.randint(0, VOCAB, (1, 512)), torch.randint(0, VOCAB, (1, 512, 2))
+    anchors = torch.arange(512)[None]
+    dense = dense_block_states(backbone, context, anchors, block)
+    assert_same_with_gradients(two_pass_states(backbone, context, anchors, block), dense, backbone)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_both_teacher_passes_of_self_forcing_equal_the_dense_one(name, k):
+    """The second has k committed tokens between context and hints."""
+    student = PushForwardLM.from_backbone(make_backbone(name, scale=2.0), k).eval()
+    context, anchors, tokens = windows(P=k)
+    noise = torch.rand(3, 4, k, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    embed, hints = embeddings(student.backbone), student.readout.noise_encoder(noise, torch.ones_like(noise))
+    for prefix in (None, tokens):
+        block = hints if prefix is None else torch.cat([embed(prefix), hints], dim=2)
+        states = dense_states(student.backbone.base_model, embed(context), anchors, block)[:, :, -k:]
+        mine = student.scores(Windows(context, anchors, noise, torch.ones(3), prefix), tokens).logits_BWKV
+        assert_same_with_gradients(mine, lm_head(student.backbone, states), student.backbone)
+        hints = student.readout.noise_encoder(noise, torch.ones_like(noise))
+
+
+def test_other_passes_do_not_notice(backbone):
+    ids, anchors, block = windows()
+    before, record = backbone(input_ids=ids).logits, backbone.config.to_dict()
+    two_pass_states(backbone, ids, anchors, block)
+    assert backbone.config._attn_implementation == ATTENTION
+    assert torch.equal(backbone(input_ids=ids).logits, before)
+    assert backbone.config.to_dict() == record
+    padded = torch.ones_like(ids)
+    padded[0, :3] = 0
+    with_mask = backbone(input_ids=ids, attention_mask=padded).logits
+    backbone.set_attn_implementation("sdpa")
+    assert torch.equal(backbone(input_ids=ids, attention_mask=padded).logits, with_mask)
+
+
+def test_a_backbone_with_an_attention_of_its_own_is_refused():
+    config = FalconConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=4)
+    backbone = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match="FalconModel does not call its attention through"):
+        PushForwardLM.from_backbone(backbone, 2)
+
+
+def test_blocks_are_not_read_with_dropout():
+    backbone = make_backbone("gpt2")
+    with pytest.raises(ValueError, match="dropout, which blocks cannot be read with; call eval"):
+        two_pass_states(backbone.train(), *windows())
 
 
 def test_each_window_sees_what_a_plain_pass_over_its_own_context_sees(backbone):

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from kforcing import Design, NoiseConfig, PushForwardLM
 from kforcing.losses import LossSums, hard_target_loss
+from kforcing.recompute import checkpoint_layers
 from kforcing.staircase import Windows
 from pipelines import strategy
 from pipelines.config import TrainConfig
@@ -19,18 +20,25 @@ pytestmark = pytest.mark.cluster
 TRAIN = TrainConfig(batch=8, micro_batch=2, lr=1e-2, clip=1.0, ema=0.9, workers=2)
 
 
-def step_module():
+def step_module(chunk=10**6):
     student = PushForwardLM.from_backbone(make_backbone(scale=2.0), k=2, design=Design(noise=NoiseConfig(0.25, 8.0)))
     torch.manual_seed(1)
     for parameter in student.readout.parameters():
         parameter.data.normal_(0, 0.1)
-    return StudentStep(student).eval()
+    return StudentStep(student, chunk=chunk).eval()
 
 
-def sequential_module():
+def frugal_module():
+    """The same with logits of 4 tokens at a time, and layers computed again: what ranks run."""
+    module = step_module(chunk=4)
+    checkpoint_layers(module)
+    return module
+
+
+def sequential_module(chunk=4):
     """A sequential student with a frozen trunk, whose labels come from that trunk."""
     torch.manual_seed(1)
-    return StudentStep(make_sequential(make_backbone(scale=2.0), k=2, hint_layers=1), "soft")
+    return StudentStep(make_sequential(make_backbone(scale=2.0), k=2, hint_layers=1), "soft", chunk)
 
 
 def windows(step, rows, n_windows):
@@ -57,7 +65,7 @@ def uneven_micro_batches(step, rank, world):
     return [windows(step, rows, 3) for rows in parts[rank * 4 // world : (rank + 1) * 4 // world]]
 
 
-def train(rank, world, out, zero_stage, deal, steps=3, resume_at=None, precision="fp32", module=step_module):
+def train(rank, world, out, zero_stage, deal, steps=3, resume_at=None, precision="fp32", module=frugal_module):
     config = dataclasses.replace(TRAIN, zero_stage=zero_stage, workers=world, precision=precision)
     engine = strategy.build_engine(module(), config, out / "checkpoints")
     average = strategy.MovingAverage(engine, config.ema)
@@ -149,7 +157,7 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(tmp_path, plain, zero_
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_a_frozen_trunk_stays_out_of_training_and_resuming(tmp_path, zero_stage):
     """Weights that come back are the trained ones, and those of plain torch; 2 ranks, then resumed by 1."""
-    plainly = train_plainly(sequential_module())
+    plainly = train_plainly(sequential_module(chunk=10**6))
     assert not any("backbone" in name for name in plainly)
     run(tmp_path, "frozen", 2, zero_stage, even_micro_batches, steps=2, module=sequential_module)
     options = {"steps": 3, "resume_at": 2, "module": sequential_module}
@@ -164,7 +172,7 @@ def test_bf16_trains_close_to_fp32(tmp_path, plain):
 
 
 def test_a_frozen_trunk_trains_in_bf16_too(tmp_path):
-    plainly = train_plainly(sequential_module())
+    plainly = train_plainly(sequential_module(chunk=10**6))
     weights = run(tmp_path, "bf16", 2, 2, even_micro_batches, precision="bf16", module=sequential_module)
     torch.testing.assert_close(weights["losses"], plainly["losses"], rtol=0.1, atol=0.01)
     assert not any("backbone" in name for name in weights)
@@ -196,7 +204,7 @@ def _check_reduce(rank, world):
     logits = torch.zeros(1 + 2 * rank, 1, 2, 4)
     logits[..., 1] = 5.0
     targets = torch.full((1 + 2 * rank, 1, 2), rank)
-    sums: LossSums = hard_target_loss(logits, targets)
+    sums: LossSums = hard_target_loss(torch.nn.Identity(), logits, targets)
     means = reduce_sums(sums)
     assert means["tokens"] == 8
     assert means["match"] == [0.75, 0.75]

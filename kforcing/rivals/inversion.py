@@ -21,7 +21,17 @@ from kforcing.losses import LossSums, hard_target_loss
 from kforcing.model import PushForwardLM
 from kforcing.readout import BlockScores, NoiseConfig, Pick, Readout, Turn
 from kforcing.rivals.rows import TextWindows
-from kforcing.staircase import BlockReader, Context, Reader, Windows, ar_block_logits, embeddings, lm_head, read_context
+from kforcing.staircase import (
+    BlockReader,
+    Context,
+    Reader,
+    Windows,
+    ar_block_logits,
+    embeddings,
+    head,
+    lm_head,
+    read_context,
+)
 
 
 def invert(logits: Tensor, tokens: Tensor, u: Tensor) -> Tensor:
@@ -56,7 +66,8 @@ class InversionStep(nn.Module):
             noise_BWK = invert(logits, tokens_BWK, batch.noise_BWK)
         temperature_B = torch.ones(len(tokens_BWK), device=tokens_BWK.device)
         windows = Windows(batch.tokens_BN, batch.anchors_BW, noise_BWK, temperature_B)
-        return hard_target_loss(self.student.scores(windows, tokens_BWK).logits_BWKV, tokens_BWK)
+        scores = self.student.scores(windows, tokens_BWK)
+        return hard_target_loss(scores.head, scores.states_BWKD, tokens_BWK)
 
 
 class HeadsReadout(Readout):
@@ -87,19 +98,17 @@ class HeadsReadout(Readout):
     ) -> BlockScores:
         """p_j(· | context, z_1 … z_k)."""
         context = context or read_context(backbone, windows.context_BN)
-        return BlockScores(
-            self._logits(backbone, windows, BlockReader(backbone.base_model, context.layers, windows.anchors_BW))
-        )
+        reader = BlockReader(backbone.base_model, context.layers, windows.anchors_BW)
+        return BlockScores(self._states(backbone, windows, reader), head(backbone))
 
-    def _logits(self, backbone: PreTrainedModel, windows: Windows, reader: Reader) -> Tensor:
+    def _states(self, backbone: PreTrainedModel, windows: Windows, reader: Reader) -> Tensor:
         if windows.k != self.k:
             raise ValueError(f"k={windows.k}: this student's one hint carries exactly {self.k} noises")
         block = self.encode(windows.noise_BWK)
         if windows.prefix_BWP is not None:
             block = torch.cat([embeddings(backbone)(windows.prefix_BWP), block], dim=2)
         state_BWD = reader.read(block)[:, :, -1]
-        states = [state_BWD + nn.functional.silu(part(state_BWD)) for part in self.heads]
-        return lm_head(backbone, torch.stack(states, dim=2))
+        return torch.stack([state_BWD + nn.functional.silu(part(state_BWD)) for part in self.heads], dim=2)
 
     def pick(self, logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
         """The likeliest token."""
@@ -109,7 +118,7 @@ class HeadsReadout(Readout):
         self, backbone: PreTrainedModel, windows: Windows, reader: Reader, known_BWD: Tensor | None, pick: Pick
     ) -> Iterator[Turn]:
         """All k tokens from one pass."""
-        for offset, logits_BWV in enumerate(self._logits(backbone, windows, reader).unbind(2)):
+        for offset, logits_BWV in enumerate(lm_head(backbone, self._states(backbone, windows, reader)).unbind(2)):
             yield logits_BWV, pick(logits_BWV, offset)
 
     def grow(self, k: int) -> None:
@@ -121,10 +130,10 @@ def silent_heads(width: int, n: int) -> nn.ModuleList:
     """n linear maps that give zeros until they are trained: residual heads begin as the LM head they share."""
     heads = nn.ModuleList()
     for _ in range(n):
-        head = nn.Linear(width, width)
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
-        heads.append(head)
+        part = nn.Linear(width, width)
+        nn.init.zeros_(part.weight)
+        nn.init.zeros_(part.bias)
+        heads.append(part)
     return heads
 
 

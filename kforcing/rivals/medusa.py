@@ -20,7 +20,7 @@ from kforcing.coupling import Coupling
 from kforcing.losses import LossSums, hard_target_loss
 from kforcing.rivals.inversion import silent_heads
 from kforcing.rivals.rows import Decoded, RowReader, Rows, TextWindows, packed, run, verify
-from kforcing.staircase import embeddings, lm_head
+from kforcing.staircase import embeddings, head, lm_head
 
 
 class MedusaHeads(nn.Module):
@@ -50,8 +50,7 @@ class MedusaStep(nn.Module):
         with torch.no_grad():
             states_BND = backbone.base_model(input_ids=batch.tokens_BN, use_cache=False).last_hidden_state
         at = batch.anchors_BW[..., None].expand(-1, -1, states_BND.shape[-1])
-        logits = lm_head(backbone, self.heads(states_BND.gather(1, at)))
-        return hard_target_loss(logits, batch.following_BWK[..., 1:])
+        return hard_target_loss(head(backbone), self.heads(states_BND.gather(1, at)), batch.following_BWK[..., 1:])
 
 
 class MedusaDecoder:

@@ -65,7 +65,7 @@ class TextConfig:
 class RivalsConfig:
     """Other methods on the same backbone, corpus and budget."""
 
-    share: float = 0.12
+    share: float = 0.1
     """Of the FLOPs that the run's students were trained with: what each method may spend."""
     only: str | None = None
     """Methods to train, separated by commas; none for all, `off` for none."""

@@ -16,12 +16,17 @@ from pipelines.evaluation.subject import Subject
 
 SHOWN = 12
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1a1a1a; background: #fff }
-h2 { font-size: 1rem; margin: 2.2rem 0 .4rem; font-weight: 600 } h2 span { font-weight: 400; color: #555 }
-table { border-collapse: collapse; width: 100%; table-layout: fixed } th { text-align: left; font-weight: 600; width: 15rem }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem }
+body { color: #1a1a1a; background: #fff }
+h2 { font-size: 1rem; margin: 2.2rem 0 .4rem; font-weight: 600 }
+h2 span { font-weight: 400; color: #555 }
+table { border-collapse: collapse; width: 100%; table-layout: fixed }
+th { text-align: left; font-weight: 600; width: 15rem }
 td, th { vertical-align: top; padding: .35rem .7rem .35rem 0; border-top: 1px solid #ddd; overflow-wrap: anywhere }
-td.n { width: 7rem; color: #555; font-variant-numeric: tabular-nums } code { white-space: pre-wrap; font: 14px/1.5 ui-monospace, monospace }
-.first { background: #b3261e; color: #fff; border-radius: 2px } .after { background: #fdecea } .prompt { color: #777 }
+td.n { width: 7rem; color: #555; font-variant-numeric: tabular-nums }
+code { white-space: pre-wrap; font: 14px/1.5 ui-monospace, monospace }
+.first { background: #b3261e; color: #fff; border-radius: 2px }
+.after { background: #fdecea }
 """
 
 
@@ -53,9 +58,9 @@ def write_page(path: Path, subject: Subject, rows: list[Row], results: dict[str,
     title = f"{html.escape(subject.name)}: the same prompts under the same noise"
     path.write_text(
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>\n<h1>{title}</h1>\n"
-        "<p>Each decoder against the AR model that draws by the same coupling. <code><span class=first>first token</span></code> that "
-        "differs, <code><span class=after>what follows</span></code>; the number counts tokens before it. Decoders that verify never "
-        "differ.</p>\n" + "\n".join(blocks) + "\n</html>\n"
+        "<p>Each decoder against the AR model that draws by the same coupling. <code><span class=first>First token</span></code> "
+        "that differs, <code><span class=after>what follows</span></code>; the number counts tokens before it. Decoders that "
+        "verify never differ.</p>\n" + "\n".join(blocks) + "\n</html>\n"
     )
 
 

@@ -140,9 +140,9 @@ def markdown(report: Record, config: EvaluationConfig, subject: Subject, plots: 
     """The report for people."""
     sections = [
         f"# Evaluation of {subject.name}",
-        f"{len(report['rows'])} ways to decode, measured in {report['seconds']:.0f} s (parts that were there before not counted). "
-        "Brackets hold 95% intervals, bootstrapped over documents. Every figure comes from a run on this machine unless it is "
-        "marked as reported.",
+        f"{len(report['rows'])} ways to decode, measured in {report['seconds']:.0f} s (without parts that were finished "
+        "before). Brackets hold 95% intervals, bootstrapped over documents. Every figure comes from a run on this machine "
+        "unless it is marked as reported.",
         "## Every rival, one table",
         rivals_table(report, config),
         _legend(report, config),
@@ -215,18 +215,20 @@ def _legend(report: Record, config: EvaluationConfig) -> str:
     references, text = report["references"], config.text
     ppl = report["gen_ppl_again"]
     lines = [
-        f"* Texts: {text.prompts} held-out prompts of {text.prompt_tokens} tokens, {text.new_tokens} new ones. The AR model's text under "
-        f"other noise: NLL {_figure(references['nll'])}, entropy {references['entropy']['value']:.2f}"
+        f"* Texts: {text.prompts} held-out prompts of {text.prompt_tokens} tokens, {text.new_tokens} new ones. The AR model's "
+        f"text under other noise: NLL {_figure(references['nll'])}, entropy {references['entropy']['value']:.2f}"
         + (f", Gen-PPL {_figure(ppl, 1)}" if ppl else "")
         + ". NLL and Gen-PPL are two-sided: lower than AR's with a lower entropy is a collapse towards modes, not quality.",
         f"* Joint TV: total variation to the AR model's next four tokens in {config.fidelity.buckets}⁴ hashed cells, "
-        f"{config.fidelity.samples:,} samples after each of {config.fidelity.contexts} prompts; between two samples of the AR model "
-        f"{_figure(references['joint']['tv'], 3)}, of independent draws from its marginals "
+        f"{config.fidelity.samples:,} samples after each of {config.fidelity.contexts} prompts; between two samples of the AR "
+        f"model {_figure(references['joint']['tv'], 3)}, of independent draws from its marginals "
         f"{_figure(references['joint_independent']['tv'], 3)}.",
-        "* Tokens until it leaves: how long a text is the AR model's own under the same noise (decoders that verify: to its end).",
-        "* Passes count every model that runs. A pass of the AR model reads one token, one of K-Forcing 2k, one of MDLM the whole text.",
-        f"* Every method had {config.rivals.share:g} of the FLOPs of the run's own students, teacher passes and rollouts included. "
-        "Speed: the whole decoding with its prompts, medians, this machine. `transformers` assists one prompt at a time.",
+        "* Tokens until it leaves: how long a text is the AR model's own under the same noise; of decoders that verify all of it.",
+        "* Passes count every model that runs. A pass of the AR model reads one token, one of the paper's K-Forcing 2k, one of "
+        "MDLM the whole text.",
+        f"* Every method had {config.rivals.share:g} of the FLOPs of the run's own students, teacher passes and rollouts "
+        "included. Speed: the whole decoding with its prompts, medians, this machine. `transformers` assists one prompt at a "
+        "time.",
     ]
     methods = {row["method"] for row in report["rows"] if row["method"]}
     lines += [f"* `{name}`: {text}." for name, text in METHODS.items() if name in methods]
@@ -291,7 +293,8 @@ def joint_table(joint: Record) -> str:
 def free_table(free: Record) -> str:
     """First and last stretch of the free run."""
     lines = [
-        "| student | tokens from the prompt | same token as AR, given the text so far | its NLL / AR's own | still AR's text | repetition |",
+        "| student | tokens from the prompt | same token as AR, given the text so far | its NLL / AR's own | still AR's text "
+        "| repetition |",
         "|---|---|---|---|---|---|",
     ]
     for name, f in free.items():
@@ -352,9 +355,9 @@ def cost_tables(cost: Record) -> str:
         lines.append(f"| {s['name']} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        f"AR: {cost['ar_flops_a_token'] / 1e6:.2f} MFLOP a token. Distillation: {flops(cost['flops'])}FLOP, {cost['wall_s']:.0f} s of "
-        "this machine. Even: generated tokens after which decoding has saved what distillation cost; never, where a token costs "
-        "more than AR's.",
+        f"AR: {cost['ar_flops_a_token'] / 1e6:.2f} MFLOP a token. Distillation: {flops(cost['flops'])}FLOP, "
+        f"{cost['wall_s']:.0f} s of this machine. Even: generated tokens after which decoding has saved what distillation cost; "
+        "never, where a token costs more than AR's.",
     ]
     return "\n".join(lines)
 
@@ -390,8 +393,8 @@ def determinism_table(report: Record) -> str:
     plain, invariant = report["batch_invariant"]["plain"], report["batch_invariant"]["invariant"]
     lines += [
         "",
-        f"Batch-invariant mode, one request in 16 slots: {plain * 1e3:.2f} → {invariant * 1e3:.2f} ms a token ({invariant / plain:.1f}×); with "
-        "all slots in use it computes what a full batch does anyway.",
+        f"Batch-invariant mode, one request in 16 slots: {plain * 1e3:.2f} → {invariant * 1e3:.2f} ms a token "
+        f"({invariant / plain:.1f}×); with all slots in use it computes what a full batch does anyway.",
     ]
     return "\n".join(lines)
 

@@ -1,0 +1,254 @@
+"""What a training step of a student costs: blocks read by staircase attention against one pass under a dense mask.
+
+    python pipelines/benchmark_training.py                          12 × 768, N = 512, k = 4, every window
+    python pipelines/benchmark_training.py --device cuda            the same in bf16 at N = 1024
+    python pipelines/benchmark_training.py --layers 2 --width 64 --heads 2 --context 64 --vocabulary 500    in seconds
+
+Physics. With W = N windows of k hints a step passes N (1 + k) entries through every matrix, whatever the attention. The
+dense mask adds N² (1 + k)² scores a head and layer and computes them all, seen or not: it grows with k². The staircase
+computes N² (1 + k) / 2 of them and k (k + 1) / 2 a window, so a step is a context pass plus k equal parts. Logits are
+N · k · V numbers, and the loss holds several copies of them unless they are made in chunks and computed again in the
+backward pass, which costs one more product with the head.
+
+A step is: context pass, blocks, LM head and loss of K-Forcing's read-out, backward, AdamW (at a learning rate of 0, so
+that all rows see the same weights and must agree on the loss). Rows take turns within a round, so that a machine that
+slows down slows all of them; medians over rounds [smallest, largest], after one round that is not counted. Peak memory is
+that of a process which makes one step: the largest resident set on a CPU (weights, interpreter and libraries included),
+the most memory torch allocated on a GPU. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
+
+from kforcing import PushForwardLM  # noqa: E402
+from kforcing.losses import target_nll  # noqa: E402
+from kforcing.noise import window_noise  # noqa: E402
+from kforcing.readout import ArgmaxReadout  # noqa: E402
+from kforcing.reference import dense_states  # noqa: E402
+from kforcing.staircase import Windows, embeddings, lm_head  # noqa: E402
+from pipelines.rollout import peak_rss_mb  # noqa: E402
+from pipelines.step import StudentStep, WindowBatch  # noqa: E402
+
+AT_ONCE = 2**40  # a chunk that no step fills
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Bench:
+    """A student with random weights, its optimiser and one batch of full windows."""
+
+    def __init__(self, given: argparse.Namespace, k: int, vocabulary: int):
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=given.width,
+            num_hidden_layers=given.layers,
+            num_attention_heads=given.heads,
+            intermediate_size=given.width * 8 // 3,
+            max_position_embeddings=given.context + k,
+            tie_word_embeddings=True,
+        )
+        torch.manual_seed(0)
+        backbone = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        self.student = PushForwardLM.from_backbone(backbone, k).to(given.device, DTYPES[given.dtype]).eval()
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=0.0)
+        self.device, self.context, self.batch = torch.device(given.device), given.context, given.batch
+        self.tokens = torch.randint(0, vocabulary, (given.batch, given.context + k))
+
+    def windows(self, k: int) -> WindowBatch:
+        """Every window of the batch, with the k tokens that follow it as targets."""
+        anchors_BW = torch.arange(self.context).expand(self.batch, -1)
+        noise = window_noise(0, torch.arange(self.batch), anchors_BW, k)
+        targets = self.tokens.unfold(1, k, 1)[:, 1 : self.context + 1]
+        parts = self.tokens[:, : self.context], anchors_BW, noise, torch.ones(self.batch)
+        return WindowBatch(Windows(*(x.to(self.device) for x in parts)), targets.to(self.device))
+
+    def step(self, loss: Callable[[WindowBatch], Tensor], batch: WindowBatch) -> tuple[float, float]:
+        """One training step: (seconds, loss a token)."""
+        self._wait()
+        start = time.perf_counter()
+        value = loss(batch) / batch.target_tokens
+        value.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._wait()
+        return time.perf_counter() - start, value.item()
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def staircase(self, chunk: int) -> Callable[[WindowBatch], Tensor]:
+        """The loss as training computes it."""
+        step = StudentStep(self.student, "hard", chunk)
+        return lambda batch: step(batch).loss
+
+    def dense(self, batch: WindowBatch) -> Tensor:
+        """The same loss from one pass over context and blocks, all logits at once."""
+        backbone, readout, windows = self.student.backbone, self.student.readout, batch.windows
+        assert isinstance(readout, ArgmaxReadout)
+        hints = readout.noise_encoder(windows.noise_BWK, torch.ones_like(windows.noise_BWK))
+        context = embeddings(backbone)(windows.context_BN)
+        states = dense_states(backbone.base_model, context, windows.anchors_BW, hints)
+        return target_nll(lm_head(backbone, states), batch.targets_BWK).sum()
+
+
+def alternate(rows: dict[str, Callable[[], tuple[float, float]]], rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds and loss of each row: a round runs each once, the first is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    losses = {}
+    for number in range(rounds + 1):
+        for name, row in rows.items():
+            taken, losses[name] = row()
+            if number:
+                seconds[name].append(taken)
+    return {name: {**spread(values), "loss": losses[name]} for name, values in seconds.items()}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def steps(given: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """A whole step, three ways."""
+    bench = Bench(given, given.k, given.vocabulary)
+    batch = bench.windows(given.k)
+    rows = {
+        "staircase": lambda: bench.step(bench.staircase(given.chunk), batch),
+        "staircase, logits at once": lambda: bench.step(bench.staircase(AT_ONCE), batch),
+        "dense mask, logits at once": lambda: bench.step(bench.dense, batch),
+    }
+    return alternate(rows, given.rounds)
+
+
+def by_k(given: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds a window of a whole step for each k, and how far they are from a straight line."""
+    bench = Bench(given, max(given.ks), given.vocabulary)
+
+    def row(k: int) -> Callable[[], tuple[float, float]]:
+        batch = bench.windows(k)
+        return lambda: bench.step(bench.staircase(given.chunk), batch)
+
+    seconds = alternate({str(k): row(k) for k in given.ks}, given.rounds)
+    windows = given.batch * given.context
+    ms = {k: {name: 1e3 * s[name] / windows for name in ("median", "min", "max")} for k, s in seconds.items()}
+    return {"ms_per_window": ms, **line(given.ks, [m["median"] for m in ms.values()])}
+
+
+def line(ks: list[int], values: list[float]) -> dict[str, float]:
+    """The straight line through values over k, and the largest deviation from it, relative to the value."""
+    slope, start = np.polyfit(ks, values, 1) if len(ks) > 1 else (0.0, values[0])
+    off = max(abs(start + slope * k - v) / v for k, v in zip(ks, values, strict=True))
+    return {"per_k": float(slope), "at_0": float(start), "largest_deviation": float(off)}
+
+
+def peak_mb(given: argparse.Namespace) -> float:
+    """Make one step, and say how much memory this process has needed at most, in MiB."""
+    bench = Bench(given, given.k, given.memory_vocabulary)
+    bench.step(bench.staircase(given.chunk if given.peak == "chunked" else AT_ONCE), bench.windows(given.k))
+    if bench.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return peak_rss_mb()
+
+
+def memory(words: list[str]) -> dict[str, float]:
+    """Peak memory of a step with a large vocabulary, each way in a process of its own."""
+    peaks = {}
+    for way in ("chunked", "at once"):
+        line = [sys.executable, __file__, *words, "--peak", way]
+        done = subprocess.run(line, capture_output=True, text=True, check=True)
+        peaks[way] = json.loads(done.stdout.splitlines()[-1])
+    return peaks
+
+
+def describe(record: dict[str, Any]) -> str:
+    """The tables, for people."""
+    size, rows, ks, peaks = record["model"], record["step"], record["by_k"], record["peak_mb"]
+    lines = [
+        f"{size}; batch {record['batch']}, N = {record['context']}, {record['dtype']} on {record['device']}, "
+        f"{record['threads']} threads; torch {record['torch']}, transformers {record['transformers']}",
+        f"\n{'step, k = ' + str(record['k']):<28}{'seconds':>9}{'':<20}{'relative':>9}{'loss':>12}",
+    ]
+    fastest = rows["staircase"]["median"]
+    for name, s in rows.items():
+        between = f" [{s['min']:.2f}, {s['max']:.2f}]"
+        lines.append(f"{name:<28}{s['median']:>9.2f}{between:<20}{s['median'] / fastest:>8.2f}×{s['loss']:>12.6f}")
+    lines.append(f"\n{'k':<6}{'ms a window':>12}")
+    lines += [f"{k:<6}{s['median']:>12.3f} [{s['min']:.3f}, {s['max']:.3f}]" for k, s in ks["ms_per_window"].items()]
+    lines.append(
+        f"a line of {ks['at_0']:.3f} + {ks['per_k']:.3f} k ms, from which no k is farther than {ks['largest_deviation']:.1%}"
+    )
+    if peaks:
+        lines.append(f"\npeak memory of a step with {record['memory_vocabulary']:,} tokens of vocabulary, MiB")
+        lines += [f"logits {way:<12}{mb:>10,.0f}" for way, mb in peaks.items()]
+    return "\n".join(lines)
+
+
+def read_options(words: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--memory-vocabulary", type=int, default=50_000, help="of the steps whose memory is measured")
+    parser.add_argument("--context", type=int, help="tokens of context (default 512, on a GPU 1024)")
+    parser.add_argument("--batch", type=int, default=1, help="sequences in a step (default %(default)s)")
+    parser.add_argument("--k", type=int, default=4)
+    parser.add_argument("--ks", type=lambda s: [int(k) for k in s.split(",")], default=[1, 2, 4, 8])
+    parser.add_argument("--chunk", type=int, default=1024, help="tokens whose logits exist at a time")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default fp32, on a GPU bf16")
+    parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
+    parser.add_argument("--peak", choices=["chunked", "at once"], help=argparse.SUPPRESS)
+    given = parser.parse_args(words)
+    gpu = given.device.startswith("cuda")
+    given.context, given.dtype = given.context or (1024 if gpu else 512), given.dtype or ("bf16" if gpu else "fp32")
+    return given
+
+
+def main() -> None:
+    """Read the command line, measure, print."""
+    words = sys.argv[1:]
+    given = read_options(words)
+    if given.peak:
+        print(json.dumps(peak_mb(given)))
+        return
+    record = {
+        "model": f"random Llama of {given.layers} × {given.width}, {given.heads} heads, vocabulary {given.vocabulary:,}",
+        **{
+            name: getattr(given, name)
+            for name in ("batch", "context", "k", "chunk", "dtype", "device", "memory_vocabulary")
+        },
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "step": steps(given),
+        "by_k": by_k(given),
+        "peak_mb": {} if given.no_memory else memory(words),
+    }
+    print(describe(record))
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
