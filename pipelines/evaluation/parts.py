@@ -74,7 +74,7 @@ def run_parts(
 
 
 def _ready(todo: list[Part], results: Results, places: int, busy: bool) -> list[Part]:
-    """Parts to start now, first come first: as many as there are places; those that want to be alone come last, one by one."""
+    """Parts to start now, in order, as many as there are places; those that want to be alone come last, one by one."""
     ready = [p for p in todo if all(name in results for name in p.needs)]
     together = [p for p in ready if not p.alone]
     if together or busy or any(not p.alone for p in todo):

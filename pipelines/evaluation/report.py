@@ -215,17 +215,17 @@ def _legend(report: Record, config: EvaluationConfig) -> str:
     references, text = report["references"], config.text
     ppl = report["gen_ppl_again"]
     lines = [
-        f"* Texts: {text.prompts} held-out prompts of {text.prompt_tokens} tokens, {text.new_tokens} new ones. The AR model's "
-        f"text under other noise: NLL {_figure(references['nll'])}, entropy {references['entropy']['value']:.2f}"
+        f"* Texts: {text.prompts} held-out prompts of {text.prompt_tokens} tokens, {text.new_tokens} new ones. The AR "
+        f"model's text under other noise: NLL {_figure(references['nll'])}, entropy {references['entropy']['value']:.2f}"
         + (f", Gen-PPL {_figure(ppl, 1)}" if ppl else "")
         + ". NLL and Gen-PPL are two-sided: lower than AR's with a lower entropy is a collapse towards modes, not quality.",
         f"* Joint TV: total variation to the AR model's next four tokens in {config.fidelity.buckets}⁴ hashed cells, "
-        f"{config.fidelity.samples:,} samples after each of {config.fidelity.contexts} prompts; between two samples of the AR "
-        f"model {_figure(references['joint']['tv'], 3)}, of independent draws from its marginals "
+        f"{config.fidelity.samples:,} samples after each of {config.fidelity.contexts} prompts; between two samples of the "
+        f"AR model {_figure(references['joint']['tv'], 3)}, of independent draws from its marginals "
         f"{_figure(references['joint_independent']['tv'], 3)}.",
-        "* Tokens until it leaves: how long a text is the AR model's own under the same noise; of decoders that verify all of it.",
-        "* Passes count every model that runs. A pass of the AR model reads one token, one of the paper's K-Forcing 2k, one of "
-        "MDLM the whole text.",
+        "* Tokens until it leaves: how long a text is the AR model's own under the same noise (verified: all of it).",
+        "* Passes count every model that runs. A pass of the AR model reads one token, one of the paper's K-Forcing 2k, one "
+        "of MDLM the whole text.",
         f"* Every method had {config.rivals.share:g} of the FLOPs of the run's own students, teacher passes and rollouts "
         "included. Speed: the whole decoding with its prompts, medians, this machine. `transformers` assists one prompt at a "
         "time.",
@@ -356,8 +356,8 @@ def cost_tables(cost: Record) -> str:
     lines += [
         "",
         f"AR: {cost['ar_flops_a_token'] / 1e6:.2f} MFLOP a token. Distillation: {flops(cost['flops'])}FLOP, "
-        f"{cost['wall_s']:.0f} s of this machine. Even: generated tokens after which decoding has saved what distillation cost; "
-        "never, where a token costs more than AR's.",
+        f"{cost['wall_s']:.0f} s of this machine. Even: generated tokens after which decoding has saved what distillation "
+        "cost; never, where a token costs more than AR's.",
     ]
     return "\n".join(lines)
 
