@@ -59,8 +59,9 @@ def write_page(path: Path, subject: Subject, rows: list[Row], results: dict[str,
     path.write_text(
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>\n<h1>{title}</h1>\n"
         "<p>Each decoder against the AR model that draws by the same coupling. "
-        "<code><span class=first>First token</span></code> that differs, <code><span class=after>what follows</span></code>; the number counts tokens before it. Decoders that "
-        "verify never differ.</p>\n" + "\n".join(blocks) + "\n</html>\n"
+        "<code><span class=first>First token</span></code> that differs, "
+        "<code><span class=after>what follows</span></code>; the number counts tokens before it. "
+        "Decoders that verify never differ.</p>\n" + "\n".join(blocks) + "\n</html>\n"
     )
 
 
