@@ -138,11 +138,11 @@ def _logp(score: Score, context_N: Tensor, blocks_SK: Tensor, batch: int) -> Ite
 
 def _law(score: Score, context_N: Tensor, k: int, vocabulary: int) -> Tensor:
     """(V,) * k probabilities of all blocks."""
-    ids = [torch.arange(vocabulary, device=context_N.device)] * (k - 1) + [torch.zeros(1, dtype=torch.int64)]
+    ids = [torch.arange(vocabulary, device=context_N.device)] * (k - 1) + [
+        torch.zeros(1, dtype=torch.int64, device=context_N.device)
+    ]
     prefixes = torch.cartesian_prod(*ids).view(-1, k)
-    logp = torch.cat(
-        [part for _, part in _logp(score, context_N, prefixes.to(context_N.device), 256)]
-    )  # (V^(k-1), k, V)
+    logp = torch.cat([part for _, part in _logp(score, context_N, prefixes, 256)])  # (V^(k-1), k, V)
     before = logp[:, :-1].gather(-1, prefixes[:, :-1, None]).sum((1, 2))
     return (before[:, None] + logp[:, -1]).exp().view((vocabulary,) * k)
 
@@ -183,7 +183,7 @@ def _estimated(teacher: Score, student: Score, context_N: Tensor, blocks_SK: Ten
     for i, blocks in enumerate(blocks_SK.split(batch)):
         marginal_KV = ends[0] if i < half else ends[1]
         marginal_KV = marginal_KV / marginal_KV.sum(-1, keepdim=True)
-        log_m.append(marginal_KV[torch.arange(K), blocks].log().sum(-1))
+        log_m.append(marginal_KV[torch.arange(K, device=blocks.device), blocks].log().sum(-1))
     p, q, m = torch.cat(log_p), torch.cat(log_q), torch.cat(log_m)
 
     def tv(other: Tensor) -> float:

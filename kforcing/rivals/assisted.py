@@ -61,4 +61,4 @@ class AssistedDecoder:
             for hook in hooks:
                 hook.remove()
         tokens = torch.cat(made)
-        return Decoded(tokens, passes / len(batches) / new_tokens, tokens.numel())
+        return Decoded(tokens, passes / len(batches) / new_tokens)

@@ -32,14 +32,15 @@ class MaskedLM(nn.Module):
         self.backbone = backbone
         self.mask = nn.Parameter(embeddings(backbone).weight.detach().mean(0))
 
-    def forward(self, tokens_BN: Tensor, masked_BN: Tensor) -> Tensor:
-        """(B, N) tokens and a bool mask → (B, N − 1, V) logits for positions 1 … N − 1."""
+    def forward(self, tokens_BN: Tensor, masked_BN: Tensor, at_BK: Tensor) -> Tensor:
+        """(B, N) tokens and a bool mask → (B, K, V) logits for some positions from 1 on."""
         B, N = tokens_BN.shape
         x = torch.where(masked_BN[..., None], self.mask, embeddings(self.backbone)(tokens_BN))
         sees = torch.ones(1, 1, N, N, dtype=torch.bool, device=x.device).expand(B, -1, -1, -1)
         trunk: Any = self.backbone.base_model
         states = trunk(inputs_embeds=x, attention_mask=sees, use_cache=False).last_hidden_state
-        return lm_head(self.backbone, states[:, :-1])
+        before = (at_BK - 1)[..., None].expand(-1, -1, states.shape[-1])
+        return lm_head(self.backbone, states.gather(1, before))
 
 
 class MaskedStep(nn.Module):
@@ -57,7 +58,7 @@ class MaskedStep(nn.Module):
         rate_B = ((torch.arange(B, device=u.device) + u[0, 0]) / B).clamp(min=1e-2)
         masked_BN = u[:, -N:] < rate_B[:, None]
         masked_BN[:, 0] = False
-        logits = self.model(tokens_BN, masked_BN)
+        logits = self.model(tokens_BN, masked_BN, torch.arange(1, N, device=u.device).expand(B, -1))
         targets = tokens_BN[:, 1:]
         nll = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
         weight = masked_BN[:, 1:] / rate_B[:, None]
@@ -75,20 +76,17 @@ class MaskedDecoder:
     @torch.inference_mode()
     def decode(self, prompts_RN: Tensor, new_tokens: int, seeds: list[int]) -> Decoded:
         """See `Decoder`. The order of the positions comes from the seed, too."""
-        R, N = prompts_RN.shape
-        rows = Rows(prompts_RN, seeds, N + new_tokens)
-        order = Rows(prompts_RN, [seed + 2**32 for seed in seeds], N + new_tokens).noise_RC[:, N:].argsort(1) + N
+        N = prompts_RN.shape[1]
+        rows = Rows(prompts_RN, seeds, new_tokens)
+        order = Rows(prompts_RN, [seed + 2**32 for seed in seeds], new_tokens).noise_RC[:, N:].argsort(1) + N
         tokens, masked = rows.tokens_RC, torch.zeros_like(rows.tokens_RC, dtype=torch.bool)
         masked[:, N:] = True
         for chosen_RK in order.split(self.k, dim=1):
-            logits_RCV = self.model(tokens, masked)
-            at = (chosen_RK - 1)[..., None].expand(-1, -1, logits_RCV.shape[-1])
-            logits = logits_RCV.gather(1, at).float()
-            p = logits.double().softmax(-1).cumsum(-1)
+            p = self.model(tokens, masked, chosen_RK).double().softmax(-1).cumsum(-1)
             z = rows.noise_RC.gather(1, chosen_RK)[..., None] * p[..., -1:]
             tokens.scatter_(1, chosen_RK, torch.searchsorted(p, z)[..., 0].clamp(max=p.shape[-1] - 1))
             masked.scatter_(1, chosen_RK, False)
-        return Decoded(tokens[:, N:], -(-new_tokens // self.k) / new_tokens, R * new_tokens)
+        return Decoded(tokens[:, N:], -(-new_tokens // self.k) / new_tokens)
 
 
 def unmasking_law(joint: Tensor, k: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Medusa: heads on the AR model's last state guess the tokens after the next, and the next pass verifies the guesses.
 
-    pass      reads [ last token | guesses 2 … k ]    the AR model's own tokens after each, under the rows' noise
+    pass      reads [ last token | k guesses ]    the AR model's own tokens after each, under the rows' noise
               keeps them as long as the guesses before were right, and at least one
 
 Heads as in Cai et al. (2024, arXiv 2401.10774): a residual SiLU layer each, here with the LM head shared and the trunk frozen
@@ -19,25 +19,25 @@ from transformers import PreTrainedModel
 from kforcing.coupling import Coupling
 from kforcing.losses import LossSums, hard_target_loss
 from kforcing.rivals.inversion import silent_heads
-from kforcing.rivals.rows import Decoded, RowReader, Rows, TextWindows, packed, run, verify
+from kforcing.rivals.rows import Decoded, Readers, Rows, TextWindows, packed, run, verify
 from kforcing.staircase import embeddings, head, lm_head
 
 
 class MedusaHeads(nn.Module):
-    """k − 1 heads: head j looks j tokens beyond the next one."""
+    """k heads: head j looks j tokens beyond the next one."""
 
     def __init__(self, backbone: PreTrainedModel, k: int):
         super().__init__()
         width = embeddings(backbone).weight.shape[1]
-        self.heads = silent_heads(width, k - 1)
+        self.heads = silent_heads(width, k)
 
     def forward(self, state: Tensor) -> Tensor:
-        """(..., D) → (..., k − 1, D) states to give to the LM head."""
+        """(..., D) → (..., k, D) states to give to the LM head."""
         return torch.stack([state + nn.functional.silu(part(state)) for part in self.heads], dim=-2)
 
 
 class MedusaStep(nn.Module):
-    """The heads' loss on real text, above a frozen AR model."""
+    """The loss of k heads on windows of k + 1 tokens of real text, above a frozen AR model."""
 
     def __init__(self, backbone: PreTrainedModel, k: int):
         super().__init__()
@@ -58,7 +58,7 @@ class MedusaDecoder:
 
     def __init__(self, backbone: PreTrainedModel, heads: MedusaHeads, coupling: Coupling):
         self.backbone: Any = packed(backbone)
-        self.heads, self.coupling = heads.eval(), coupling
+        self.heads, self.coupling, self.readers = heads.eval(), coupling, Readers(self.backbone)
 
     @torch.inference_mode()
     def decode(self, prompts_RN: Tensor, new_tokens: int, seeds: list[int]) -> Decoded:
@@ -66,20 +66,20 @@ class MedusaDecoder:
         R, N = prompts_RN.shape
         if N < 2:
             raise ValueError(f"prompts of {N} token: the heads need a state before the last one; give at least 2")
-        k = len(self.heads.heads) + 1
-        columns = N + new_tokens * k + k
-        rows, reader = Rows(prompts_RN, seeds, columns), RowReader(self.backbone, R, columns)
+        k = len(self.heads.heads)
+        rows = Rows(prompts_RN, seeds, new_tokens, spare=k + 1)
+        reader = self.readers(rows)
         state_RD = reader.tokens(prompts_RN[:, :-1])[:, -1]
 
         def step() -> None:
             nonlocal state_RD
-            z_RK = rows.noise(rows.length_R, k)
-            guesses = self.coupling(lm_head(self.backbone, self.heads(state_RD)).float(), z_RK[:, :-1], 1.0)
+            z_RL = rows.noise(rows.length_R, k + 1)
+            guesses = self.coupling(lm_head(self.backbone, self.heads(state_RD)).float(), z_RL[:, :-1], 1.0)
             last = rows.length_R - 1
-            states_RKD = reader.at(last).tokens(torch.cat([rows.tokens(last, 1), guesses], dim=1))
-            sure = self.coupling(lm_head(self.backbone, states_RKD).float(), z_RK, 1.0)
+            states_RLD = reader.at(last).tokens(torch.cat([rows.tokens(last, 1), guesses], dim=1))
+            sure = self.coupling(lm_head(self.backbone, states_RLD).float(), z_RL, 1.0)
             keep_R = verify(guesses, sure)
             rows.append(sure, keep_R)
-            state_RD = states_RKD[torch.arange(R, device=keep_R.device), keep_R - 1]
+            state_RD = states_RLD[torch.arange(R, device=keep_R.device), keep_R - 1]
 
-        return run(rows, N, new_tokens, step, passes_a_step=1)
+        return run(rows, new_tokens, step, passes_a_step=1)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from kforcing.coupling import inverse_cdf
 from kforcing.model import PushForwardLM
-from kforcing.rivals.rows import Decoded, RowReader, Rows, packed, run, verify
+from kforcing.rivals.rows import Decoded, Readers, RowReader, Rows, packed, run, verify
 from kforcing.staircase import Windows, lm_head
 
 
@@ -25,18 +25,18 @@ class PTPDecoder:
 
     def __init__(self, student: PushForwardLM, teacher: PreTrainedModel):
         self.student, self.teacher = packed(student.eval()), packed(teacher.eval())
+        self.drafters, self.checkers = Readers(self.student.backbone), Readers(self.teacher)
 
     @torch.inference_mode()
     def decode(self, prompts_RN: Tensor, new_tokens: int, seeds: list[int]) -> Decoded:
         """See `Decoder`. Raises ValueError for prompts shorter than what a step reads again."""
-        R, N = prompts_RN.shape
+        N = prompts_RN.shape[1]
         k = self.student.k
         again = k + 1  # as many tokens as a step may add: all of them are read before the next draft
         if again > N:
             raise ValueError(f"prompts of {N} tokens: a draft of k={k} reads the last {again}; give at least as many")
-        columns = N + (new_tokens + 1) * again + k
-        rows = Rows(prompts_RN, seeds, columns)
-        drafter, checker = RowReader(self.student.backbone, R, columns), RowReader(self.teacher, R, columns)
+        rows = Rows(prompts_RN, seeds, new_tokens, spare=again)
+        drafter, checker = self.drafters(rows), self.checkers(rows)
         drafter.tokens(prompts_RN)
         checker.tokens(prompts_RN[:, :-1])
 
@@ -48,7 +48,7 @@ class PTPDecoder:
             sure = inverse_cdf(lm_head(self.teacher, states).float(), z_RL, 1.0)
             rows.append(sure, verify(drafts, sure))
 
-        return run(rows, N, new_tokens, step, passes_a_step=2)
+        return run(rows, new_tokens, step, passes_a_step=2)
 
     def _draft(self, rows: Rows, reader: RowReader, z_RK: Tensor, again: int) -> Tensor:
         """(R, k) tokens of the student, which reads the last tokens of every row first."""

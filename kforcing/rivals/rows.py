@@ -47,8 +47,6 @@ class Decoded:
     """int64, as many for every row."""
     passes: float
     """Forward passes for each of the T tokens of a row, over every model that ran."""
-    made: int
-    """Tokens made by all rows until the last had its T: what throughput counts."""
 
 
 class Decoder(Protocol):
@@ -60,10 +58,18 @@ class Decoder(Protocol):
 
 
 class Rows:
-    """Tokens and noise of rows, each at a length of its own."""
+    """Tokens and noise of rows, each at a length of its own until it has all its new tokens.
 
-    def __init__(self, prompts_RN: Tensor, seeds: list[int], columns: int):
+    Args:
+        prompts_RN: int64.
+        seeds: of the noise of each row.
+        new_tokens: T.
+        spare: columns behind the last token that a step may write to.
+    """
+
+    def __init__(self, prompts_RN: Tensor, seeds: list[int], new_tokens: int, spare: int = 0):
         R, N = prompts_RN.shape
+        self.goal, columns = N + new_tokens, N + new_tokens + spare
         device = prompts_RN.device
         self.tokens_RC = torch.zeros(R, columns, dtype=torch.int64, device=device)
         self.tokens_RC[:, :N] = prompts_RN
@@ -80,9 +86,9 @@ class Rows:
         return self.noise_RC.gather(1, self._at(start_R, length))
 
     def append(self, made_RL: Tensor, keep_R: Tensor) -> None:
-        """The first `keep_R` of the tokens just made follow each row."""
+        """The first `keep_R` of the tokens just made follow each row that is not at its end."""
         self.tokens_RC.scatter_(1, self._at(self.length_R, made_RL.shape[1]), made_RL)
-        self.length_R = self.length_R + keep_R
+        self.length_R = (self.length_R + keep_R).clamp(max=self.goal)
 
     def _at(self, start_R: Tensor, length: int) -> Tensor:
         return start_R[:, None] + torch.arange(length, device=start_R.device)
@@ -123,22 +129,35 @@ class RowReader:
         raise NotImplementedError
 
 
+class Readers:
+    """Row readers of a model, kept for as long as shapes stay: a cache is allocated once."""
+
+    def __init__(self, backbone: PreTrainedModel):
+        self.backbone = backbone
+        self._held: tuple[tuple[int, int], RowReader] | None = None
+
+    def __call__(self, rows: Rows) -> RowReader:
+        """A reader for so many rows and columns; what an earlier decoding left in it is never looked at."""
+        shape = (rows.tokens_RC.shape[0], rows.tokens_RC.shape[1])
+        if self._held is None or self._held[0] != shape:
+            self._held = shape, RowReader(self.backbone, *shape)
+        zero = torch.zeros(shape[0], dtype=torch.int64, device=self.backbone.device)
+        return self._held[1].at(zero)
+
+
 def packed(model: Any) -> Any:
     """The model with its matrices in the order the CPU's kernels want, as the engine runs it."""
     return packed_copy(model) if can_pack(model) else model
 
 
-def run(rows: Rows, prompt: int, new_tokens: int, step: Callable[[], None], passes_a_step: int) -> Decoded:
-    """Step until every row has its new tokens. Rows that have them earlier go on, as others would in their place."""
-    steps, at_end = 0, torch.zeros_like(rows.length_R)
-    goal = prompt + new_tokens
-    while (unfinished := rows.length_R < goal).any():
-        at_end += unfinished
+def run(rows: Rows, new_tokens: int, step: Callable[[], None], passes_a_step: int) -> Decoded:
+    """Step until every row has its new tokens."""
+    steps = torch.zeros_like(rows.length_R)
+    while (unfinished := rows.length_R < rows.goal).any():
+        steps += unfinished
         step()
-        steps += 1
-    made = int((rows.length_R - prompt).sum())
-    passes = at_end.double().mean().item() * passes_a_step / new_tokens
-    return Decoded(rows.tokens_RC[:, prompt:goal], passes, made)
+    passes = steps.double().mean().item() * passes_a_step / new_tokens
+    return Decoded(rows.tokens_RC[:, rows.goal - new_tokens : rows.goal], passes)
 
 
 def verify(drafts_RK: Tensor, sure_RL: Tensor) -> Tensor:
