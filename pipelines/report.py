@@ -85,7 +85,7 @@ def balance_line(cost: Record) -> str:
     """A stage's balance in words."""
     b = cost["balance"]
     return (
-        f"{b['actors']} rollout actor{'s' * (b['actors'] > 1)} make {b['rollout_rows_per_s']:.1f} rows/s, training could use "
+        f"{b['actors']} rollout actor{'s make' if b['actors'] > 1 else ' makes'} {b['rollout_rows_per_s']:.1f} rows/s, training could use "
         f"{b['train_rows_per_s']:.1f} and waited {cost['data_wait']:.0%} of its time: the bottleneck is {b['bottleneck']}, "
         f"rollout.actors={b['balanced_actors']} would balance them"
     )
