@@ -17,13 +17,17 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def in_chunks(function: Callable[[slice], tuple[Tensor, ...]], rows: int, size: int) -> tuple[Tensor, ...]:
+def in_chunks(
+    function: Callable[[slice], tuple[Tensor, ...]], rows: int, size: int, at_least: int = 1
+) -> tuple[Tensor, ...]:
     """`function` of slices of at most `size` of so many rows, its results concatenated.
 
     What it makes on the way lives for one slice at a time, in the forward and in the backward pass. Results that need no
-    gradient are best made after those that do: they are not made again.
+    gradient are best made after those that do: they are not made again. `at_least` so many slices are made, some of them
+    empty when there are fewer rows: ranks whose weights are scattered (ZeRO 3) must call their modules equally often.
     """
-    slices = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    count = max(-(-rows // size), at_least)
+    slices = [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
     if torch.is_grad_enabled() and len(slices) > 1:
         parts = [checkpoint(function, part, use_reentrant=False, preserve_rng_state=False) for part in slices]
     else:

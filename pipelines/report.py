@@ -84,9 +84,10 @@ def balance(rollout_s: float, actors: int, step_s: float, rows: int) -> Record:
 def balance_line(cost: Record) -> str:
     """A stage's balance in words."""
     b = cost["balance"]
+    actors = f"{b['actors']} rollout actors make" if b["actors"] > 1 else "1 rollout actor makes"
     return (
-        f"{b['actors']} rollout actor{'s' * (b['actors'] > 1)} make {b['rollout_rows_per_s']:.1f} rows/s, training could use "
-        f"{b['train_rows_per_s']:.1f} and waited {cost['data_wait']:.0%} of its time: the bottleneck is {b['bottleneck']}, "
+        f"{actors} {b['rollout_rows_per_s']:.1f} rows/s, training could use {b['train_rows_per_s']:.1f} and waited "
+        f"{cost['data_wait']:.0%} of its time: the bottleneck is {b['bottleneck']}, "
         f"rollout.actors={b['balanced_actors']} would balance them"
     )
 
