@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kforcing.engine.loading import DTYPES
 from kforcing.metrics import Interval, cluster_bootstrap
@@ -127,6 +127,14 @@ class External:
         """The token the tokenizer itself puts before a text (as Llama's does and GPT-2's does not), or None."""
         bos = self.tokenizer.bos_token_id
         return bos if self.tokenizer("a").input_ids[:1] == [bos] else None
+
+
+def check_external(path: str | Path) -> None:
+    """Raise ValueError or OSError for a model that `load_external` would not find, without loading it."""
+    if str(path) == SMOLLM2:
+        _smollm2_file()
+    else:
+        AutoConfig.from_pretrained(path)
 
 
 def load_external(path: str | Path, device: str | None = None, dtype: str | None = None) -> External:

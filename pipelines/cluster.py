@@ -43,9 +43,15 @@ def with_lasting_root(config: Config) -> Config:
     return dataclasses.replace(config, output_dir=str(base / config.relative_root))
 
 
+Work = dict[str, dict[str, tuple[int, float, float]]]
+"""What runs side by side: name of the work → label of a pool → (count, CPUs each, GPUs each)."""
+
+
 @contextmanager
-def connected(config: Config) -> Iterator[None]:
-    """Start the embedded Ray, or attach to the cluster in `RAY_ADDRESS`, after checking that the run fits.
+def connected(config: Config, work: Work | None = None) -> Iterator[None]:
+    """Start the embedded Ray, or attach to the cluster in `RAY_ADDRESS`, after checking that the work fits.
+
+    `work` is that of a whole run when it is left out.
 
     Raises ConfigError when the run's pools do not fit. SIGTERM (a stopped job) becomes SystemExit, so that the run
     ends like any other interruption: the next start resumes it.
@@ -53,8 +59,9 @@ def connected(config: Config) -> Iterator[None]:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    work = work_of(config) if work is None else work
     if not attached():
-        preflight(config, {"CPU": float(os.cpu_count() or 1), "GPU": float(_local_gpus())}, "this machine")
+        preflight(work, {"CPU": float(os.cpu_count() or 1), "GPU": float(_local_gpus())}, "this machine")
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -66,7 +73,7 @@ def connected(config: Config) -> Iterator[None]:
     else:
         ray.init(address="local", include_dashboard=False, **quiet)
     try:
-        preflight(config, ray.cluster_resources(), "the cluster" if attached() else "this machine")
+        preflight(work, ray.cluster_resources(), "the cluster" if attached() else "this machine")
         nodes = [node for node in ray.nodes() if node["Alive"]]
         _check_labels(config, [node["Labels"] for node in nodes])
         if len(nodes) > 1 and config.root.is_relative_to(JOBS_ROOT):
@@ -102,31 +109,31 @@ def _local_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def preflight(config: Config, have: dict[str, float], where: str) -> None:
-    """Raise ConfigError unless train workers, rollout actors and one reading task fit side by side.
+def work_of(config: Config) -> Work:
+    """The pools of every stage of a run, and of its evaluation.
 
-    Ray would otherwise wait for ever: train workers that hold every CPU starve the data they wait for, and an actor
-    pool that holds every CPU starves its own input.
+    With one reading task beside them: train workers that hold every CPU starve the data they wait for, and an actor pool that
+    holds every CPU starves its own input.
     """
+    work: Work = {}
     stages = {"teacher": config.teacher.train} if config.teacher.path is None else {}
     stages |= {f"k{k}": config.stage(f"k{k}").train for k in config.ks()}
     for name, train in stages.items():
         rollout = config.stage(name).rollout
-        pools = {
+        work[f"stage {name}"] = {
             f"train.workers={train.workers}": (train.workers, train.cpus_per_worker, train.gpus_per_worker),
             f"rollout.actors={rollout.actors}": (rollout.actors, rollout.cpus_per_actor, rollout.gpus_per_actor),
             "1 reading task": (1, 1.0, 0.0),
         }
-        _check_pools(f"stage {name}", pools, have, where)
-    pools = {
-        f"eval.actors={config.eval.actors}": (
-            config.eval.actors,
-            config.eval.cpus_per_actor,
-            config.eval.gpus_per_actor,
-        ),
-        "1 reading task": (1, 1.0, 0.0),
-    }
-    _check_pools("evaluation", pools, have, where)
+    pool = config.eval.actors, config.eval.cpus_per_actor, config.eval.gpus_per_actor
+    work["evaluation"] = {f"eval.actors={config.eval.actors}": pool, "1 reading task": (1, 1.0, 0.0)}
+    return work
+
+
+def preflight(work: Work, have: dict[str, float], where: str) -> None:
+    """Raise ConfigError unless the pools of each work fit side by side: Ray would otherwise wait for ever."""
+    for name, pools in work.items():
+        _check_pools(name, pools, have, where)
 
 
 def _check_labels(config: Config, nodes: list[dict[str, str]]) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pipelines.cluster import connected  # noqa: E402
+from pipelines.cluster import Work, connected  # noqa: E402
 from pipelines.config import ConfigError, describe_fields, fingerprint  # noqa: E402
 from pipelines.evaluation.config import EvaluationConfig, evaluation_config  # noqa: E402
 from pipelines.evaluation.parts import run_parts  # noqa: E402
@@ -44,13 +44,14 @@ def evaluate(target: str, config: EvaluationConfig) -> dict[str, Any]:
     started = time.monotonic()
     run, root = open_subject(target, config)
     plan = plan_of(run, config)
-    with held(root), connected(run):
+    placed = dataclasses.replace(run, output_dir=str(root))  # what every node must see
+    with held(root), connected(placed, work_of(config)):
         subject = subject_of(target, run, root, config, say)
         windows = same_noise(subject, config)
         results = run_parts(plan(subject), root, say, config.cpus, config.gpus, alone_cpus(config))
     results["windows"] = windows
     report = write_evaluation(subject, config, results, time.monotonic() - started)
-    uri = config.tracking.uri or default_uri(run)
+    uri = config.tracking.uri or subject.tracking or default_uri(run)
     if uri != "off":
         log_evaluation(uri, config.tracking.experiment, subject.parent, root, report)
     return {"path": str(root / "report.json"), "parts": len(results), "seconds": round(time.monotonic() - started, 1)}
@@ -74,6 +75,9 @@ def same_noise(subject: Subject, config: EvaluationConfig) -> dict[str, Any]:
     """Match and NLLs of every student and k on held-out windows, as a Ray Data job each."""
     settings = dataclasses.replace(
         subject.config.eval,
+        actors=1,
+        cpus_per_actor=config.cpus,
+        gpus_per_actor=config.gpus,
         blocks=config.fidelity.blocks,
         windows=config.fidelity.windows,
         bootstrap=config.bootstrap,
@@ -92,11 +96,18 @@ def same_noise(subject: Subject, config: EvaluationConfig) -> dict[str, Any]:
     return found
 
 
+def work_of(config: EvaluationConfig) -> Work:
+    """What the cluster must have room for."""
+    scoring = {"a scoring actor": (1, config.cpus, config.gpus), "1 reading task": (1, 1.0, 0.0)}
+    return {"held-out scoring": scoring, "a measurement of speed": {"it": (1, config.speed.cpus, config.gpus)}}
+
+
 def alone_cpus(config: EvaluationConfig) -> float:
-    """CPUs of a measurement of speed."""
+    """CPUs of a measurement of speed: by default all that a node with the GPUs it wants has."""
     import ray
 
-    return config.speed.cpus or max(node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"])
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("GPU", 0.0) >= config.gpus]
+    return config.speed.cpus or max(node.get("CPU", 1.0) for node in nodes)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from kforcing.cost import flop_counter
 from kforcing.noise import derive_key
 from pipelines.config import Config, TrainConfig
-from pipelines.rollout import RolloutActor, RolloutJob, StepPlan
+from pipelines.rollout import RolloutActor, RolloutJob, StepPlan, pick_device
 from pipelines.stages import write_json
 from pipelines.step import StudentStep, learning_rate, to_batch
 from pipelines.store import TokenStore
@@ -42,32 +42,39 @@ class StepFlops:
         """Both."""
         return self.batch + self.train
 
+    def times(self, n: float) -> StepFlops:
+        """Of n such steps."""
+        return StepFlops(n * self.batch, n * self.train)
 
-def count_step(module: nn.Module, batch_at: Callable[[int, int], Any]) -> StepFlops:
-    """Count a real step, the first of one."""
+
+Batches = Callable[[int, int], list[Any]]
+"""(step, steps) → the micro-batches of a step."""
+
+
+def count_step(module: nn.Module, batches: Batches) -> StepFlops:
+    """Count the first step, on the device of the module."""
+    module.to(pick_device())
     with flop_counter() as making:
-        batch = batch_at(0, 1)
+        micro = batches(0, 1)
     with flop_counter() as training:
-        module(batch).loss.backward()
+        for batch in micro:
+            module(batch).loss.backward()
     module.zero_grad()
     return StepFlops(making.get_total_flops(), training.get_total_flops())
 
 
 def train_here(
-    module: nn.Module,
-    batch_at: Callable[[int, int], Any],
-    train: TrainConfig,
-    name: str,
-    checkpoint: Path | None = None,
+    module: nn.Module, batches: Batches, train: TrainConfig, name: str, checkpoint: Path | None = None
 ) -> float:
     """`train.steps` optimiser steps; the module ends with its moving average. Returns the seconds they took.
 
     Args:
-        module: batch → `LossSums`.
-        batch_at: (step, steps) → the step's whole batch.
+        module: batch → `LossSums`; moved to the device this process was given.
+        batches: what a step learns from.
         name: for progress lines.
         checkpoint: file that a killed training continues from; removed at the end.
     """
+    module.to(pick_device())
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay
@@ -78,15 +85,21 @@ def train_here(
     for step in range(first, train.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, train.steps, train.lr, train.warmup, train.schedule)
-        sums = module(batch_at(step, train.steps))
         optimizer.zero_grad()
-        (sums.loss / sums.tokens).backward()
+        loss, tokens = 0.0, 0
+        for batch in batches(step, train.steps):
+            sums = module(batch)
+            sums.loss.backward()
+            loss, tokens = loss + sums.loss.item(), tokens + sums.tokens
+        for parameter in trained:
+            if parameter.grad is not None:
+                parameter.grad.div_(tokens)
         if train.clip:
             torch.nn.utils.clip_grad_norm_(trained, train.clip)
         optimizer.step()
         _follow(average, trained, min(train.ema, (1 + step) / (10 + step)))
         if step % 200 == 199:
-            print(f"{name}  {step + 1}/{train.steps}  loss {sums.loss / sums.tokens:.3f}", flush=True)
+            print(f"{name}  {step + 1}/{train.steps}  loss {loss / tokens:.3f}", flush=True)
         if checkpoint and time.monotonic() - kept > KEEP_EVERY_S:
             kept = time.monotonic()
             _keep(checkpoint, step + 1, earlier + kept - started, trained, optimizer, average)
@@ -154,7 +167,7 @@ class LocalStudent:
     def count(self, k: int, previous: Path | None) -> StepFlops:
         """FLOPs of one step of a stage, of which own windows count by their share."""
         config = self.config.stage(f"k{k}")
-        return self._count(self._module(config, k, previous), config, self._batches(config, k, previous))
+        return self._count(self._module(config, k, previous), config, k, previous)
 
     def _module(self, config: Config, k: int, previous: Path | None) -> StudentStep:
         init: Any = Grown(str(previous), k, config.loss)
@@ -171,18 +184,18 @@ class LocalStudent:
         budget: float | None,
         previous: Path | None,
     ) -> dict[str, Any]:
-        batches = self._batches(config, k, previous)
-        flops = self._count(module, config, batches)
+        flops = self._count(module, config, k, previous)
         if steps is None:
             assert budget is not None
             steps = max(1, round((budget - self.spent) / flops.total))
         self.folder.mkdir(parents=True, exist_ok=True)
         train = dataclasses.replace(config.train, steps=steps)
+        rolled_out = self._rolled_out(config, k, previous, train.batch)
 
-        def batch_at(step: int, steps: int) -> Any:
-            return batches(step, own_share(step, train))
+        def batches(step: int, steps: int) -> list[Any]:
+            return rolled_out(step, own_share(step, train))
 
-        seconds = train_here(module, batch_at, train, f"{self.name}  k{k}", self.folder / f"k{k}.pt")
+        seconds = train_here(module, batches, train, f"{self.name}  k{k}", self.folder / f"k{k}.pt")
         self.spent += steps * flops.total
         return {
             "flops": steps * flops.total,
@@ -193,8 +206,10 @@ class LocalStudent:
             "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
         }
 
-    def _batches(self, config: Config, k: int, previous: Path | None) -> Callable[[int, float], Any]:
-        """(step, share of own windows) → the step's rolled-out batch."""
+    def _rolled_out(
+        self, config: Config, k: int, previous: Path | None, batch: int
+    ) -> Callable[[int, float], list[Any]]:
+        """(step, share of own windows) → a step's rolled-out rows in micro-batches."""
         ar = config.targets == "ar" or previous is None or k == 1
         job = RolloutJob(
             self.teacher if ar else str(previous),
@@ -209,18 +224,20 @@ class LocalStudent:
             threads=1,
             draws=config.rollout.draws,
         )
-        actor, key, batch = RolloutActor(job), derive_key(config.seed, k, "own"), config.train.batch
+        actor, key, micro = RolloutActor(job), derive_key(config.seed, k, "own"), min(batch, config.train.micro_batch)
 
-        def rolled_out(step: int, own: float) -> Any:
-            rows = self.store.read(StepPlan(batch, 1, step + 1, step, 1).positions(0))
-            return to_batch(actor(rows), "cpu", key, own)
+        def step_of(step: int, own: float) -> list[Any]:
+            rows = actor(self.store.read(StepPlan(batch, 1, step + 1, step, 1).positions(0)))
+            return [to_batch(rows.slice(i, micro), pick_device(), key, own) for i in range(0, batch, micro)]
 
-        return rolled_out
+        return step_of
 
-    def _count(self, module: StudentStep, config: Config, batches: Callable[[int, float], Any]) -> StepFlops:
-        plain = count_step(module, lambda *_: batches(0, 0.0))
+    def _count(self, module: StudentStep, config: Config, k: int, previous: Path | None) -> StepFlops:
+        """From one micro-batch."""
         train = config.train
-        if not train.own_windows:
-            return plain
-        own = count_step(module, lambda *_: batches(0, train.own_windows))
-        return StepFlops(plain.batch, train.own_from * plain.train + (1 - train.own_from) * own.train)
+        rolled_out = self._rolled_out(config, k, previous, train.micro_batch)
+        flops = count_step(module, lambda *_: rolled_out(0, 0.0))
+        if train.own_windows:
+            own = count_step(module, lambda *_: rolled_out(0, train.own_windows))
+            flops = StepFlops(flops.batch, train.own_from * flops.train + (1 - train.own_from) * own.train)
+        return flops.times(train.batch / train.micro_batch)

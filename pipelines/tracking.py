@@ -304,7 +304,8 @@ def log_report(
 def log_evaluation(uri: str, experiment: str, parent: str | None, folder: Path, report: Record) -> None:
     """A run for the evaluation, below the run that made the models, and one below it for each row: rows compare in the UI.
 
-    A server that is down costs a warning: the report is on disk.
+    It takes the place of the one that the same folder was logged to before. A server that is down costs a warning: the
+    report is on disk.
     """
     from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
@@ -317,11 +318,10 @@ def log_evaluation(uri: str, experiment: str, parent: str | None, folder: Path, 
                 parent = None
         if parent is None:
             place = open_experiment(client, uri, experiment, folder.parent)
+        _forget(client, uri, folder / "mlflow.json")
         tags = {"evaluation": report["name"], **({MLFLOW_PARENT_RUN_ID: parent} if parent else {})}
         top = client.create_run(place, run_name=f"evaluation {report['name']}", tags=tags).info.run_id
-        _log_values(
-            client, top, leaves(report["config"]), _numbers({k: report[k] for k in ("windows", "joint", "cost")})
-        )
+        _log_values(client, top, leaves(report["config"]), _numbers({k: report[k] for k in MEASURED}))
         for file in sorted(f for f in folder.iterdir() if f.suffix in (".md", ".json", ".png", ".html")):
             client.log_artifact(top, str(file))
         for row in report["rows"]:
@@ -332,8 +332,23 @@ def log_evaluation(uri: str, experiment: str, parent: str | None, folder: Path, 
             )
             client.set_terminated(run)
         client.set_terminated(top)
+        write_json(folder / "mlflow.json", {"uri": uri, "run": top})
     except Exception as error:
         print(f"warning  tracking to {uri} failed, the report is in {folder} ({error})", file=sys.stderr, flush=True)
+
+
+MEASURED = ("windows", "joint", "free", "determinism", "mauve", "frontier", "batch_invariant", "cost")
+
+
+def _forget(client: Any, uri: str, file: Path) -> None:
+    """Delete the run that a folder was logged to before, and those below it."""
+    state = json.loads(file.read_text()) if file.is_file() else {}
+    if state.get("uri") != uri:
+        return
+    run = client.get_run(state["run"]).info
+    below = client.search_runs([run.experiment_id], f"tags.mlflow.parentRunId = '{run.run_id}'", max_results=1000)
+    for old in (run.run_id, *(child.info.run_id for child in below)):
+        client.delete_run(old)
 
 
 def _log_values(client: Any, run: str, params: list[tuple[str, Any]], metrics: dict[str, float]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from pipelines.cluster import preflight
+from pipelines.cluster import preflight, work_of
 from pipelines.config import apply
 from pipelines.recipes import recipe
 from serve.app import build
@@ -46,7 +46,7 @@ def test_the_jobs_pools_hold_the_run(job):
         have["CPU"] += group["replicas"] * float(limits["cpu"])
         have["GPU"] += group["replicas"] * float(limits["nvidia.com/gpu"])
         labels.add(group["rayStartParams"]["labels"])
-    preflight(config, have, "the job's cluster")
+    preflight(work_of(config), have, "the job's cluster")
     assert labels == {config.train.label, config.rollout.label}
 
 

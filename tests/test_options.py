@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from pipelines.cluster import preflight
+from pipelines.cluster import preflight, work_of
 from pipelines.config import ConfigError, apply
 from pipelines.options import read_command_line
 from pipelines.recipes import recipe
@@ -175,10 +175,10 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
 def test_preflight_says_which_pool_is_too_large():
     config = apply(recipe("smoke"), {}, ["train.cpus_per_worker=1"])
     with pytest.raises(ConfigError, match=r"needs 3\.5 CPUs \(2 for train\.workers=2 \+ 0\.5 for rollout\.actors=1"):
-        preflight(config, {"CPU": 2.0}, "this machine")
-    preflight(config, {"CPU": 4.0}, "this machine")
+        preflight(work_of(config), {"CPU": 2.0}, "this machine")
+    preflight(work_of(config), {"CPU": 4.0}, "this machine")
     with pytest.raises(ConfigError, match=r"evaluation needs 3 CPUs \(2 for eval\.actors=2"):
-        preflight(apply(recipe("smoke"), {}, ["eval.actors=2"]), {"CPU": 2.0}, "this machine")
+        preflight(work_of(apply(recipe("smoke"), {}, ["eval.actors=2"])), {"CPU": 2.0}, "this machine")
     gpu = apply(recipe("smoke"), {}, ["rollout.gpus_per_actor=1"])
     with pytest.raises(ConfigError, match=r"needs 1 GPUs .* has 0"):
-        preflight(gpu, {"CPU": 8.0}, "the cluster")
+        preflight(work_of(gpu), {"CPU": 8.0}, "the cluster")

@@ -129,7 +129,7 @@ def test_inversion_learns_the_map_on_which_it_is_trained():
 
 def test_medusa_heads_learn_the_tokens_after_the_next():
     backbone = make_backbone()
-    step = MedusaStep(backbone, 3)
+    step = MedusaStep(backbone, MedusaHeads(backbone, 3))
     tokens = torch.arange(20).repeat(4, 1) % 3
     batch = TextWindows(tokens, torch.arange(12).repeat(4, 1), torch.rand(4, 12, 4))
     optimizer = torch.optim.Adam(step.parameters(), lr=1e-2)

@@ -39,9 +39,9 @@ class MedusaHeads(nn.Module):
 class MedusaStep(nn.Module):
     """The loss of k heads on windows of k + 1 tokens of real text, above a frozen AR model."""
 
-    def __init__(self, backbone: PreTrainedModel, k: int):
+    def __init__(self, backbone: PreTrainedModel, heads: MedusaHeads):
         super().__init__()
-        self.heads = MedusaHeads(backbone, k)
+        self.heads = heads
         self._backbone = (backbone.requires_grad_(False),)  # in a tuple: it is not trained here
 
     def forward(self, batch: TextWindows) -> LossSums:

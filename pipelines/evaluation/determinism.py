@@ -86,14 +86,16 @@ def flips(one_RT: Tensor, other_RT: Tensor) -> dict[str, float]:
     return {"texts": changed / len(same), "tokens": changed / (same.sum().item() + changed)}
 
 
-def _match(bench: Bench, made_RT: Tensor) -> dict[str, float]:
+def _match(bench: Bench, made_RT: Tensor) -> dict[str, Any]:
     """Share of tokens that the fp32 AR model makes of the same noise after the same text."""
     prompts = bench.prompts
     coupling = COUPLINGS[bench.coupling]
     teacher = load_ar(bench.job.subject.teacher).to(pick_device())
     match = free_run(teacher, prompts.tokens_RN, made_RT.to(pick_device()), prompts.seeds, coupling).match
     sums = match.double().mean(1).cpu().numpy()
-    return over_documents(sums[:, None], 1.0 + 0 * sums, prompts.doc_R, bench.job.config)[0]
+    (figure,) = over_documents(sums[:, None], 1.0 + 0 * sums, prompts.doc_R, bench.job.config)
+    assert figure is not None
+    return figure
 
 
 @torch.inference_mode()

@@ -41,7 +41,7 @@ from kforcing.staircase import head
 from kforcing.textquality import distinct_n, features, gen_ppl, load_external, mauve, repeated_tokens, unigram_entropy
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.judge import JudgeConfig, Pair, judge
-from pipelines.evaluation.rivals import EngineDecoder, Row, decoder_of
+from pipelines.evaluation.rivals import EngineDecoder, Row, decoder_of, noise_of
 from pipelines.evaluation.subject import Student, Subject
 from pipelines.local import LocalStudent, count_step
 from pipelines.prepare import eos_id, load_tokenizer
@@ -79,9 +79,8 @@ class Prompts:
 
 
 def heldout(subject: Subject, config: EvaluationConfig, count: int, tokens: int, first: int = 0) -> Prompts:
-    """Prompts from rows `first`, `first + 1`, … of the held-out store, as many as there are."""
+    """Prompts from rows `first`, `first + 1`, … of the held-out store, over and over; each has noise of its own."""
     store = TokenStore(subject.heldout, config.seed)
-    count = min(count, store.rows_per_epoch)
     rows = store.read(np.arange(first, first + count) % store.rows_per_epoch)
     ids = torch.from_numpy(to_numpy(rows["tokens"])[:, :tokens].astype(np.int64))
     seeds = [derive_key(config.seed, "prompt", first + i) % 2**31 for i in range(count)]
@@ -90,12 +89,12 @@ def heldout(subject: Subject, config: EvaluationConfig, count: int, tokens: int,
 
 def over_documents(
     sums: np.ndarray, counts: np.ndarray, doc_R: np.ndarray, config: EvaluationConfig
-) -> list[dict[str, float]]:
-    """(R, M) sums and (R,) counts of texts → M figures with intervals over their documents."""
+) -> list[dict[str, float] | None]:
+    """(R, M) sums and (R,) counts of texts → M figures with intervals over their documents, none when nothing counts."""
     keep = counts > 0
+    if not keep.any():
+        return [None] * sums.shape[1]
     names, cluster = np.unique(doc_R[keep], return_inverse=True)
-    if not len(names):
-        return [{"value": 0.0, "lo": 0.0, "hi": 0.0} for _ in range(sums.shape[1])]
     total, number = np.zeros((len(names), sums.shape[1])), np.bincount(cluster, counts[keep])
     np.add.at(total, cluster, sums[keep])
     return [asdict(i) for i in cluster_bootstrap(total, number, config.bootstrap, config.seed)]
@@ -105,7 +104,8 @@ def teacher_nll(teacher: Any, prompts_RN: Tensor, made: list[list[int]]) -> tupl
     """Σ −log p of each text under the AR model, and its tokens."""
     N, longest = prompts_RN.shape[1], max(map(len, made))
     sums, counts = np.zeros(len(made)), np.array([len(text) for text in made], dtype=float)
-    padded = torch.tensor([text + [0] * (longest - len(text)) for text in made], device=prompts_RN.device)
+    rows_of_ids = [text + [0] * (longest - len(text)) for text in made]
+    padded = torch.tensor(rows_of_ids, dtype=torch.int64, device=prompts_RN.device)
     with torch.inference_mode():
         for rows in torch.arange(len(made)).split(32):
             whole = torch.cat([prompts_RN[rows], padded[rows]], dim=1)
@@ -118,14 +118,13 @@ def teacher_nll(teacher: Any, prompts_RN: Tensor, made: list[list[int]]) -> tupl
 def text_figures(job: Job, prompts: Prompts, made: list[list[int]], teacher: Any) -> dict[str, Any]:
     """Two-sided NLL and diversity of continuations."""
     nll, counts = teacher_nll(teacher, prompts.tokens_RN, made)
-    ones = np.ones(len(made))
-    per_text = np.array([[unigram_entropy(t) if t else 0.0, float(len(t))] for t in made])
+    length = np.array([[float(len(t))] for t in made])
+    entropy = np.array([[unigram_entropy(t) if t else 0.0] for t in made])
     repeated = np.array([[float(repeated_tokens(t))] for t in made])
-    entropy, length = over_documents(per_text, ones, prompts.doc_R, job.config)
     return {
         "nll": over_documents(nll[:, None], counts, prompts.doc_R, job.config)[0],
-        "entropy": entropy,
-        "length": length,
+        "entropy": over_documents(entropy, (counts > 0).astype(float), prompts.doc_R, job.config)[0],
+        "length": over_documents(length, np.ones(len(made)), prompts.doc_R, job.config)[0],
         "repetition": over_documents(repeated, counts, prompts.doc_R, job.config)[0],
         "distinct": {str(n): distinct_n(made, n) for n in (1, 2, 3)},
     }
@@ -152,8 +151,15 @@ def cost(folder: Path, job: Job, given: Any) -> dict[str, Any]:
         if stage.student.design.learns(student.k):
             local = LocalStudent(config, subject.teacher, subject.train, str(folder / "count"), "count")
             flops, steps = local.count(student.k, previous), stage.train.steps
+            times = 1 / stage.rollout.cache_epochs if stage.rollout.cache else 1.0  # cached rollouts are made once
             stages.append(
-                {"name": student.name, "steps": steps, "rollouts": steps * flops.batch, "train": steps * flops.train}
+                {
+                    "name": student.name,
+                    "k": student.k,
+                    "steps": steps,
+                    "rollouts": steps * flops.batch * times,
+                    "train": steps * flops.train,
+                }
             )
         previous = Path(student.path)
     of_students = [s for s in stages if s["name"] != "teacher"]
@@ -172,12 +178,12 @@ def _teacher_cost(subject: Subject) -> dict[str, Any]:
     train = subject.config.teacher.train
     store = TokenStore(subject.train, subject.config.seed)
 
-    def batch_at(step: int, steps: int) -> TokenBatch:
+    def micro(step: int, steps: int) -> list[TokenBatch]:
         rows = store.read(StepPlan(train.micro_batch, 1, 1, 0, 1).positions(0))
-        return TokenBatch(torch.from_numpy(to_numpy(rows["tokens"]).astype(np.int64)))
+        return [TokenBatch(torch.from_numpy(to_numpy(rows["tokens"]).astype(np.int64)).to(pick_device()))]
 
-    flops = count_step(ARStep(load_ar(subject.teacher)), batch_at).train * train.batch / train.micro_batch
-    return {"name": "teacher", "steps": train.steps, "rollouts": 0.0, "train": train.steps * flops}
+    flops = count_step(ARStep(load_ar(subject.teacher)), micro).train * train.batch / train.micro_batch
+    return {"name": "teacher", "k": 0, "steps": train.steps, "rollouts": 0.0, "train": train.steps * flops}
 
 
 def references(folder: Path, job: Job, given: Any) -> dict[str, Any]:
@@ -212,12 +218,12 @@ def next_blocks(job: Job, decoder: Decoder, stream: str) -> Tensor:
     """(contexts, samples, BLOCK) tokens that a decoder makes after fixed prompts, each from noise of its own."""
     fidelity, text = job.config.fidelity, job.config.text
     prompts = heldout(job.subject, job.config, fidelity.contexts, text.prompt_tokens, first=1000)
-    seeds = [derive_key(job.config.seed, "blocks", stream, i) % 2**31 for i in range(fidelity.samples)]
     blocks = []
-    for context_N in prompts.tokens_RN:
+    for c, context_N in enumerate(prompts.tokens_RN):
+        seeds = [derive_key(job.config.seed, "blocks", stream, c, i) % 2**31 for i in range(fidelity.samples)]
         for some in [seeds[i : i + ROWS_AT_ONCE] for i in range(0, len(seeds), ROWS_AT_ONCE)]:
             blocks.append(decoder.decode(context_N.expand(len(some), -1), BLOCK, some).tokens_RT.cpu())
-    return torch.cat(blocks).view(len(prompts.seeds), len(seeds), BLOCK)
+    return torch.cat(blocks).view(len(prompts.seeds), fidelity.samples, BLOCK)
 
 
 def joint_of(job: Job, blocks_CSK: Tensor, reference_CSK: np.ndarray) -> dict[str, Any]:
@@ -227,7 +233,8 @@ def joint_of(job: Job, blocks_CSK: Tensor, reference_CSK: np.ndarray) -> dict[st
         tv.append(joint_tv(mine, theirs, job.config.fidelity.buckets))
         entropy.append(position_entropy(mine))
     sums, ones = np.array([tv, entropy]).T, np.ones(len(tv))
-    figures = over_documents(sums, ones, np.arange(len(tv)), job.config)
+    docs = heldout(job.subject, job.config, len(tv), 1, first=1000).doc_R
+    figures = over_documents(sums, ones, docs, job.config)
     return {"tv": figures[0], "entropy": figures[1]}
 
 
@@ -257,7 +264,8 @@ def row(folder: Path, job: Job, given: Any) -> dict[str, Any]:
 
 def _decoder(job: Job, row: Row, temperature: float = 1.0) -> Decoder:
     trained = Path(job.subject.root) / f"train-{row.method}" if row.method else None
-    return decoder_of(row, job.subject.teacher, trained, job.subject.last.k, temperature)
+    noise = noise_of(job.subject.config)
+    return decoder_of(row, job.subject.teacher, trained, job.subject.last.k, noise, temperature)
 
 
 def _same_noise(job: Job, prompts: Prompts, mine_RT: Tensor, theirs_RT: Tensor) -> dict[str, Any]:
@@ -276,13 +284,15 @@ def external(folder: Path, job: Job, given: dict[str, Any]) -> dict[str, Any]:
     return {name: perplexity(job, judge_model, given["references"]["prompts"], made) for name, made in texts.items()}
 
 
-def perplexity(job: Job, model: Any, prompts: list[str], made: list[list[int]]) -> dict[str, Any]:
-    """Gen-PPL of continuations with its interval, weighted by token."""
+def perplexity(job: Job, model: Any, prompts: list[str], made: list[list[int]]) -> dict[str, Any] | None:
+    """Gen-PPL of continuations with its interval, weighted by token; none without any token."""
     tokenizer = load_tokenizer(job.subject.tokenizer)
     texts = [str(tokenizer.decode(row)) for row in cut(torch.tensor(made), job)]
     found = gen_ppl(model, texts, prompts)
     doc_R = heldout(job.subject, job.config, job.config.text.prompts, 1).doc_R
     (nll,) = over_documents(found.nll_C[:, None], found.tokens_C, doc_R, job.config)
+    if nll is None:
+        return None
     return {name: float(np.exp(value)) for name, value in nll.items()} | {"by_document": found.by_document}
 
 
@@ -308,17 +318,16 @@ def frontier(folder: Path, job: Job, given: dict[str, Any]) -> list[dict[str, An
 
 
 def text_distance(folder: Path, job: Job, given: dict[str, Any]) -> dict[str, Any]:
-    """MAUVE of each text against the AR model's, several clusterings, with the AR model against itself as floor."""
+    """MAUVE of each text against the AR model's under other noise, several clusterings; the AR model's own is the ceiling."""
     model = load_external(str(job.config.text.external))
     tokenizer = load_tokenizer(job.subject.tokenizer)
-    texts = {"AR again": given["references"]["texts"]["again"]}
-    texts |= {name: given[f"row-{slug(name)}"]["tokens"] for name in job.rows}
+    texts = {name: given[f"row-{slug(name)}"]["tokens"] for name in job.rows}
 
     def seen(made: list[list[int]]) -> np.ndarray:
         whole = [p + str(tokenizer.decode(row)) for p, row in zip(given["references"]["prompts"], made, strict=True)]
         return features(model, whole)
 
-    theirs = seen(given["references"]["texts"]["inverse_cdf"])
+    theirs = seen(given["references"]["texts"]["again"])
     found = {}
     for name, made in texts.items():
         mine = seen(made)
@@ -337,10 +346,10 @@ def joint(folder: Path, job: Job, given: Any) -> dict[str, Any]:
     contexts = heldout(job.subject, config, fidelity.contexts, job.subject.config.data.block, first=1000)
     coupling = COUPLINGS["inverse_cdf"]
     rows, names = [], []
-    for context_N in contexts.tokens_RN:
+    for c, context_N in enumerate(contexts.tokens_RN):
         draws = {
             name: sample_blocks(
-                ARTeacher(teacher, coupling).rollout, context_N, k, fidelity.samples, derive_key(config.seed, name)
+                ARTeacher(teacher, coupling).rollout, context_N, k, fidelity.samples, derive_key(config.seed, name, c)
             )
             for name in ("one", "two")
         }
@@ -350,7 +359,7 @@ def joint(folder: Path, job: Job, given: Any) -> dict[str, Any]:
             )
             names, values = list(asdict(found)), list(asdict(found).values())
         else:
-            key = derive_key(config.seed, "student")
+            key = derive_key(config.seed, "student", c)
             with torch.inference_mode():
                 mine = sample_blocks(lambda w: model.draw(w).tokens_BWK, context_N, k, fidelity.samples, key)
             lines = {"tv": mine, "floor_tv": draws["two"], "independent_tv": independent(draws["two"], 0)}
@@ -376,9 +385,9 @@ def free(folder: Path, job: Job, given: Any) -> dict[str, Any]:
     positions = getattr(teacher.config, "max_position_embeddings", 10**9)
     new = min(fidelity.free_tokens, positions - config.text.prompt_tokens - job.subject.last.k)
     prompts = heldout(job.subject, config, fidelity.free_prompts, config.text.prompt_tokens, first=500)
-    model = PushForwardLM.from_pretrained(job.student.path).to(device) if job.student else teacher
-    design = model.config.design if job.student else None
-    coupling = design.coupling if design else "inverse_cdf"
+    assert job.student is not None
+    model = PushForwardLM.from_pretrained(job.student.path).to(device)
+    coupling = model.config.design.coupling
     made = EngineDecoder(model, job.k, coupling).decode(prompts.tokens_RN, new, prompts.seeds).tokens_RT
     own = EngineDecoder(teacher, 1, coupling).decode(prompts.tokens_RN, new, prompts.seeds).tokens_RT
     run = free_run(teacher, prompts.tokens_RN, made.to(device), prompts.seeds, COUPLINGS[coupling])
@@ -392,35 +401,41 @@ def free(folder: Path, job: Job, given: Any) -> dict[str, Any]:
             over_documents(s[:, None], np.full(len(s), float(w)), prompts.doc_R, config)[0]
             for s, w in zip(sums, widths, strict=True)
         ]
-    return {"k": job.k, **curves, "repetition": text_figures(job, prompts, made.tolist(), teacher)["repetition"]}
+    repeated = np.array([[float(repeated_tokens(text))] for text in made.tolist()])
+    repetition = over_documents(repeated, np.full(len(made), float(new)), prompts.doc_R, config)[0]
+    return {"k": job.k, **curves, "repetition": repetition}
 
 
 def speed(folder: Path, job: Job, given: Any) -> dict[str, Any]:
-    """Tokens a second of every row, prompts included, medians; rows take turns. And what batch invariance costs."""
+    """Tokens a second of every row, prompts included, medians. And what batch invariance costs."""
     config, text = job.config, job.config.text
-    rows = {row.name: row for row in _rows_of(job)}
-    found: dict[str, Any] = {name: {} for name in rows}
-    for batch in config.speed.sizes:
-        prompts = heldout(job.subject, config, batch, text.prompt_tokens)
-        times: dict[str, list[float]] = {}
-        decoders = {}
-        for name, one in rows.items():
-            if one.decoder == "assisted" and batch > 1:
+    found: dict[str, Any] = {}
+    for row in rows_in(Path(job.subject.root)):
+        decoder = _decoder(job, row)
+        found[row.name] = {}
+        for batch in config.speed.sizes:
+            if row.decoder == "assisted" and batch > 1:
                 continue  # transformers takes one prompt at a time
-            decoders[name] = _decoder(job, one)
-            decoders[name].decode(prompts.tokens_RN, min(8, text.new_tokens), prompts.seeds)
-        for _ in range(config.speed.rounds):
-            for name, decoder in decoders.items():
-                started = time.perf_counter()
-                done = decoder.decode(prompts.tokens_RN, text.new_tokens, prompts.seeds)
-                times.setdefault(name, []).append(done.made / (time.perf_counter() - started))
-        for name, rates in times.items():
-            found[name][str(batch)] = {"value": statistics.median(rates), "lo": min(rates), "hi": max(rates)}
+            prompts = heldout(job.subject, config, batch, text.prompt_tokens)
+            decoder.decode(prompts.tokens_RN, text.new_tokens, prompts.seeds)
+            rates = []
+            for _ in range(config.speed.rounds):
+                started = _now()
+                decoder.decode(prompts.tokens_RN, text.new_tokens, prompts.seeds)
+                rates.append(batch * text.new_tokens / (_now() - started))
+            found[row.name][str(batch)] = {"value": statistics.median(rates), "lo": min(rates), "hi": max(rates)}
     return {"rows": found, "batch_invariant": _invariance(job)}
 
 
-def _rows_of(job: Job) -> list[Row]:
-    return [Row(**record) for record in json.loads((Path(job.subject.root) / "rows.json").read_text())]
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def rows_in(root: Path) -> list[Row]:
+    """The rows of an evaluation in order."""
+    return [Row(**record) for record in json.loads((root / "rows.json").read_text())]
 
 
 def _invariance(job: Job) -> dict[str, float]:
@@ -434,9 +449,9 @@ def _invariance(job: Job) -> dict[str, float]:
         engine, times = Engine(teacher, options), []
         engine.generate([request])
         for _ in range(config.speed.rounds):
-            started = time.perf_counter()
+            started = _now()
             engine.generate([request])
-            times.append((time.perf_counter() - started) / text.new_tokens)
+            times.append((_now() - started) / text.new_tokens)
         found[name] = statistics.median(times)
     return found
 

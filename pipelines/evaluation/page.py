@@ -74,6 +74,8 @@ def _pieces(mine: list[int], theirs: list[int], tokenizer: Any) -> str:
     for name, ids in parts:
         done = done + ids
         text = str(tokenizer.decode(done))
+        if len(done) < len(mine):
+            text = text.rstrip("\ufffd")  # a character whose last bytes are still to come
         piece = html.escape(text[len(before) :]).replace("\n", "⏎")
         before = text
         if piece:

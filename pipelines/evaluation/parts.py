@@ -6,6 +6,7 @@ part B ─┴─► part C ─► …        every arrow is a result on disk; a 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,8 +86,7 @@ def _ready(todo: list[Part], results: Results, places: int, busy: bool) -> list[
 def _run(part: Part, folder: str, given: Results) -> tuple[Any, float]:
     import torch
 
-    if not part.alone:
-        torch.set_num_threads(1)
+    torch.set_num_threads((os.cpu_count() or 1) if part.alone else 1)
     started = time.monotonic()
     result = part.run(Path(folder), part.job, given)
     return result, time.monotonic() - started

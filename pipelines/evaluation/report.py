@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,8 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import ScalarFormatter
 
 from pipelines.evaluation.config import EvaluationConfig
-from pipelines.evaluation.measure import slug
+from pipelines.evaluation.measure import rows_in, slug
 from pipelines.evaluation.page import write_page
-from pipelines.evaluation.plan import load_rows
 from pipelines.evaluation.rivals import METHODS, Row
 from pipelines.evaluation.subject import Subject
 from pipelines.prepare import load_tokenizer
@@ -27,25 +27,29 @@ Record = dict[str, Any]
 
 REPORTED = {
     "lm1b": [
-        ("AR", 104.8, "–", 2.03),
-        ("K-Forcing, paper, k=2", 107.2, "50.2%", 3.48),
-        ("K-Forcing, paper, k=3", 117.1, "45.1%", 4.99),
-        ("K-Forcing, paper, k=4", 127.6, "42.9%", 6.77),
+        ("AR", "1", 104.8, "–", "2.03"),
+        ("K-Forcing k=2", "1/2", 107.2, "50.2%", "3.48"),
+        ("K-Forcing k=3", "1/3", 117.1, "45.1%", "4.99"),
+        ("K-Forcing k=4", "1/4", 127.6, "42.9%", "6.77"),
     ],
     "owt": [
-        ("AR", 42.64, "–", 1.99),
-        ("K-Forcing, paper, k=2", 32.82, "46.9%", 3.46),
-        ("K-Forcing, paper, k=3", 29.67, "42.8%", 5.03),
-        ("K-Forcing, paper, k=4", 24.97, "39.4%", 6.91),
+        ("AR", "1", 42.64, "–", "1.99"),
+        ("K-Forcing k=2", "1/2", 32.82, "46.9%", "3.46"),
+        ("K-Forcing k=3", "1/3", 29.67, "42.8%", "5.03"),
+        ("K-Forcing k=4", "1/4", 24.97, "39.4%", "6.91"),
+        ("MDLM k=1", "1", 65.2, "42.4%", "–"),
+        ("MDLM k=2", "1/2", 224, "26.6%", "–"),
+        ("Medusa k=4", "2 · 539/960", 44.2, "50.3%", "–"),
+        ("PTP k=4", "2 · 339/960", 42.0, "49.6%", "–"),
     ],
 }
-"""The paper's (arXiv 2606.10820): Gen-PPL by GPT-2-Large, win rate against AR, thousand tokens/s at batch 16 on one H100."""
+"""The paper's (arXiv 2606.10820): passes a token, Gen-PPL by GPT-2-Large, wins against AR, thousand tokens/s at batch 16."""
 
 
 def write_evaluation(subject: Subject, config: EvaluationConfig, results: Record, seconds: float) -> Record:
     """Write the report's files; returns the report."""
     root = Path(subject.root)
-    rows = load_rows(root)
+    rows = rows_in(root)
     report = {
         "name": subject.name,
         "seconds": round(seconds, 1),
@@ -96,26 +100,35 @@ def row_record(row: Row, results: Record, config: EvaluationConfig) -> Record:
 
 
 def cost_record(subject: Subject, results: Record) -> Record:
-    """What the run cost, what a token saves, and after how many tokens that is even."""
+    """What the run cost, what a token saves, and after how many tokens that is even.
+
+    A student is charged for its own stage and those before it. Time is that of the machine where there is no GPU, else the
+    seconds of all trainers' and rollout actors' GPUs.
+    """
     stages, seconds = results["cost"]["stages"], _seconds(subject)
     for stage in stages:
         stage |= seconds.get(stage["name"], {})
     decoding, savings = results["cost"]["decoding"], []
-    ar_flops = decoding[0]["flops_a_token"]
-    rates = results["speed"]["rows"]
-    spent_flops = results["cost"]["flops"]
-    spent_s = sum(s.get("wall_s", 0.0) for s in stages if s["name"] != "teacher")
+    ar_flops, rates = decoding[0]["flops_a_token"], results["speed"]["rows"]
+    known = {s.name: s.k for s in subject.students}
     for entry in (e for e in decoding if e["k"] > 1):
         name = f"this run, {entry['name']} at k={entry['k']}"
-        line: Record = {"name": name, "flops_a_token": entry["flops_a_token"] / ar_flops}
-        saved = ar_flops - entry["flops_a_token"]
-        line["even_flops"] = spent_flops / saved if saved > 0 else None
+        upto = [s for s in stages if 0 < s["k"] <= known[entry["name"]]]
+        spent, spent_s = sum(s["rollouts"] + s["train"] for s in upto), sum(s.get("device_s", math.nan) for s in upto)
+        line: Record = {"name": name, "flops_a_token": entry["flops_a_token"] / ar_flops, "flops": spent}
+        line["even_flops"] = even(spent, ar_flops - entry["flops_a_token"])
         for batch in rates["AR, engine"]:
-            mine, theirs = 1 / rates[name][batch]["value"], 1 / rates["AR, engine"][batch]["value"]
-            line[f"saved_s_{batch}"] = theirs - mine
-            line[f"even_{batch}"] = spent_s / (theirs - mine) if theirs > mine and spent_s else None
+            saved = 1 / rates["AR, engine"][batch]["value"] - 1 / rates[name][batch]["value"]
+            line[f"saved_s_{batch}"], line[f"even_{batch}"] = saved, even(spent_s, saved)
         savings.append(line)
-    return {"stages": stages, "flops": spent_flops, "wall_s": spent_s, "ar_flops_a_token": ar_flops, "savings": savings}
+    return {"stages": stages, "flops": results["cost"]["flops"], "ar_flops_a_token": ar_flops, "savings": savings}
+
+
+def even(spent: float, saved: float) -> float | str:
+    """Tokens after which so much a token has paid for what was spent: a number, `never`, or `unknown`."""
+    if math.isnan(spent):
+        return "unknown"
+    return spent / saved if saved > 0 else "never"
 
 
 def _seconds(subject: Subject) -> dict[str, Record]:
@@ -127,12 +140,12 @@ def _seconds(subject: Subject) -> dict[str, Record]:
     for cost in json.loads(file.read_text())["costs"]:
         name = cost["name"]
         train = subject.config.teacher.train if name == "teacher" else subject.config.stage(name).train
-        found[name] = {
-            "wall_s": cost["seconds"],
-            "trainer_s": cost["seconds"] * (1 - cost["data_wait"]) * train.workers,
-        }
+        times = {"wall_s": cost["seconds"], "trainer_s": cost["seconds"] * (1 - cost["data_wait"]) * train.workers}
         if "rollout_s" in cost:
-            found[name]["rollout_s"] = cost["rollout_s"] * train.batch * cost["steps"]
+            times["rollout_s"] = cost["rollout_s"] * train.batch * cost["steps"]
+        gpus = train.gpus_per_worker > 0
+        times["device_s"] = times["trainer_s"] + times.get("rollout_s", 0.0) if gpus else times["wall_s"]
+        found[name] = times
     return found
 
 
@@ -172,6 +185,10 @@ def _figure(figure: Record | None, digits: int = 2) -> str:
     return ratio(figure, digits) if figure else "–"
 
 
+def _value(figure: Record | None) -> str:
+    return f"{figure['value']:.2f}" if figure else "–"
+
+
 def rivals_table(report: Record, config: EvaluationConfig) -> str:
     """Quality, passes, speed, training cost; a row a way to decode."""
     batches = [str(b) for b in config.speed.sizes]
@@ -190,18 +207,18 @@ def rivals_table(report: Record, config: EvaluationConfig) -> str:
     for row in report["rows"]:
         speed = [f"{row['tokens_per_s'][b]['value']:,.0f}" if b in row["tokens_per_s"] else "–" for b in batches]
         training = row["training"]
-        own = report["cost"] if row["name"].startswith("this run") else None
+        own = next((s["flops"] for s in report["cost"]["savings"] if s["name"] == row["name"]), None)
         cost = f"{flops(training['flops'])} ({training['seconds']:.0f})" if training else "0"
         if own:
-            cost = f"{flops(own['flops'])}, all stages"
+            cost = f"**{flops(own)}**"
         cells = [
             row["name"],
             _figure(row["joint"]["tv"], 3) if "joint" in row else "–",
             _figure(row["nll"]),
             _figure(row["gen_ppl"], 1),
-            f"{row['entropy']['value']:.2f}",
+            _value(row["entropy"]),
             f"{row['distinct']['2']:.2f}",
-            f"{row['repetition']['value']:.2f}",
+            _value(row["repetition"]),
             _figure(row.get("tokens_until_divergence"), 1),
             f"{row['passes']:.2f}",
             *speed,
@@ -216,7 +233,7 @@ def _legend(report: Record, config: EvaluationConfig) -> str:
     ppl = report["gen_ppl_again"]
     lines = [
         f"* Texts: {text.prompts} held-out prompts of {text.prompt_tokens} tokens, {text.new_tokens} new ones. The AR "
-        f"model's text under other noise: NLL {_figure(references['nll'])}, entropy {references['entropy']['value']:.2f}"
+        f"model's text under other noise: NLL {_figure(references['nll'])}, entropy {_value(references['entropy'])}"
         + (f", Gen-PPL {_figure(ppl, 1)}" if ppl else "")
         + ". NLL and Gen-PPL are two-sided: lower than AR's with a lower entropy is a collapse towards modes, not quality.",
         f"* Joint TV: total variation to the AR model's next four tokens in {config.fidelity.buckets}⁴ hashed cells, "
@@ -227,8 +244,10 @@ def _legend(report: Record, config: EvaluationConfig) -> str:
         "* Passes count every model that runs. A pass of the AR model reads one token, one of the paper's K-Forcing 2k, one "
         "of MDLM the whole text.",
         f"* Every method had {config.rivals.share:g} of the FLOPs of the run's own students, teacher passes and rollouts "
-        "included. Speed: the whole decoding with its prompts, medians, this machine. `transformers` assists one prompt at a "
-        "time.",
+        "included, and the run's optimiser settings. The rows of this run had all of it (bold): compare them with AR.",
+        "* MDLM's joint TV is that of four masks behind the prompt, which is shorter than its training blocks.",
+        "* Speed: the whole decoding with its prompts, medians, this machine; the last row of a batch ends it. "
+        "`transformers` assists one prompt at a time.",
     ]
     methods = {row["method"] for row in report["rows"] if row["method"]}
     lines += [f"* `{name}`: {text}." for name, text in METHODS.items() if name in methods]
@@ -238,18 +257,20 @@ def _legend(report: Record, config: EvaluationConfig) -> str:
 def _reported(config: EvaluationConfig) -> str:
     protocols = [config.text.protocol] if config.text.protocol else list(REPORTED)
     what = (
-        "the same protocol, another model and machine"
+        "the same prompt and text lengths and truncation; another model and machine"
         if config.text.protocol
         else "another protocol, model and machine: not to be compared line by line"
     )
     lines = [
         f"Reported by the paper, not run here ({what}):",
         "",
-        "| reported | corpus | Gen-PPL, GPT-2-Large | win rate against AR | thousand tokens/s, batch 16, H100 |",
-        "|---|---|---|---|---|",
+        "| reported | corpus | passes a token | Gen-PPL, GPT-2-Large | wins against AR | thousand tokens/s, batch 16, H100 |",
+        "|---|---|---|---|---|---|",
     ]
     for protocol in protocols:
-        lines += [f"| *{n}* | {protocol} | *{ppl}* | *{win}* | *{rate}* |" for n, ppl, win, rate in REPORTED[protocol]]
+        lines += [
+            f"| *{row[0]}* | {protocol} | " + " | ".join(f"*{x}*" for x in row[1:]) + " |" for row in REPORTED[protocol]
+        ]
     return "\n".join(lines)
 
 
@@ -308,27 +329,25 @@ def free_table(free: Record) -> str:
 
 
 def text_table(report: Record, config: EvaluationConfig) -> str:
-    """Diversity with intervals, MAUVE and judge of the run's own rows."""
-    if not config.text.external:
-        return "No external LM was named (text.external), so there is no Gen-PPL and no MAUVE."
+    """Diversity with intervals, MAUVE and the judge's verdicts."""
     lines = [
-        f"External LM: {config.text.external}. MAUVE against the AR model's text, smallest and largest of "
-        f"{config.text.mauve_seeds} clusterings; the AR model under other noise is the floor.",
-        "",
         "| text | MAUVE | entropy | repetition | length | distinct-1, 2, 3 | judge: wins against AR, flips |",
         "|---|---|---|---|---|---|---|",
     ]
-    again = {"name": "AR again", **report["references"]}
-    for row in [again, *report["rows"]]:
-        if row["name"] not in report["mauve"] and not row.get("judge"):
-            continue
+    for row in [{"name": "AR, other noise", **report["references"]}, *report["rows"]]:
         verdict = row.get("judge")
         wins = f"{_figure(verdict['win_rate'])}, {_figure(verdict['flip_rate'])}" if verdict else "–"
         distinct = ", ".join(f"{row['distinct'][n]:.2f}" for n in ("1", "2", "3"))
         lines.append(
             f"| {row['name']} | {_figure(report['mauve'].get(row['name']))} | {_figure(row['entropy'])} | "
-            f"{_figure(row['repetition'])} | {row['length']['value']:.0f} | {distinct} | {wins} |"
+            f"{_figure(row['repetition'])} | {_figure(row['length'], 1)} | {distinct} | {wins} |"
         )
+    if config.text.external:
+        lines += [
+            "",
+            f"External LM: {config.text.external}. MAUVE: against the AR model's text under other noise, mean, smallest and "
+            f"largest of {config.text.mauve_seeds} clusterings; what the AR model scores there is the most to expect.",
+        ]
     return "\n".join(lines)
 
 
@@ -355,9 +374,8 @@ def cost_tables(cost: Record) -> str:
         lines.append(f"| {s['name']} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        f"AR: {cost['ar_flops_a_token'] / 1e6:.2f} MFLOP a token. Distillation: {flops(cost['flops'])}FLOP, "
-        f"{cost['wall_s']:.0f} s of this machine. Even: generated tokens after which decoding has saved what distillation "
-        "cost; never, where a token costs more than AR's.",
+        f"AR: {cost['ar_flops_a_token'] / 1e6:.2f} MFLOP a token. Even: generated tokens after which decoding has saved what "
+        "the student's stages cost; never, where a token costs more than AR's.",
     ]
     return "\n".join(lines)
 
@@ -370,8 +388,8 @@ def flops(number: float) -> str:
     return f"{number / 1e6:.3g} M" if number else "0"
 
 
-def _count(tokens: float | None) -> str:
-    return "never" if tokens is None else f"{tokens:,.0f}"
+def _count(tokens: float | str) -> str:
+    return tokens if isinstance(tokens, str) else f"{tokens:,.0f}"
 
 
 def determinism_table(report: Record) -> str:
@@ -459,7 +477,16 @@ def plot_rivals(rows: list[Record], floor: float, config: EvaluationConfig, path
             kind = row["method"] or row["name"].split(",")[0]
             i = kinds.index(kind)
             x, y = row["tokens_per_s"][batch]["value"], row["joint"]["tv"]["value"]
-            axes.plot(x, y, "os^Dv"[i // len(COLOURS) % 5], color=COLOURS[i % len(COLOURS)], markersize=6, label=kind)
+            own = kind == "this run"
+            axes.plot(
+                x,
+                y,
+                "os^Dv"[i // len(COLOURS) % 5],
+                color=COLOURS[i % len(COLOURS)],
+                markersize=6,
+                fillstyle="none" if own else "full",
+                label=f"this run, {1 / config.rivals.share:.3g}× the budget" if own else kind,
+            )
             axes.annotate(f" {row['k']}" if row["k"] else "", (x, y), fontsize=7)
         axes.axhline(floor, color="grey", linewidth=0.8, linestyle="--", label="two samples of the AR model")
         axes.xaxis.set_major_formatter(ScalarFormatter())

@@ -7,7 +7,7 @@ way to decode: a method at a number of tokens a step, the AR model, or a student
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,17 @@ from kforcing.noise import derive_key, sample_anchors, uniform
 from kforcing.rivals.assisted import AssistedDecoder, draft_model
 from kforcing.rivals.inversion import InversionStep, with_heads
 from kforcing.rivals.mdlm import MaskedDecoder, MaskedLM, MaskedStep
-from kforcing.rivals.medusa import MedusaDecoder, MedusaStep
+from kforcing.rivals.medusa import MedusaDecoder, MedusaHeads, MedusaStep
 from kforcing.rivals.ptp import PTPDecoder
 from kforcing.rivals.rows import Decoded, Decoder, TextWindows
 from pipelines.config import Config, TrainConfig
-from pipelines.local import LocalStudent, count_step, train_here
+from pipelines.local import Batches, LocalStudent, count_step, train_here
 from pipelines.rollout import StepPlan, load_ar, pick_device
 from pipelines.step import ARStep, TokenBatch
 from pipelines.store import TokenStore, to_numpy
 
-NOISE = NoiseConfig(min_cycles=0.25, max_cycles=32.0)
-EARLY = {"paper": {1: 0.3, 2: 0.6}, "sequential": {2: 0.15}, "head": {2: 0.15}}
-"""Share of a K-Forcing method's budget that is spent by the end of an earlier stage."""
+STAGED = ("paper", "sequential", "head")
+"""Methods that are trained stage by stage: K-Forcing."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Row:
 
     name: str
     k: int
-    """Tokens a step, at most."""
+    """Tokens a step; of decoders that verify, guesses a pass."""
     decoder: str
     """What decodes: `ar`, `transformers`, `engine` (a push-forward student), or a rival's own."""
     method: str | None = None
@@ -83,13 +82,16 @@ METHODS = {
 }
 
 
-def rows_of(methods: list[str], students: list[tuple[str, str, int, str]], k: int, ks: list[int]) -> list[Row]:
+def rows_of(
+    methods: list[str], students: list[tuple[str, str, int, str]], k: int, ks: list[int], couplings: dict[str, str]
+) -> list[Row]:
     """The rows of the table: AR twice, the run's students, then what the methods allow.
 
     Args:
         students: (name, folder, tokens a step, coupling) of the run's students.
         k: tokens a step of the methods.
         ks: tokens a step at which K-Forcing is decoded.
+        couplings: of the methods that are trained stage by stage.
     """
     rows = [Row("AR, engine", 1, "ar"), Row("AR, transformers", 1, "transformers", same_noise=False)]
     rows += [
@@ -98,8 +100,11 @@ def rows_of(methods: list[str], students: list[tuple[str, str, int, str]], k: in
     ]
     made: dict[str, list[Row]] = {
         "paper": [Row(f"K-Forcing, paper, k={n}", n, "engine", "paper") for n in ks],
-        "sequential": [Row(f"K-Forcing, sequential, k={n}", n, "engine", "sequential", coupling="gumbel") for n in ks],
-        "head": [Row(f"sequential head alone, k={k}", k, "engine", "head", coupling="gumbel")],
+        "sequential": [
+            Row(f"K-Forcing, sequential, k={n}", n, "engine", "sequential", coupling=couplings["sequential"])
+            for n in ks
+        ],
+        "head": [Row(f"sequential head alone, k={k}", k, "engine", "head", coupling=couplings["head"])],
         "inversion-heads": [Row(f"noise inversion A (heads), k={k}", k, "engine", "inversion-heads")],
         "inversion-causal": [
             Row(f"noise inversion B (causal), k={k}", k, "engine", "inversion-causal"),
@@ -112,11 +117,27 @@ def rows_of(methods: list[str], students: list[tuple[str, str, int, str]], k: in
     return rows + [row for method in methods for row in made[method]]
 
 
+def noise_of(config: Config) -> NoiseConfig:
+    """The noise encoder of all argmax students: the run's own, where it has one."""
+    design = config.student.design
+    return NoiseConfig(min_cycles=0.25, max_cycles=32.0) if design.conditional else design.noise
+
+
+def spent_by(method: str, ks: list[int]) -> dict[int, float]:
+    """Share of a staged method's budget that is spent by the end of each stage.
+
+    Even for the paper's recipe; a sequential student learns most at its last k, and nothing at k = 1.
+    """
+    if method == "paper":
+        return {k: (i + 1) / len(ks) for i, k in enumerate(ks)}
+    return {k: 0.15 * i / max(1, len(ks) - 2) if k < ks[-1] else 1.0 for i, k in enumerate(ks)}
+
+
 def method_config(method: str, config: Config, k: int, seed: int) -> Config:
     """The run's config turned to a K-Forcing method."""
     student = dataclasses.replace(config.student, k=k)
     designs = {
-        "paper": Design(noise=NOISE),
+        "paper": Design(noise=noise_of(config)),
         "sequential": Design("sequential", "gumbel", sequential=SequentialConfig()),
         "head": Design("sequential", "gumbel", sequential=SequentialConfig(hints="none", draft="none")),
     }
@@ -140,13 +161,16 @@ def method_config(method: str, config: Config, k: int, seed: int) -> Config:
 def train_rival(folder: Path, trial: Trial, given: dict[str, Any]) -> dict[str, Any]:
     """Train a method to its share of the run's FLOPs (part `cost`); what it cost. A killed training continues."""
     budget = trial.share * given["cost"]["flops"]
-    if trial.method in EARLY:
+    if trial.method in STAGED:
         return _train_stages(folder, trial, budget)
-    module, batch_at = _module(trial.method, trial), _batches(trial)
-    flops = count_step(module, batch_at)
+    teacher, micro = load_ar(trial.teacher).to(pick_device()), trial.config.train.micro_batch
+    torch.manual_seed(trial.seed)
+    model = untrained(trial.method, trial.teacher, trial.k, noise_of(trial.config))
+    module = _step(trial.method, model, teacher)
+    flops = count_step(module, _batches(trial, micro)).times(trial.config.train.batch / micro)
     train = _train_config(trial, max(1, round(budget / flops.total)))
-    seconds = train_here(module, batch_at, train, trial.method, folder / "training.pt")
-    save_model(_kept(module), str(folder / "model.safetensors"))
+    seconds = train_here(module, _batches(trial, train.batch), train, trial.method, folder / "training.pt")
+    save_model(model, str(folder / "model.safetensors"))
     return {
         "flops": train.steps * flops.total,
         "batch_flops": train.steps * flops.batch,
@@ -160,8 +184,7 @@ def _train_stages(folder: Path, trial: Trial, budget: float) -> dict[str, Any]:
     config = method_config(trial.method, trial.config, trial.k, trial.seed)
     student = LocalStudent(config, trial.teacher, trial.store, str(folder), trial.method)
     previous, costs = None, []
-    for k in config.ks():
-        share = EARLY[trial.method].get(k, 1.0) if k < trial.k else 1.0
+    for k, share in spent_by(trial.method, config.ks()).items():
         costs.append(student.stage(k, None, share * budget, previous))
         previous = folder / f"k{k}"
     totals = {name: sum(c[name] for c in costs) for name in ("flops", "batch_flops", "steps", "seconds")}
@@ -175,48 +198,57 @@ def _train_config(trial: Trial, steps: int) -> TrainConfig:
     return dataclasses.replace(train, steps=steps)
 
 
-def _module(method: str, trial: Trial) -> nn.Module:
-    """What is trained, untrained."""
-    torch.manual_seed(trial.seed)
-    teacher, k = load_ar(trial.teacher), trial.k
+def untrained(method: str, teacher: str, k: int, noise: NoiseConfig) -> Any:
+    """What a method trains and decodes with, before its training."""
+    backbone = load_ar(teacher)
     if method.startswith("inversion"):
-        student = PushForwardLM.from_backbone(teacher, k, Design(noise=NOISE))
-        student = with_heads(student) if method == "inversion-heads" else student
-        return InversionStep(student, load_ar(trial.teacher))
+        student = PushForwardLM.from_backbone(backbone, k, Design(noise=noise))
+        return with_heads(student) if method == "inversion-heads" else student
     if method == "medusa":
-        return MedusaStep(teacher, k)
+        return MedusaHeads(backbone, k)
     if method == "mdlm":
-        return MaskedStep(MaskedLM(teacher))
-    assert method == "draft"
-    return ARStep(draft_model(teacher))
+        return MaskedLM(backbone)
+    assert method == "draft", method
+    return draft_model(backbone)
 
 
-def _kept(module: nn.Module) -> nn.Module:
-    """The part of a training module that decoding needs."""
-    name = {InversionStep: "student", MedusaStep: "heads", MaskedStep: "model", ARStep: "model"}[type(module)]
-    return getattr(module, name)
+def _step(method: str, model: Any, teacher: Any) -> nn.Module:
+    """The loss of a method as a module of one argument."""
+    if method.startswith("inversion"):
+        return InversionStep(model, teacher)
+    if method == "medusa":
+        return MedusaStep(teacher, model)
+    return MaskedStep(model) if method == "mdlm" else ARStep(model)
 
 
-def _batches(trial: Trial) -> Callable[[int, int], Any]:
-    """Step → its batch of real text, the same for any method of one shape."""
+def _batches(trial: Trial, batch: int) -> Batches:
+    """Step → its real text in micro-batches, the same for any method of one shape."""
     store, config, k = TokenStore(trial.store, trial.seed), trial.config, trial.k
+    micro, device = min(batch, config.train.micro_batch), pick_device()
 
-    def batch_at(step: int, steps: int) -> Any:
-        rows = store.read(StepPlan(config.train.batch, 1, step + 1, step, 1).positions(0))
-        tokens = torch.from_numpy(to_numpy(rows["tokens"]).astype(np.int64))
-        if trial.method == "draft":
-            return TokenBatch(tokens)
-        seq = torch.from_numpy(rows["seq"].to_numpy().copy())
-        N = tokens.shape[1]
-        key = derive_key(trial.seed, trial.method, rows["epoch"][0].as_py())
-        if trial.method == "mdlm":
+    def windows(tokens: Tensor, seq: Tensor, key: int) -> TextWindows:
+        N, offsets = tokens.shape[1], torch.arange(k)
+        if trial.method == "mdlm":  # one uniform a position
             anchors, offsets = torch.arange(N).expand(len(seq), -1), torch.zeros(1, dtype=torch.int64)
+        elif trial.method == "medusa":  # the trunk reads every position anyway
+            offsets = torch.arange(k + 1)
+            anchors = torch.arange(N - k - 1).expand(len(seq), -1)
         else:
             anchors = sample_anchors(key, seq, N - k, min(config.rollout.windows, N - k))
-            offsets = torch.arange(k)
-        return TextWindows(tokens, anchors, uniform(key, seq[:, None, None], anchors[..., None], offsets))
+        noise = uniform(key, seq[:, None, None], anchors[..., None], offsets)
+        return TextWindows(tokens.to(device), anchors.to(device), noise.to(device))
 
-    return batch_at
+    def batches(step: int, steps: int) -> list[Any]:
+        rows = store.read(StepPlan(batch, 1, step + 1, step, 1).positions(0))
+        tokens = torch.from_numpy(to_numpy(rows["tokens"]).astype(np.int64))
+        seq = torch.from_numpy(rows["seq"].to_numpy().copy())
+        key = derive_key(trial.seed, trial.method, rows["epoch"][0].as_py())
+        parts = [slice(i, i + micro) for i in range(0, batch, micro)]
+        if trial.method == "draft":
+            return [TokenBatch(tokens[part].to(device)) for part in parts]
+        return [windows(tokens[part], seq[part], key) for part in parts]
+
+    return batches
 
 
 class EngineDecoder:
@@ -230,8 +262,15 @@ class EngineDecoder:
         """See `Decoder`."""
         R, N = prompts_RN.shape
         if self._engine is None or (self._engine.config.slots, self._engine.max_len) != (R, N + new_tokens):
+            # On a GPU steps go in groups between two looks at the tokens: groups that end where the text does.
+            group = math.gcd(8, -(-new_tokens // self.k)) if pick_device().type == "cuda" else 1
             config = EngineConfig(
-                slots=R, max_len=N + new_tokens, k=self.k, prefill_tokens=R * N, coupling=self.coupling
+                slots=R,
+                max_len=N + new_tokens,
+                k=self.k,
+                prefill_tokens=R * N,
+                check_every=group,
+                coupling=self.coupling,
             )
             self._engine = Engine(self.model, config)
         steps, sampling = self._engine.counts.steps, Sampling(temperature=self.temperature)
@@ -240,38 +279,39 @@ class EngineDecoder:
         ]
         done = self._engine.generate(requests)
         passes = (self._engine.counts.steps - steps) / new_tokens
-        return Decoded(torch.tensor([c.tokens for c in done]), passes, R * new_tokens)
+        return Decoded(torch.tensor([c.tokens for c in done]), passes)
 
 
-def decoder_of(row: Row, teacher: str, trained: Path | None, k: int, temperature: float = 1.0) -> Decoder:
+def decoder_of(
+    row: Row, teacher: str, trained: Path | None, k: int, noise: NoiseConfig, temperature: float = 1.0
+) -> Decoder:
     """The decoder of a row, on the device this process was given.
 
     Args:
         trained: folder of the row's method.
         k: tokens a step the method was trained for.
+        noise: encoder of argmax students.
     """
     device = pick_device()
-    ar = load_ar(teacher).to(device)
-    if row.decoder == "ar":
-        return EngineDecoder(ar, 1, row.coupling, temperature)
-    if row.decoder == "transformers":
-        return AssistedDecoder(ar, None)
-    if row.path:
-        return EngineDecoder(PushForwardLM.from_pretrained(row.path).to(device), row.k, row.coupling, temperature)
-    assert row.method is not None
-    assert trained is not None
-    if row.method in EARLY:
-        student = PushForwardLM.from_pretrained(trained / f"k{k}").to(device)
+    if row.path or row.method in STAGED:
+        assert row.path or trained
+        student = PushForwardLM.from_pretrained(row.path or trained / f"k{k}").to(device)  # type: ignore[operator]
         return EngineDecoder(student, row.k, row.coupling, temperature)
-    model: Any = _kept(_module(row.method, Trial(row.method, Config(""), teacher, "", k, 0, 0)))
-    load_model(model, str(trained / "model.safetensors"))
+    if row.decoder == "ar":
+        return EngineDecoder(load_ar(teacher).to(device), 1, row.coupling, temperature)
+    if row.decoder == "transformers":
+        return AssistedDecoder(load_ar(teacher).to(device), None)
+    assert row.method is not None
+    model: Any = untrained(row.method, teacher, k, noise)
+    load_model(model, f"{trained}/model.safetensors")
     model = model.to(device).eval()
     if row.decoder == "engine":
         return EngineDecoder(model, row.k, row.coupling)
+    if row.decoder == "mdlm":
+        return MaskedDecoder(model, row.k)
+    ar = load_ar(teacher).to(device)
     if row.decoder == "ptp":
         return PTPDecoder(model, ar)
     if row.decoder == "medusa":
         return MedusaDecoder(ar, model, COUPLINGS[row.coupling])
-    if row.decoder == "mdlm":
-        return MaskedDecoder(model, row.k)
     return AssistedDecoder(ar, model)

@@ -16,7 +16,7 @@ from kforcing.model import PushForwardLM, read_config
 from pipelines.cluster import with_lasting_root
 from pipelines.config import Config, ConfigError, fingerprint, override
 from pipelines.evaluation.config import EvaluationConfig
-from pipelines.prepare import Prepared, prepare
+from pipelines.prepare import prepare
 from pipelines.recipes import RECIPES, recipe
 from pipelines.stages import write_json
 from pipelines.tracking import LOG, Registered, registered_student
@@ -47,6 +47,8 @@ class Subject:
     """Folder of the evaluation."""
     parent: str | None
     """MLflow run that the models come from."""
+    tracking: str | None
+    """MLflow where that run is; `off` when it was not tracked, none when nobody knows."""
 
     @property
     def last(self) -> Student:
@@ -76,20 +78,19 @@ def _mark(folder: Path) -> Any:
     if manifest.is_file():
         record = json.loads(manifest.read_text())
         return record.get("fingerprint") or folder.parent.name
-    return [(f.name, f.stat().st_size) for f in sorted(folder.glob("*.safetensors"))]
+    weights = [f.stat() for f in sorted(folder.glob("*.safetensors"))]
+    return [(str(folder), s.st_size, s.st_mtime_ns) for s in weights]
 
 
 def open_subject(target: str, options: EvaluationConfig) -> tuple[Config, Path]:
     """The config of the run behind a run directory or `models:/…`, and where the evaluation goes. Raises ConfigError."""
     if target.startswith("models:/"):
         found = registered_student(target, options.tracking.uri)
-        base = Path(found.params.get("output_dir") or "runs").name
         name = re.sub(r"[^A-Za-z0-9]+", "-", target.removeprefix("models:/")).strip("-")
-        config = with_lasting_root(dataclasses.replace(config_of(found.params, target), output_dir=f"runs/{base}"))
-        return config, Path(options.output_dir or config.root.parent / f"evaluation-{name}").absolute()
-    root = Path(target).expanduser()
-    if not root.is_absolute():
-        root = with_lasting_root(Config("", output_dir=target)).root
+        root = lasting(options.output_dir or f"runs/evaluation-{name}")
+        base = Path(found.params.get("output_dir") or "run").name
+        return dataclasses.replace(config_of(found.params, target), output_dir=str(root.parent / base)), root
+    root = lasting(target)
     if not (root / LOG).is_file():
         raise ConfigError(
             f"{target} is not a run directory (no {LOG}); give one that pipelines/distill.py wrote, or models:/NAME@ALIAS"
@@ -100,38 +101,33 @@ def open_subject(target: str, options: EvaluationConfig) -> tuple[Config, Path]:
         raise ConfigError(
             f"{target}: {', '.join(missing)} not finished; run pipelines/distill.py output_dir={target} to its end"
         )
-    return config, Path(options.output_dir or root / "evaluation").absolute()
+    return config, lasting(options.output_dir or str(root / "evaluation"))
+
+
+def lasting(path: str) -> Path:
+    """An absolute path; a relative one of a cluster job is below its user's home, as for runs."""
+    return with_lasting_root(Config("", output_dir=path)).root
 
 
 def subject_of(target: str, config: Config, root: Path, options: EvaluationConfig, say: Any) -> Subject:
     """Models and data of an opened target; corpus and registered models are fetched or made if they are not there."""
     prepared = prepare(config, say)
     parent: str | None
+    tracking: str | None
     if target.startswith("models:/"):
         found = registered_student(target, options.tracking.uri)
         student = _downloaded(found, root)
         students: tuple[Student, ...] = (student,)
         teacher = options.teacher or _teacher_inside(student, root)
-        name, parent = target.removeprefix("models:/"), str(found.run)
+        name, parent, tracking = target.removeprefix("models:/"), str(found.run), found.uri
     else:
         students = tuple(Student(f"k{k}", k, str(config.root / f"k{k}")) for k in config.ks())
         teacher, name = str(config.root / "teacher"), config.root.name
-        state = config.root / "mlflow.json"
-        parent = json.loads(state.read_text()).get("parent") if state.is_file() else None
-    return _with_data(name, config, teacher, students, prepared, root, parent)
-
-
-def _with_data(
-    name: str,
-    config: Config,
-    teacher: str,
-    students: tuple[Student, ...],
-    prepared: Prepared,
-    root: Path,
-    parent: str | None,
-) -> Subject:
+        file = config.root / "mlflow.json"
+        state = json.loads(file.read_text()) if file.is_file() else {}
+        parent, tracking = state.get("parent"), state.get("uri", "off")
     stores = str(prepared.split("train")), str(prepared.split("heldout"))
-    return Subject(name, config, teacher, students, str(prepared.tokenizer), *stores, str(root), parent)
+    return Subject(name, config, teacher, students, str(prepared.tokenizer), *stores, str(root), parent, tracking)
 
 
 def config_of(record: dict[str, str], target: str) -> Config:
@@ -163,7 +159,8 @@ def _downloaded(found: Registered, root: Path) -> Student:
     folder = root / "model"
     marker, version = folder / "version.json", {"name": found.name, "version": found.version}
     if not (marker.is_file() and json.loads(marker.read_text()) == version):
-        shutil.rmtree(folder, ignore_errors=True)
+        for old in (folder, root / "teacher"):
+            shutil.rmtree(old, ignore_errors=True)
         found.download(folder)
         write_json(marker, version)
     k = read_config(folder).k
