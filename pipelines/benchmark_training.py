@@ -13,8 +13,9 @@ backward pass, which costs one more product with the head.
 A step is: context pass, blocks, LM head and loss of K-Forcing's read-out, backward, AdamW (at a learning rate of 0, so
 that all rows see the same weights and must agree on the loss). Rows take turns within a round, so that a machine that
 slows down slows all of them; medians over rounds [smallest, largest], after one round that is not counted. Peak memory is
-that of a process which makes one step: the largest resident set on a CPU (weights, interpreter and libraries included),
-the most memory torch allocated on a GPU. The last line is one JSON object.
+that of a process which makes one step and computes layers again in its backward pass: the largest resident set on a CPU
+(weights, optimiser, interpreter and libraries included), the most memory torch allocated on a GPU. On a CPU memory is
+kept as train workers keep it (`cluster.MALLOC`). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ from kforcing import PushForwardLM  # noqa: E402
 from kforcing.losses import target_nll  # noqa: E402
 from kforcing.noise import window_noise  # noqa: E402
 from kforcing.readout import ArgmaxReadout  # noqa: E402
+from kforcing.recompute import checkpoint_layers  # noqa: E402
 from kforcing.reference import dense_states  # noqa: E402
 from kforcing.staircase import Windows, embeddings, lm_head  # noqa: E402
-from pipelines.rollout import peak_rss_mb  # noqa: E402
+from pipelines.cluster import MALLOC  # noqa: E402
 from pipelines.step import StudentStep, WindowBatch  # noqa: E402
 
 AT_ONCE = 2**40  # a chunk that no step fills
@@ -116,6 +118,7 @@ def alternate(rows: dict[str, Callable[[], tuple[float, float]]], rounds: int) -
     for number in range(rounds + 1):
         for name, row in rows.items():
             taken, losses[name] = row()
+            print(f"round {number} of {rounds}  {name:<28}{taken:>8.2f} s", file=sys.stderr, flush=True)
             if number:
                 seconds[name].append(taken)
     return {name: {**spread(values), "loss": losses[name]} for name, values in seconds.items()}
@@ -160,12 +163,16 @@ def line(ks: list[int], values: list[float]) -> dict[str, float]:
 
 
 def peak_mb(given: argparse.Namespace) -> float:
-    """Make one step, and say how much memory this process has needed at most, in MiB."""
+    """Make one step of recomputed layers, and say how much memory this process has needed at most, in MiB."""
+    given.batch = given.memory_batch
     bench = Bench(given, given.k, given.memory_vocabulary)
+    checkpoint_layers(bench.student)
     bench.step(bench.staircase(given.chunk if given.peak == "chunked" else AT_ONCE), bench.windows(given.k))
     if bench.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return peak_rss_mb()
+    # Not ru_maxrss, which a child inherits from the process that started it.
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) / 1024
 
 
 def memory(words: list[str]) -> dict[str, float]:
@@ -173,7 +180,9 @@ def memory(words: list[str]) -> dict[str, float]:
     peaks = {}
     for way in ("chunked", "at once"):
         line = [sys.executable, __file__, *words, "--peak", way]
-        done = subprocess.run(line, capture_output=True, text=True, check=True)
+        plain = {name: value for name, value in os.environ.items() if name not in MALLOC}
+        done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True, env=plain)
+        print(f"peak memory, logits {way:<8} {done.stdout.split()[-1]} MiB", file=sys.stderr, flush=True)
         peaks[way] = json.loads(done.stdout.splitlines()[-1])
     return peaks
 
@@ -196,8 +205,12 @@ def describe(record: dict[str, Any]) -> str:
         f"a line of {ks['at_0']:.3f} + {ks['per_k']:.3f} k ms, from which no k is farther than {ks['largest_deviation']:.1%}"
     )
     if peaks:
-        lines.append(f"\npeak memory of a step with {record['memory_vocabulary']:,} tokens of vocabulary, MiB")
-        lines += [f"logits {way:<12}{mb:>10,.0f}" for way, mb in peaks.items()]
+        lines.append(
+            f"\npeak memory of a step, vocabulary {record['memory_vocabulary']:,}, batch {record['memory_batch']}, layers "
+            "computed again in the backward pass, MiB"
+        )
+        whole = peaks["at once"]
+        lines += [f"logits {way:<12}{mb:>10,.0f}{mb / whole:>9.2f}×" for way, mb in peaks.items()]
     return "\n".join(lines)
 
 
@@ -211,6 +224,7 @@ def read_options(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--memory-vocabulary", type=int, default=50_000, help="of the steps whose memory is measured")
     parser.add_argument("--context", type=int, help="tokens of context (default 512, on a GPU 1024)")
     parser.add_argument("--batch", type=int, default=1, help="sequences in a step (default %(default)s)")
+    parser.add_argument("--memory-batch", type=int, default=6, help="of the steps whose memory is measured (default 6)")
     parser.add_argument("--k", type=int, default=4)
     parser.add_argument("--ks", type=lambda s: [int(k) for k in s.split(",")], default=[1, 2, 4, 8])
     parser.add_argument("--chunk", type=int, default=1024, help="tokens whose logits exist at a time")
@@ -229,6 +243,8 @@ def main() -> None:
     """Read the command line, measure, print."""
     words = sys.argv[1:]
     given = read_options(words)
+    if not MALLOC.keys() <= os.environ.keys() and not given.peak:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
     if given.peak:
         print(json.dumps(peak_mb(given)))
         return
@@ -236,7 +252,7 @@ def main() -> None:
         "model": f"random Llama of {given.layers} × {given.width}, {given.heads} heads, vocabulary {given.vocabulary:,}",
         **{
             name: getattr(given, name)
-            for name in ("batch", "context", "k", "chunk", "dtype", "device", "memory_vocabulary")
+            for name in ("batch", "context", "k", "chunk", "dtype", "device", "memory_vocabulary", "memory_batch")
         },
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

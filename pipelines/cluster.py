@@ -16,6 +16,9 @@ from pipelines.config import Config, ConfigError, node_selector
 ROOT = Path(__file__).resolve().parent.parent
 JOBS_ROOT = Path.home() / "kforcing"
 
+# glibc otherwise returns every large tensor's pages to the kernel and faults them in again (7% of a training step).
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
+
 _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -24,9 +27,7 @@ _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
-    # glibc otherwise returns every large tensor's pages to the kernel and faults them in again (7% of a training step).
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    **MALLOC,
 }
 
 
