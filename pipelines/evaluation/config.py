@@ -77,7 +77,7 @@ class SpeedConfig:
 
     batches: str = "1,16"
     """Prompts decoded at once."""
-    rounds: int = field(default=3, metadata=RUNTIME)
+    rounds: int = field(default=5, metadata=RUNTIME)
     """Measurements of each, of which the median counts."""
     cpus: float = field(default=0, metadata=RUNTIME)
     """Ray CPUs a measurement reserves; 0 for those of the node it starts on, so that nothing else runs there."""

@@ -407,24 +407,31 @@ def free(folder: Path, job: Job, given: Any) -> dict[str, Any]:
 
 
 def speed(folder: Path, job: Job, given: Any) -> dict[str, Any]:
-    """Tokens a second of every row, prompts included, medians. And what batch invariance costs."""
-    config, text = job.config, job.config.text
-    found: dict[str, Any] = {}
-    for row in rows_in(Path(job.subject.root)):
-        decoder = _decoder(job, row)
-        found[row.name] = {}
-        for batch in config.speed.sizes:
-            if row.decoder == "assisted" and batch > 1:
-                continue  # transformers takes one prompt at a time
-            prompts = heldout(job.subject, config, batch, text.prompt_tokens)
-            decoder.decode(prompts.tokens_RN, text.new_tokens, prompts.seeds)
-            rates = []
-            for _ in range(config.speed.rounds):
-                started = _now()
-                decoder.decode(prompts.tokens_RN, text.new_tokens, prompts.seeds)
-                rates.append(batch * text.new_tokens / (_now() - started))
-            found[row.name][str(batch)] = {"value": statistics.median(rates), "lo": min(rates), "hi": max(rates)}
+    """Tokens a second of every row, prompts included: rows take turns, medians of rounds. And what batch invariance costs."""
+    config, rows = job.config, rows_in(Path(job.subject.root))
+    rates: dict[str, dict[str, list[float]]] = {row.name: {} for row in rows}
+    for _ in range(config.speed.rounds):
+        for row in rows:
+            decoder = _decoder(job, row)  # one model at a time in memory
+            for batch in config.speed.sizes:
+                if row.decoder == "assisted" and batch > 1:
+                    continue  # transformers takes one prompt at a time
+                rates[row.name].setdefault(str(batch), []).append(_rate(job, decoder, batch))
+    found = {
+        name: {batch: {"value": statistics.median(r), "lo": min(r), "hi": max(r)} for batch, r in batches.items()}
+        for name, batches in rates.items()
+    }
     return {"rows": found, "batch_invariant": _invariance(job)}
+
+
+def _rate(job: Job, decoder: Decoder, batch: int) -> float:
+    """Tokens a second of one decoding, after one that is not counted."""
+    text = job.config.text
+    prompts = heldout(job.subject, job.config, batch, text.prompt_tokens)
+    decoder.decode(prompts.tokens_RN, text.new_tokens, prompts.seeds)
+    started = _now()
+    decoder.decode(prompts.tokens_RN, text.new_tokens, prompts.seeds)
+    return batch * text.new_tokens / (_now() - started)
 
 
 def _now() -> float:

@@ -12,7 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import FuncFormatter
 
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.measure import rows_in, slug
@@ -73,7 +73,7 @@ def write_evaluation(subject: Subject, config: EvaluationConfig, results: Record
     plot_rivals(report["rows"], report["references"]["joint"]["tv"]["value"], config, root / "rivals.png")
     plots = ["match", "distance", "rivals"]
     if report["frontier"]:
-        plot_frontier(report, root / "frontier.png")
+        plot_frontier(report, config, root / "frontier.png")
         plots.append("frontier")
     write_page(root / "samples.html", subject, rows, results, load_tokenizer(subject.tokenizer))
     (root / "report.md").write_text(markdown(report, config, subject, plots))
@@ -417,6 +417,17 @@ def determinism_table(report: Record) -> str:
     return "\n".join(lines)
 
 
+METHODS_SHORT = {
+    "paper": "K-Forcing, paper",
+    "sequential": "K-Forcing, sequential",
+    "head": "sequential head alone",
+    "inversion-heads": "noise inversion A",
+    "inversion-causal": "noise inversion B; PTP",
+    "mdlm": "MDLM",
+    "medusa": "Medusa",
+    "draft": "assisted",
+}
+
 # Colours that stay apart for most colour-blind readers (Okabe and Ito).
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
 
@@ -464,88 +475,86 @@ def plot_free(free: Record, path: Path) -> None:
     plt.close(figure)
 
 
+def _dots(axes: Any, rows: list[Record], places: list[tuple[float, float]], config: EvaluationConfig) -> None:
+    """A mark for each row, one colour and shape a method, with its tokens a step beside it."""
+    kinds = list(dict.fromkeys(_kind(row) for row in rows))
+    for row, (x, y) in zip(rows, places, strict=True):
+        i, own = kinds.index(_kind(row)), _kind(row) == "this run"
+        label = (
+            f"this run, {1 / config.rivals.share:.3g}× the budget" if own else METHODS_SHORT.get(_kind(row), _kind(row))
+        )
+        style = {"color": COLOURS[i % 7], "marker": "os^Dv"[i // 7 % 5], "fillstyle": "none" if own else "full"}
+        axes.plot(x, y, linestyle="none", markersize=6, label=label, **style)
+        axes.annotate(f" {row['k']}" if row["k"] else "", (x, y), fontsize=7)
+
+
+def _kind(row: Record) -> str:
+    return row["method"] or row["name"].split(",")[0]
+
+
+def _legend_beside(axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(unique.values(), unique.keys(), fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _plain_log(axis: Any) -> None:
+    """Whole numbers on a logarithmic axis."""
+    for formatter in (axis.set_major_formatter, axis.set_minor_formatter):
+        formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.set_tick_params(which="both", labelsize=7)
+
+
 def plot_rivals(rows: list[Record], floor: float, config: EvaluationConfig, path: Path) -> None:
     """Quality (joint total variation) against speed, one panel a batch size."""
     batches = [str(b) for b in config.speed.sizes]
-    figure, panels = plt.subplots(
-        1, len(batches), figsize=(6.2 * len(batches), 4.8), layout="constrained", squeeze=False
-    )
+    width = 6.2 * len(batches)
+    figure, panels = plt.subplots(1, len(batches), figsize=(width, 4.8), layout="constrained", squeeze=False)
     shown = [r for r in rows if "joint" in r]
-    kinds = list(dict.fromkeys(r["method"] or r["name"].split(",")[0] for r in shown))
     for axes, batch in zip(panels[0], batches, strict=True):
-        for row in shown:
-            kind = row["method"] or row["name"].split(",")[0]
-            i = kinds.index(kind)
-            x, y = row["tokens_per_s"][batch]["value"], row["joint"]["tv"]["value"]
-            own = kind == "this run"
-            axes.plot(
-                x,
-                y,
-                "os^Dv"[i // len(COLOURS) % 5],
-                color=COLOURS[i % len(COLOURS)],
-                markersize=6,
-                fillstyle="none" if own else "full",
-                label=f"this run, {1 / config.rivals.share:.3g}× the budget" if own else kind,
-            )
-            axes.annotate(f" {row['k']}" if row["k"] else "", (x, y), fontsize=7)
         axes.axhline(floor, color="grey", linewidth=0.8, linestyle="--", label="two samples of the AR model")
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_formatter(ScalarFormatter())
-        axes.tick_params(axis="x", which="both", labelsize=7)
+        _dots(axes, shown, [(r["tokens_per_s"][batch]["value"], r["joint"]["tv"]["value"]) for r in shown], config)
         axes.set(
             xlabel=f"tokens/s, batch {batch}", ylabel="joint TV to AR, next 4 tokens (lower is better)", xscale="log"
         )
-        axes.grid(alpha=0.3, which="both")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    panels[0][-1].legend(
-        unique.values(), unique.keys(), fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1)
-    )
+        _plain_log(axes.xaxis)
+        axes.grid(alpha=0.3)
+    _legend_beside(panels[0][-1])
     figure.suptitle("Numbers are tokens a step", fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def plot_frontier(report: Record, path: Path) -> None:
-    """Gen-PPL against entropy: temperatures of AR and the last student, and every row."""
-    figure, axes = plt.subplots(figsize=(6.8, 4.6), layout="constrained")
+def plot_frontier(report: Record, config: EvaluationConfig, path: Path) -> None:
+    """Gen-PPL against entropy: temperatures of AR and the last student as lines, every row as a mark."""
+    figure, axes = plt.subplots(figsize=(8.4, 4.8), layout="constrained")
+    rows = [r for r in report["rows"] if r["gen_ppl"] and r["entropy"]]
+    _dots(axes, rows, [(r["entropy"]["value"], r["gen_ppl"]["value"]) for r in rows], config)
     lines: dict[str, list[tuple[float, float, str]]] = {}
-    for point in report["frontier"]:
-        lines.setdefault(point["name"], []).append(
-            (point["entropy"]["value"], point["gen_ppl"]["value"], f"T={point['temperature']}")
-        )
-    warm = {"AR": "AR, engine"} | {
-        r["name"].split(" at ")[0].removeprefix("this run, "): r["name"]
-        for r in report["rows"]
-        if "this run" in r["name"]
-    }
-    rows = {row["name"]: row for row in report["rows"]}
-    for colour, (name, points) in zip(COLOURS, lines.items(), strict=False):
-        row = rows[warm[name]]
-        points.append((row["entropy"]["value"], row["gen_ppl"]["value"], "T=1"))
+    for p in report["frontier"]:
+        if p["gen_ppl"] and p["entropy"]:
+            place = p["entropy"]["value"], p["gen_ppl"]["value"], f"T={p['temperature']}"
+            lines.setdefault(f"{p['name']} at k={p['k']}" if p["k"] > 1 else "AR, engine", []).append(place)
+    for colour, (name, points) in zip(("#000000", "#D55E00"), lines.items(), strict=False):
+        row = next(r for r in report["rows"] if r["name"].endswith(name))
+        points.append((row["entropy"]["value"], row["gen_ppl"]["value"], ""))
         points.sort()
-        axes.plot([p[0] for p in points], [p[1] for p in points], "-o", color=colour, label=f"{name}, temperatures")
-        for x, y, text in points:
-            axes.annotate(text, (x, y), fontsize=7, xytext=(3, -9), textcoords="offset points", color=colour)
-    others = [r for r in report["rows"] if r["name"] not in warm.values()]
-    axes.plot(
-        [r["entropy"]["value"] for r in others],
-        [r["gen_ppl"]["value"] for r in others],
-        "x",
-        color="grey",
-        label="other rows, T=1",
-    )
-    for row in others:
-        axes.annotate(
-            row["name"],
-            (row["entropy"]["value"], row["gen_ppl"]["value"]),
-            fontsize=5.5,
-            color="grey",
-            xytext=(3, 2),
-            textcoords="offset points",
+        axes.plot(
+            [p[0] for p in points],
+            [p[1] for p in points],
+            "-",
+            color=colour,
+            linewidth=1,
+            label=f"{name}, temperatures",
         )
+        for x, y, text in points:
+            axes.annotate(text, (x, y), fontsize=7, xytext=(4, -9), textcoords="offset points", color=colour)
     axes.set(xlabel="entropy of a text's tokens (nats)", ylabel="Gen-PPL under the external LM", yscale="log")
-    _finish(figure, axes, path)
+    _plain_log(axes.yaxis)
+    axes.grid(alpha=0.3)
+    _legend_beside(axes)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def _finish(figure: Any, axes: Any, path: Path) -> None:
