@@ -4,6 +4,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 
 from kforcing import Design, NoiseConfig, PushForwardLM, SequentialConfig
 
+torch.set_num_threads(1)  # threads cost more than they bring on models this small
+
 VOCAB = 23
 CONFIGS = {
     "llama": LlamaConfig(
