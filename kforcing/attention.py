@@ -287,6 +287,8 @@ def _kernel_backward(
     else:
         seed = torch.zeros((), dtype=torch.int64, device=q.device)
         padded, bias = pad(lse, (0, -n % 32), value=torch.inf), mask.expand(*q.shape[:3], -1)
+        # In half precision the kernel takes rows of the output to be `heads · width` apart, whatever their stride is.
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
         needed = [True, True, True, False]
         grads = aten._scaled_dot_product_efficient_attention_backward(
             grad, q, k, v, bias, out, padded, seed, seed, 0.0, needed, False, scale=scale

@@ -1,6 +1,7 @@
 """Staircase attention against one softmax under a dense mask."""
 
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,3 +180,26 @@ def test_the_kernels_of_gpus_take_what_they_are_given(causal, dtype, width):
         assert (lse.shape, lse.dtype) == (queries.shape[:3], torch.float32)
         grads = attention._kernel_backward(out, queries, k, v, out, lse, mask, SCALE)
     assert [g.shape for g in grads] == [queries.shape, k.shape, v.shape]
+
+
+@pytest.mark.parametrize(("heads", "width"), [((9, 3), 64), ((4, 4), 20), ((4, 4), 64)], ids=str)
+def test_the_masked_kernel_of_gpus_is_given_outputs_whose_rows_lie_as_it_takes_for_granted(monkeypatch, heads, width):
+    (H, J), N, L, B = heads, 50, 3, 2
+    backward, given = torch.ops.aten._scaled_dot_product_efficient_attention_backward, []
+
+    def intercepted(grad, q, k, v, bias, out, lse, *args, **kwargs):
+        given.append((out, lse))
+        return backward(grad, q, k, v, bias, out, lse, *args, **kwargs)
+
+    ops = SimpleNamespace(_scaled_dot_product_efficient_attention_backward=intercepted)
+    monkeypatch.setattr(attention, "aten", ops)
+    (call,) = Staircase(full(B, N), N, False).calls
+    with torch.device("meta"):
+        q, k = (torch.empty(B, n, h, width, dtype=torch.bfloat16).transpose(1, 2) for n, h in ((N * L, H), (N, J)))
+        queries = call.fold(attention._by_window(q, N, J))
+        mask = torch.empty(1, 1, queries.shape[2], N, dtype=torch.bfloat16)
+        lse = torch.empty(queries.shape[:3], dtype=torch.float32)
+        attention._kernel_backward(queries, queries, k, k, queries, lse, mask, SCALE)
+    ((out, lse),) = given
+    assert out.transpose(1, 2).is_contiguous()
+    assert lse.stride(0) % 8 == lse.stride(1) % 8 == 0
