@@ -208,6 +208,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _wide_product(x_BJWXE: Tensor, y_BJWTE: Tensor) -> Tensor:
+    """x @ yᵀ, not rounded to half precision: like stock kernels, which keep scores and their gradients in float32."""
+    wide = _wide(x_BJWXE.dtype)
+    return x_BJWXE.to(wide) @ y_BJWTE.to(wide).mT
+
+
 def _by_window(x_BHSE: Tensor, windows: int, key_heads: int) -> Tensor:
     """A view with windows, entries and query heads of a key head apart: (B, J, W, G, L, E)."""
     return x_BHSE.unflatten(1, (key_heads, -1)).unflatten(3, (windows, -1)).transpose(2, 3)
@@ -215,7 +221,7 @@ def _by_window(x_BHSE: Tensor, windows: int, key_heads: int) -> Tensor:
 
 def _window_scores(q_BJWXE: Tensor, own_keys_BJWTE: Tensor, L: int, scale: float) -> Tensor:
     """Scores of X = G·L queries a window for the T entries of their own window, −inf for later ones."""
-    scores_BJWXT = (q_BJWXE @ own_keys_BJWTE.mT).to(_wide(q_BJWXE.dtype)) * scale
+    scores_BJWXT = _wide_product(q_BJWXE, own_keys_BJWTE) * scale
     T, G = own_keys_BJWTE.shape[3], q_BJWXE.shape[3] // L
     later_LT = torch.ones(L, T, dtype=torch.bool, device=scores_BJWXT.device).triu(T - L + 1)
     return scores_BJWXT.masked_fill_(later_LT.repeat(G, 1), -torch.inf)
@@ -248,8 +254,8 @@ def _window_backward(
     q, grad = q_BJWGLE.flatten(3, 4), grad_BJWGLE.flatten(3, 4)
     p_BJWXT = (_window_scores(q, own_keys, q_BJWGLE.shape[4], scale) - lse_BJWGL1.flatten(3, 4)).exp_()
     grad_values = p_BJWXT.to(grad.dtype).mT @ grad
-    through_BJWX1 = (grad * out_BJWGLE.flatten(3, 4)).sum(dim=-1, keepdim=True, dtype=p_BJWXT.dtype)
-    grad_scores_BJWXT = (p_BJWXT * ((grad @ own_values.mT) - through_BJWX1) * scale).to(q.dtype)
+    through_BJWX1 = (grad.to(p_BJWXT.dtype) * out_BJWGLE.flatten(3, 4)).sum(dim=-1, keepdim=True)
+    grad_scores_BJWXT = (p_BJWXT * (_wide_product(grad, own_values) - through_BJWX1) * scale).to(q.dtype)
     grad_q_BJWGLE += (grad_scores_BJWXT @ own_keys).view(grad_q_BJWGLE.shape)
     return grad_scores_BJWXT.mT @ q, grad_values
 

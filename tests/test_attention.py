@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from kforcing import attention
 from kforcing.attention import Causal, Chunk, Staircase, staircase_attention
 from kforcing.cost import flop_counter
-from kforcing.reference import dense_attention
+from kforcing.reference import dense_attention, staircase_mask
 
 SCALE = 0.3
 
@@ -100,24 +101,31 @@ def test_the_gradient_is_the_numerical_one():
     assert torch.autograd.gradcheck(lambda *x: staircase_attention(*x, stairs, SCALE), inputs)
 
 
+@pytest.mark.parametrize("scale", [SCALE, 1.0])
 @pytest.mark.parametrize("causal", [False, True])
-def test_bf16_errs_no_more_than_the_dense_softmax_in_bf16(causal):
-    anchors = full(2, 40)
-    exact = tensors(anchors, 40, 4, 4)
-    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
-    weights = torch.randn(2, 160, 4, 8, generator=torch.Generator().manual_seed(1))
-    truth = dense_attention(*exact, anchors, SCALE)
-    truth = [truth, *torch.autograd.grad(truth, exact, weights)]
+def test_bf16_errs_as_one_stock_kernel_over_the_same_scores_does(causal, scale):
+    """With scores of size 2 and of size 8, whose own rounding would be seen."""
+    N, k, E = 40, 4, 64
+    anchors = full(2, N)
+    rounded = [x.detach().requires_grad_() for x in tensors(anchors, N, k, k, E=E, dtype=torch.bfloat16)]
+    exact = [x.detach().float().requires_grad_() for x in rounded]
+    weights = torch.randn(2, N * k, 4, E, generator=torch.Generator().manual_seed(1)).bfloat16()
+    truth = dense_attention(*exact, anchors, scale)
+    truth = [truth, *torch.autograd.grad(truth, exact, weights.float())]
+
+    def stock(q, keys, values, own_keys, own_values):
+        every = [torch.cat([x, own.flatten(2, 3)], dim=2) for x, own in ((keys, own_keys), (values, own_values))]
+        mask = staircase_mask(anchors, N, k)[:, :, N:]
+        return scaled_dot_product_attention(q, *every, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
 
     def distances(out):
         assert out.dtype == torch.bfloat16
-        mine = [out, *torch.autograd.grad(out, rounded, weights.bfloat16())]
+        mine = [out, *torch.autograd.grad(out, rounded, weights)]
         return torch.stack([(a.float() - b).norm() / b.norm() for a, b in zip(mine, truth, strict=True)])
 
-    dense = distances(dense_attention(*rounded, anchors, SCALE))
-    staircase = distances(staircase_attention(*rounded, Staircase(anchors, 40, causal), SCALE))
-    assert (staircase < 1.5 * dense).all(), (staircase, dense)
-    assert staircase.max() < 0.02
+    staircase = distances(staircase_attention(*rounded, Staircase(anchors, N, causal), scale))
+    assert (staircase < 1.5 * distances(stock(*rounded))).all()
+    assert staircase.max() < 0.01
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
