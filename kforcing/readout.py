@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kforcing.losses import CHUNK
+from kforcing.recompute import in_chunks
 from kforcing.staircase import BlockReader, Context, Reader, Windows, embeddings, head, lm_head, read_context
 
 
@@ -94,29 +95,31 @@ class Readout(nn.Module):
 
     def draw(self, backbone: PreTrainedModel, windows: Windows, context: Context | None = None) -> Draw:
         """One step of decoding: the tokens that the windows' noise maps to."""
-        logits, tokens = zip(*self._unroll(backbone, windows, context), strict=True)
-        return Draw(torch.stack(tokens, dim=2), torch.stack(logits, dim=2))
-
-    def tokens(self, backbone: PreTrainedModel, windows: Windows, context: Context | None = None) -> Tensor:
-        """The (B, W, K) tokens of `draw` alone, a few windows at a time: `CHUNK` tokens' logits exist at once."""
-        context = context or read_context(backbone, windows.context_BN)
-        made = []
-        for part in windows.split(max(1, CHUNK // (len(windows.context_BN) * windows.k))):
-            made.append(torch.stack([token_BW for _, token_BW in self._unroll(backbone, part, context)], dim=2))
-        return torch.cat(made, dim=1)
-
-    def _unroll(self, backbone: PreTrainedModel, windows: Windows, context: Context | None) -> Iterator[Turn]:
-        context = context or read_context(backbone, windows.context_BN)
-        reader = BlockReader(backbone.base_model, context.layers, windows.anchors_BW)
+        context, reader = open_windows(backbone, windows, context)
 
         def pick(logits_BWV: Tensor, offset: int) -> Tensor:
             return self.pick(logits_BWV, windows.noise_BWK[..., offset], windows.temperature_BW)
 
-        return self.turns(backbone, windows, reader, context.at(windows.anchors_BW), pick)
+        turns = self.turns(backbone, windows, reader, context.at(windows.anchors_BW), pick)
+        logits, tokens = zip(*turns, strict=True)
+        return Draw(torch.stack(tokens, dim=2), torch.stack(logits, dim=2))
+
+    def tokens(self, backbone: PreTrainedModel, windows: Windows, context: Context | None = None) -> Tensor:
+        """The (B, W, K) tokens of `draw` alone.
+
+        Overridden where windows are many: the network reads all of them at once, `CHUNK` tokens' logits exist at a time.
+        """
+        return self.draw(backbone, windows, context).tokens_BWK
 
     @abstractmethod
     def grow(self, k: int) -> None:
         """Become the read-out of another k with the same weights, as far as there are such."""
+
+
+def open_windows(backbone: PreTrainedModel, windows: Windows, context: Context | None) -> tuple[Context, BlockReader]:
+    """The pass over the windows' context, made here unless the caller has it, and a reader of their blocks behind it."""
+    context = context or read_context(backbone, windows.context_BN)
+    return context, BlockReader(backbone.base_model, context.layers, windows.anchors_BW)
 
 
 @dataclass(frozen=True)
@@ -195,9 +198,16 @@ class ArgmaxReadout(Readout):
         self, backbone: PreTrainedModel, windows: Windows, tokens_BWK: Tensor, context: Context | None = None
     ) -> BlockScores:
         """p_j(· | context, z_1 … z_j): the tokens do not matter here."""
-        context = context or read_context(backbone, windows.context_BN)
-        reader = BlockReader(backbone.base_model, context.layers, windows.anchors_BW)
+        _, reader = open_windows(backbone, windows, context)
         return BlockScores(self._states(backbone, windows, reader), head(backbone))
+
+    def tokens(self, backbone: PreTrainedModel, windows: Windows, context: Context | None = None) -> Tensor:
+        """See `Readout.tokens`."""
+        _, reader = open_windows(backbone, windows, context)
+        states_RKD = self._states(backbone, windows, reader).flatten(0, 1)
+        likeliest = lambda rows: (lm_head(backbone, states_RKD[rows]).argmax(dim=-1),)  # noqa: E731
+        (tokens_RK,) = in_chunks(likeliest, len(states_RKD), max(1, CHUNK // windows.k))
+        return tokens_RK.view(windows.noise_BWK.shape)
 
     def _states(self, backbone: PreTrainedModel, windows: Windows, reader: Reader) -> Tensor:
         noise_BWK = windows.noise_BWK

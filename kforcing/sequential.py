@@ -29,9 +29,9 @@ from transformers import AutoModel, PreTrainedModel
 
 from kforcing.coupling import Coupling
 from kforcing.losses import CHUNK
-from kforcing.readout import BlockScores, Pick, Readout, Turn
+from kforcing.readout import BlockScores, Pick, Readout, Turn, open_windows
 from kforcing.recompute import in_chunks
-from kforcing.staircase import BlockReader, Context, Reader, Windows, embeddings, head, lm_head, read_context
+from kforcing.staircase import Context, Reader, Windows, embeddings, head, lm_head
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,7 @@ class SequentialReadout(Readout):
         self, backbone: PreTrainedModel, windows: Windows, tokens_BWK: Tensor, context: Context | None = None
     ) -> BlockScores:
         """p(· | context, tokens before) over the whole vocabulary, for every token of the given blocks."""
-        context = context or read_context(backbone, windows.context_BN)
-        reader = BlockReader(backbone.base_model, context.layers, windows.anchors_BW)
+        context, reader = open_windows(backbone, windows, context)
         trunk_BWD = self._trunk(backbone, windows, reader, context.at(windows.anchors_BW))
         first_BW1D = trunk_BWD[:, :, None]
         if windows.k == 1:
@@ -237,9 +236,46 @@ class SequentialReadout(Readout):
         if hints_BWHD is None:
             drafts, _ = self._drafts(backbone, windows, token_BW[..., None])
             hints_BWHD = self._hints(backbone, trunk_BWD, reader, drafts, windows.k)
-            parallel_BWHV = lm_head(backbone, hints_BWHD) if self.config.shortlist else None
+        yield from self._later_turns(backbone, trunk_BWD, hints_BWHD, parallel_BWHV, token_BW, pick)
+
+    def tokens(self, backbone: PreTrainedModel, windows: Windows, context: Context | None = None) -> Tensor:
+        """See `Readout.tokens`: the head takes its turns on some windows after the other."""
+        context, reader = open_windows(backbone, windows, context)
+        trunk_BWD = self._trunk(backbone, windows, reader, context.at(windows.anchors_BW))
+        trunk_RD, noise_RK = trunk_BWD.flatten(0, 1), windows.noise_BWK.flatten(0, 1)
+        temperature_R, shape = windows.temperature_BW.flatten(), windows.noise_BWK.shape
+        guess = partial(self._guess, backbone, trunk_RD, noise_RK[:, 0], temperature_R)
+        (first_R,) = in_chunks(guess, len(trunk_RD), CHUNK)
+        if windows.k == 1:
+            return first_R.view(shape)
+        drafts, _ = self._drafts(backbone, windows, first_R.view(shape[:2])[..., None])
+        hints_RHD = self._hints(backbone, trunk_BWD, reader, drafts, windows.k).flatten(0, 1)
+
+        def later(rows: slice) -> tuple[Tensor, ...]:
+            def pick(logits_1RV: Tensor, offset: int) -> Tensor:
+                return self.pick(logits_1RV, noise_RK[None, rows, offset], temperature_R[None, rows])
+
+            hints = hints_RHD[None, rows]
+            turns = self._later_turns(backbone, trunk_RD[None, rows], hints, None, first_R[None, rows], pick)
+            return (torch.cat([token for _, token in turns]).T,)
+
+        (later_RH,) = in_chunks(later, len(trunk_RD), max(1, CHUNK // windows.k))
+        return torch.cat([first_R[:, None], later_RH], dim=1).view(shape)
+
+    def _later_turns(
+        self,
+        backbone: PreTrainedModel,
+        trunk_BWD: Tensor,
+        hints_BWHD: Tensor,
+        parallel_BWHV: Tensor | None,
+        token_BW: Tensor,
+        pick: Pick,
+    ) -> Iterator[Turn]:
+        """The turns of the head, after token 1; `parallel_BWHV` are the hints' own logits, when they are made already."""
+        if parallel_BWHV is None and self.config.shortlist:
+            parallel_BWHV = lm_head(backbone, hints_BWHD)
         past = self._first_entry(trunk_BWD)
-        for j in range(windows.k - 1):
+        for j in range(hints_BWHD.shape[2]):
             hint_BW1D = hints_BWHD[:, :, j : j + 1]
             before_BW1D = embeddings(backbone)(token_BW)[:, :, None]
             correction_BW1D, past = self._head(trunk_BWD, hint_BW1D, before_BW1D, j + 1, past)

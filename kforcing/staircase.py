@@ -16,7 +16,6 @@ E their width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -55,14 +54,6 @@ class Windows:
         context, anchors, noise = self.context_BN[index_R], self.anchors_BW[index_R], self.noise_BWK[index_R]
         prefix = None if self.prefix_BWP is None else self.prefix_BWP[index_R]
         return Windows(context, anchors, noise, self.temperature_B[index_R], prefix)
-
-    def split(self, size: int) -> Iterator[Windows]:
-        """At most `size` windows of every sequence at a time."""
-        for start in range(0, self.anchors_BW.shape[1], size):
-            some = slice(start, start + size)
-            prefix = None if self.prefix_BWP is None else self.prefix_BWP[:, some]
-            anchors, noise = self.anchors_BW[:, some], self.noise_BWK[:, some]
-            yield Windows(self.context_BN, anchors, noise, self.temperature_B, prefix)
 
     @property
     def temperature_BW(self) -> Tensor:

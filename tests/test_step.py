@@ -1,5 +1,7 @@
 """A training step in chunks and with layers computed again, against the same step at once."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,7 +12,7 @@ from kforcing.losses import next_token_loss
 from kforcing.noise import uniform
 from kforcing.recompute import checkpoint_layers, in_chunks
 from kforcing.rollout import ARTeacher, StudentTeacher
-from kforcing.staircase import Windows
+from kforcing.staircase import BlockReader, Windows
 from pipelines.step import StudentStep, WindowBatch, measured_windows
 from tests.conftest import VOCAB, make_backbone, make_sequential
 
@@ -146,8 +148,8 @@ def test_neither_do_those_of_ar_training():
 
 
 def test_nor_those_of_rollouts(monkeypatch):
-    monkeypatch.setattr(readout, "CHUNK", 8)
-    monkeypatch.setattr(rollout, "CHUNK", 8)
+    for module in (readout, rollout, sequential):
+        monkeypatch.setattr(module, "CHUNK", 8)
     windows, backbone = batch().windows, make_backbone(scale=2.0)
     for student in (argmax_student(), sequential_student(), sequential_student(shortlist=3, draft="none")):
         with Largest(VOCAB) as largest:
@@ -157,6 +159,27 @@ def test_nor_those_of_rollouts(monkeypatch):
     with Largest(VOCAB) as largest:
         ARTeacher(backbone, COUPLINGS["inverse_cdf"]).labelled_rollout(windows, 3)
     assert largest.rows <= 8
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_rollouts_pass_all_windows_through_the_network_together(monkeypatch, prefix):
+    """However few logits exist at a time."""
+    windows, passed, read = batch().windows, [], BlockReader.read
+    if prefix:
+        windows = dataclasses.replace(windows, prefix_BWP=torch.zeros(B, W, 2, dtype=torch.int64))
+
+    def counted(reader, block_BWLD):
+        passed.append(block_BWLD.shape[1])
+        return read(reader, block_BWLD)
+
+    monkeypatch.setattr(BlockReader, "read", counted)
+    for student, reads in ((argmax_student(), 1), (sequential_student(), 1 + prefix)):
+        for chunk in (1, 10**6):
+            for module in (readout, sequential):
+                monkeypatch.setattr(module, "CHUNK", chunk)
+            passed.clear()
+            StudentTeacher(student).rollout(windows)
+            assert passed == [W] * reads
 
 
 def test_results_come_in_the_order_of_rows_whatever_the_chunk():
