@@ -249,6 +249,13 @@ def reduce_sums(sums: LossSums) -> dict[str, Any]:
     }
 
 
+def largest(value: float, device: torch.device) -> float:
+    """The largest of all ranks' numbers."""
+    packed = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(packed, dist.ReduceOp.MAX)
+    return packed.item()
+
+
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
     """Linear warm-up, then constant or cosine down to a tenth of the peak; a pure function of the step."""
     if step < warmup:

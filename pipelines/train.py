@@ -30,7 +30,7 @@ from pipelines import strategy
 from pipelines.config import RolloutConfig, TeacherConfig, TrainConfig, node_selector
 from pipelines.rollout import RolloutJob, StepPlan, load_ar, peak_rss_mb, pick_device, training_rows
 from pipelines.stages import StageError
-from pipelines.step import ARStep, StudentStep, learning_rate, optimizer_step, reduce_sums, to_batch
+from pipelines.step import ARStep, StudentStep, largest, learning_rate, optimizer_step, reduce_sums, to_batch
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,8 @@ class Progress:
         self.tokens += sums.tokens * self.job.train.workers
         if self.step % self.job.train.log_every and self.step != self.job.train.steps:
             return
-        means = reduce_sums(sums)
+        # Chunks come to one rank after the other, and who has its rows waits inside the step for who does not.
+        means, wait = reduce_sums(sums), largest(self.wait, sums.loss.device)
         now = time.monotonic()
         if self.relay is None:
             self.wait, self.mark, self.tokens = 0.0, now, 0
@@ -273,7 +274,7 @@ class Progress:
             "seconds": now - self.mark,
             "tokens_per_s": self.tokens / (now - self.mark),
             "tokens_seen": self.step * means["tokens"],
-            "data_wait": self.wait / (now - self.mark),
+            "data_wait": wait / (now - self.mark),
             "eta_s": (now - self.began) / (self.step - self.first) * (self.job.train.steps - self.step),
             "train_rss_mb": peak_rss_mb(),
         }

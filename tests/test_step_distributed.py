@@ -1,7 +1,9 @@
 """Real DeepSpeed on two gloo ranks against one rank and against plain torch."""
 
 import dataclasses
+from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +15,7 @@ from kforcing.staircase import Windows
 from pipelines import strategy
 from pipelines.config import TrainConfig
 from pipelines.step import StudentStep, WindowBatch, learning_rate, optimizer_step, reduce_sums
+from pipelines.train import Progress
 from tests.conftest import VOCAB, make_backbone, make_sequential
 from tests.ranks import run_ranks
 
@@ -209,3 +212,20 @@ def _check_reduce(rank, world):
     assert means["tokens"] == 8
     assert means["match"] == [0.75, 0.75]
     assert means["block_match"] == 0.75
+
+
+def test_the_wait_that_is_told_is_that_of_the_rank_that_waited_longest(tmp_path):
+    run_ranks(2, _check_wait)
+
+
+def _check_wait(rank, world):
+    told = []
+    relay = SimpleNamespace(put=SimpleNamespace(remote=told.append))
+    job = SimpleNamespace(stage="k2", rollout_job=None, train=dataclasses.replace(TRAIN, steps=2, log_every=2))
+    progress = Progress(job, 0, None if rank else relay)
+    progress.mark -= 100
+    progress.wait = 10.0 + 30 * rank
+    zeros = torch.zeros(2)
+    progress.stepped(1, pa.table({}), LossSums(torch.zeros(()), zeros, zeros, torch.zeros(()), 1))
+    assert progress.wait == 0
+    assert [record["data_wait"] for record in told] == ([] if rank else [pytest.approx(0.4, abs=0.01)])
