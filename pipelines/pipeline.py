@@ -188,10 +188,10 @@ class Pipeline:
         cost = {"name": stage.name, **cost_of(records)}
         if records:
             self.training[stage.name] = records
-        config = self.config.stage(stage.name)
-        if "rollout_s" in cost and not config.rollout.cache:
+        if "actors" in cost:
             step_s = cost["seconds"] * (1 - cost["data_wait"]) / cost["steps"]
-            cost["balance"] = balance(cost["rollout_s"], config.rollout.actors, step_s, config.train.batch)
+            rows = self.config.stage(stage.name).train.batch
+            cost["balance"] = balance(cost["rollout_s"], cost.pop("actors"), step_s, rows)
             say(f"{stage.name}  {balance_line(cost)}")
         model = Model(stage.name, k, stage.folder, stage.fingerprint, figures, cost)
         self.models.append(model)
@@ -266,6 +266,8 @@ def cost_of(records: list[dict[str, Any]]) -> dict[str, Any]:
         "data_wait": sum(r["data_wait"] * r["seconds"] for r in records) / sum(r["seconds"] for r in records),
         "train_rss_mb": max(r["train_rss_mb"] for r in records),
     }
+    if "actors" in records[-1]:  # rolled out while training, by as many as there were then
+        cost["actors"] = records[-1]["actors"]
     if rollouts:
         cost["rollout_s"] = statistics.median(r["rollout_s"] for r in rollouts)
         cost["rollout_rss_mb"] = max(r["rollout_rss_mb"] for r in rollouts)

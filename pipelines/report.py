@@ -65,6 +65,9 @@ def table(stages: list[Record]) -> str:
 def balance(rollout_s: float, actors: int, step_s: float, rows: int) -> Record:
     """Which side of a streaming stage holds up the other, and how many rollout actors would make them equally fast.
 
+    More actors are taken to make more rows: that is so where they and the train workers share no device, and not on one
+    machine whose cores are all in use.
+
     Args:
         rollout_s: seconds that one actor takes for a row.
         actors: rollout actors.
@@ -88,7 +91,7 @@ def balance_line(cost: Record) -> str:
     return (
         f"{actors} {b['rollout_rows_per_s']:.1f} rows/s, training could use {b['train_rows_per_s']:.1f} and waited "
         f"{cost['data_wait']:.0%} of its time: the bottleneck is {b['bottleneck']}, "
-        f"rollout.actors={b['balanced_actors']} would balance them"
+        f"rollout.actors={b['balanced_actors']} would balance them, each on devices of its own"
     )
 
 

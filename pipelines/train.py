@@ -278,6 +278,8 @@ class Progress:
             "eta_s": (now - self.began) / (self.step - self.first) * (self.job.train.steps - self.step),
             "train_rss_mb": peak_rss_mb(),
         }
+        if self.job.rollout_job is not None:
+            record["actors"] = self.job.rollout.actors
         for name in ("rollout_s", "rollout_rss_mb"):
             if name in rows.column_names:
                 record[name] = rows[name][0].as_py()

@@ -1,5 +1,6 @@
 import pytest
 
+from pipelines.pipeline import cost_of
 from pipelines.report import balance, balance_line, cost_table
 
 
@@ -18,6 +19,14 @@ def test_the_balance_of_known_rates():
     assert balance(0.01, 1, 1.0, 8)["balanced_actors"] == 1
 
 
+def test_the_balance_of_a_finished_stage_is_that_of_the_actors_it_had():
+    """Its records say how many; cached rollouts, which no actor makes meanwhile, have no balance."""
+    record = {"step": 4, "seconds": 2.0, "tokens_per_s": 9.0, "data_wait": 0.5, "train_rss_mb": 1.0}
+    rolled = {**record, "rollout_s": 0.5, "rollout_rss_mb": 7.0}
+    assert cost_of([{**rolled, "actors": 3}, {**rolled, "step": 8, "actors": 4}])["actors"] == 4
+    assert "actors" not in cost_of([rolled])
+
+
 def test_the_balance_is_told_in_words_and_in_the_table():
     cost = {
         "name": "k2",
@@ -32,7 +41,7 @@ def test_the_balance_is_told_in_words_and_in_the_table():
     with_balance = {**cost, "balance": balance(0.5, 4, 0.8, 16)}
     assert balance_line(with_balance) == (
         "4 rollout actors make 8.0 rows/s, training could use 20.0 and waited 50% of its time: the bottleneck is rollouts, "
-        "rollout.actors=10 would balance them"
+        "rollout.actors=10 would balance them, each on devices of its own"
     )
     head, _, row, cached = cost_table([with_balance, cost]).splitlines()
     assert row == "| k2 | 100 | 160 | 1,234 | 50% | 2.0 | 700 | rollouts | 4, 10 |"
