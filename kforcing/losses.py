@@ -119,7 +119,7 @@ def block_sums(loss: Tensor, windows: int, right_RK: Tensor, nll_RK: Tensor) -> 
 
 
 def hard_target_loss(
-    head: Callable[[Tensor], Tensor], states_BWKD: Tensor, targets_BWK: Tensor, chunk: int = CHUNK, at_least: int = 1
+    head: Callable[[Tensor], Tensor], states_BWKD: Tensor, targets_BWK: Tensor, chunk: int = CHUNK
 ) -> LossSums:
     """−log p_j(target_j) in float32, summed over batch, windows and offsets (K-Forcing's training loss).
 
@@ -128,7 +128,6 @@ def hard_target_loss(
         states_BWKD: what token j of each window is read from.
         targets_BWK: int64.
         chunk: tokens whose logits exist at a time.
-        at_least: chunks to make, see `in_chunks`.
     """
     states_RD, targets_R = states_BWKD.flatten(0, 2), targets_BWK.flatten()
 
@@ -136,11 +135,11 @@ def hard_target_loss(
         logits = head(states_RD[rows])
         return target_nll(logits, targets_R[rows]), logits.detach().argmax(dim=-1) == targets_R[rows]
 
-    nll, right = (x.view(targets_BWK.shape) for x in in_chunks(part, len(targets_R), chunk, at_least))
+    nll, right = (x.view(targets_BWK.shape) for x in in_chunks(part, len(targets_R), chunk))
     return block_sums(nll.sum(), nll[..., 0].numel(), right, nll)
 
 
-def next_token_loss(backbone: PreTrainedModel, context_BN: Tensor, chunk: int = CHUNK, at_least: int = 1) -> LossSums:
+def next_token_loss(backbone: PreTrainedModel, context_BN: Tensor, chunk: int = CHUNK) -> LossSums:
     """The AR model's next-token loss on packed blocks (its training loss as the pipeline's first stage)."""
     states = backbone.base_model(input_ids=context_BN, use_cache=False).last_hidden_state
-    return hard_target_loss(head(backbone), states[:, :-1, None], context_BN[:, 1:, None], chunk, at_least)
+    return hard_target_loss(head(backbone), states[:, :-1, None], context_BN[:, 1:, None], chunk)

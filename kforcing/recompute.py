@@ -17,16 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def in_chunks(
-    function: Callable[[slice], tuple[Tensor, ...]], rows: int, size: int, at_least: int = 1
-) -> tuple[Tensor, ...]:
+def in_chunks(function: Callable[[slice], tuple[Tensor, ...]], rows: int, size: int) -> tuple[Tensor, ...]:
     """`function` of slices of at most `size` of so many rows, its results concatenated.
 
     What it makes on the way lives for one slice at a time, in the forward and in the backward pass. Results that need no
-    gradient are best made after those that do: they are not made again. `at_least` so many slices are made, some of them
-    empty when there are fewer rows: ranks whose weights are scattered (ZeRO 3) must call their modules equally often.
+    gradient are best made after those that do: they are not made again.
     """
-    count = max(-(-rows // size), at_least)
+    count = -(-rows // size)
     slices = [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
     if torch.is_grad_enabled() and len(slices) > 1:
         parts = [checkpoint(function, part, use_reentrant=False, preserve_rng_state=False) for part in slices]

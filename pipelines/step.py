@@ -101,15 +101,15 @@ class StudentStep(nn.Module):
         super().__init__()
         self.model, self.loss, self.chunk = model, loss, chunk
 
-    def forward(self, batch: WindowBatch, most: int = 0) -> LossSums:
-        """Sums of the loss over the windows; `most` is the largest `target_tokens` of any rank, which sets its chunks."""
+    def forward(self, batch: WindowBatch) -> LossSums:
+        """Sums of the loss over the windows."""
         windows, targets = batch.windows, self._own_windows(batch)
         context = read_context(self.model.backbone, windows.context_BN)
         scores = self.model.scores(windows, targets, context)
         labels = None if self.loss == "hard" else self._labels(batch.soft, windows, context, targets)
         rows, measured = targets[..., 0].numel(), measured_windows(targets.shape[1])
-        part, size = ChunkLoss(self.model, scores, windows, targets, labels, measured), max(1, self.chunk // windows.k)
-        loss_R, nll_RK, right_RK = in_chunks(part, rows, size, at_least=-(-most // (size * windows.k)))
+        part = ChunkLoss(self.model, scores, windows, targets, labels, measured)
+        loss_R, nll_RK, right_RK = in_chunks(part, rows, max(1, self.chunk // windows.k))
         if batch.own_B is not None and not batch.own_B.all():  # a student's own tokens always match its noise
             given_B = ~batch.own_B
             right_RK = right_RK[given_B.repeat_interleave(len(measured))]
@@ -210,21 +210,28 @@ class ARStep(nn.Module):
         super().__init__()
         self.model, self.chunk = model, chunk
 
-    def forward(self, batch: TokenBatch, most: int = 0) -> LossSums:
-        """Sums of the next-token loss over the blocks; `most` is the largest `target_tokens` of any rank."""
-        return next_token_loss(self.model, batch.tokens_BN, self.chunk, at_least=-(-most // self.chunk))
+    def forward(self, batch: TokenBatch) -> LossSums:
+        """Sums of the next-token loss over the blocks."""
+        return next_token_loss(self.model, batch.tokens_BN, self.chunk)
 
 
 def optimizer_step(engine: Any, micro_batches: Sequence[TokenBatch | WindowBatch]) -> LossSums:
-    """Forward, backward and update over accumulated micro-batches; returns this rank's sums."""
-    tokens = torch.tensor([b.target_tokens for b in micro_batches], dtype=torch.float64, device=engine.device)
+    """Forward, backward and update over accumulated micro-batches; returns this rank's sums.
+
+    Ranks may have different numbers of tokens below ZeRO 3. There weights are gathered for each call of a module, and
+    ranks with other numbers of tokens would make other numbers of calls.
+    """
+    tokens = torch.tensor([b.target_tokens for b in micro_batches], device=engine.device)
     every = [torch.empty_like(tokens) for _ in range(dist.get_world_size())]
     dist.all_gather(every, tokens)
-    scale = dist.get_world_size() * len(micro_batches) / torch.stack(every).sum().item()
-    largest = torch.stack(every).amax(dim=0).int().tolist()
+    counts = torch.stack(every).tolist()  # the host waits once
+    assert engine.zero_optimization_stage() < 3 or all(count == counts[0] for count in counts), (
+        f"ranks have micro-batches of {counts} target tokens: ZeRO 3 needs equal ones, or ranks wait for each other for ever"
+    )
+    scale = len(counts) * len(micro_batches) / sum(map(sum, counts))
     total: LossSums | None = None
-    for batch, most in zip(micro_batches, largest, strict=True):
-        sums = engine(batch, most)
+    for batch in micro_batches:
+        sums = engine(batch)
         engine.backward(sums.loss * scale)
         engine.step()
         sums.loss = sums.loss.detach()

@@ -192,19 +192,6 @@ def test_results_come_in_the_order_of_rows_whatever_the_chunk():
         assert gradient.tolist() == [2] * 7
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_chunks_for_a_larger_rank_leave_the_step_as_it_is(name):
-    """Under ZeRO 3 all ranks make as many chunks as the one with most windows; here some are empty."""
-    build, loss, data = STEPS[name]
-    results = []
-    for most in (0, 3 * B * W * K):
-        student = build()
-        sums = StudentStep(student, loss, K)(batch(**data), most)
-        sums.loss.backward()
-        results.append((sums, {n: p.grad for n, p in student.named_parameters() if p.grad is not None}))
-    assert_same(*results)
-
-
 def kept_numbers(student):
     """How many numbers a step keeps for its backward pass."""
     saved = []

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing import ProcessRaisedException
 
 from kforcing import Design, NoiseConfig, PushForwardLM
 from kforcing.losses import LossSums, hard_target_loss
@@ -144,9 +145,14 @@ def test_one_rank_with_accumulation_trains_the_same(tmp_path, plain):
     assert_same(run(tmp_path, "one", 1, 1, even_micro_batches), plain)
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
+@pytest.mark.parametrize("zero_stage", [1, 2])
 def test_uneven_batches_do_not_change_the_gradient(tmp_path, plain, zero_stage):
     assert_same(run(tmp_path, "uneven", 2, zero_stage, uneven_micro_batches), plain)
+
+
+def test_zero_3_refuses_them_before_ranks_wait_for_each_other(tmp_path):
+    with pytest.raises(ProcessRaisedException, match=r"micro-batches of \[\[6, 6\], \[18, 18\]\] target tokens"):
+        run(tmp_path, "uneven", 2, 3, uneven_micro_batches)
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
