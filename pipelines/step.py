@@ -176,6 +176,8 @@ class ChunkLoss:
         self.noise_RK = windows.noise_BWK.flatten(0, 1)
         self.temperature_R = windows.temperature_BW.flatten()
         self.width = targets_BWK.shape[1]
+        rows = torch.arange(len(self.targets_RK), device=targets_BWK.device).view(-1, self.width)
+        self.measured_rows = rows[:, measured.start :: measured.step].flatten()
 
     def __call__(self, rows: slice) -> tuple[Tensor, ...]:
         """(r,) loss with gradient, (r, K) NLL, and (s, K) whether tokens of the measured windows are the targets."""
@@ -192,11 +194,15 @@ class ChunkLoss:
             return loss_R, nll_RK, self._right(logits, rows)
 
     def _right(self, logits_RKV: Tensor, rows: slice) -> Tensor:
-        index = [row for row in range(rows.start, rows.stop) if row % self.width in self.measured]
-        here = torch.tensor(index, dtype=torch.int64, device=logits_RKV.device)
+        here = self.measured_rows[self._measured_before(rows.start) : self._measured_before(rows.stop)]
         noise = self.noise_RK[here]
         temperature = self.temperature_R[here, None].expand_as(noise)
         return self.model.readout.pick(logits_RKV[here - rows.start], noise, temperature) == self.targets_RK[here]
+
+    def _measured_before(self, row: int) -> int:
+        """How many measured windows lie before a row: known without asking the device."""
+        sequences, window = divmod(row, self.width)
+        return sequences * len(self.measured) + len(range(self.measured.start, window, self.measured.step))
 
 
 def _token_loss(logits_RKV: Tensor, targets_RK: Tensor, soft: SoftTargets | None) -> Tensor:
