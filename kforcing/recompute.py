@@ -2,7 +2,10 @@
 
 `in_chunks` is for what follows the LM head: logits over the whole vocabulary would be the largest tensors of a step, and
 only some rows of them exist at a time. `checkpoint_layers` is for transformer layers: of each only its input is kept.
-Both leave gradients as they are, to the bit.
+
+The second leaves gradients as they are. The first adds up a weight's gradient chunk by chunk, in the type of the weight:
+another order of a sum in float32, a rounding for each chunk in bf16. Of a head of 8,192 rows the gradient in bf16 errs by
+0.2% at once, 0.4% in chunks of 1,024, 0.9% in chunks of 128.
 """
 
 from __future__ import annotations
