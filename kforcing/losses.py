@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from kforcing.recompute import in_chunks
+from kforcing.recompute import in_chunks, loss_in_chunks
 from kforcing.staircase import head
 
 CHUNK = 1024  # tokens whose logits exist at a time, where nobody chose
@@ -77,8 +78,8 @@ class SoftTargets:
 
 def target_nll(logits_BWKV: Tensor, targets_BWK: Tensor) -> Tensor:
     """(B, W, K) float32 −log p_j(target_j)."""
-    logits_BWKV = logits_BWKV.float()
-    return logits_BWKV.logsumexp(dim=-1) - logits_BWKV.gather(-1, targets_BWK[..., None]).squeeze(-1)
+    nll = cross_entropy(logits_BWKV.float().flatten(0, -2), targets_BWK.flatten(), reduction="none")
+    return nll.view(targets_BWK.shape)
 
 
 @torch.no_grad()
@@ -118,9 +119,7 @@ def block_sums(loss: Tensor, windows: int, right_RK: Tensor, nll_RK: Tensor) -> 
     return LossSums(loss, nll.sum(0) * (windows / len(nll)), right.sum(0) * share, block, windows)
 
 
-def hard_target_loss(
-    head: Callable[[Tensor], Tensor], states_BWKD: Tensor, targets_BWK: Tensor, chunk: int = CHUNK
-) -> LossSums:
+def hard_target_loss(head: nn.Module, states_BWKD: Tensor, targets_BWK: Tensor, chunk: int = CHUNK) -> LossSums:
     """−log p_j(target_j) in float32, summed over batch, windows and offsets (K-Forcing's training loss).
 
     Args:
@@ -131,12 +130,14 @@ def hard_target_loss(
     """
     states_RD, targets_R = states_BWKD.flatten(0, 2), targets_BWK.flatten()
 
-    def part(rows: slice) -> tuple[Tensor, ...]:
-        logits = head(states_RD[rows])
-        return target_nll(logits, targets_R[rows]), logits.detach().argmax(dim=-1) == targets_R[rows]
+    def part(rows: slice, states_RD: Tensor) -> tuple[Tensor, ...]:
+        logits, targets = head(states_RD), targets_R[rows]
+        nll = target_nll(logits, targets)
+        return nll, nll.detach(), logits.detach().argmax(dim=-1) == targets
 
-    nll, right = (x.view(targets_BWK.shape) for x in in_chunks(part, len(targets_R), chunk))
-    return block_sums(nll.sum(), nll[..., 0].numel(), right, nll)
+    loss, *measured = loss_in_chunks(part, [states_RD], head, chunk)
+    nll, right = (x.view(targets_BWK.shape) for x in measured)
+    return block_sums(loss, nll[..., 0].numel(), right, nll)
 
 
 def next_token_loss(backbone: PreTrainedModel, context_BN: Tensor, chunk: int = CHUNK) -> LossSums:

@@ -32,7 +32,7 @@ class BlockScores:
 
     states_BWKD: Tensor
     """Final states; `head` makes token j's logits of row j."""
-    head: Callable[[Tensor], Tensor]
+    head: nn.Module
     """(..., D) states → (..., V) logits."""
     side_states: tuple[Tensor, ...] = ()
     """Further (B, W, K − 1, D) states for tokens 2 … K, whose logits training should also bring near the targets."""

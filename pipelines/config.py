@@ -125,8 +125,8 @@ class TrainConfig:
     label: str | None = field(default=None, metadata=RUNTIME)
     """`key=value` label of the nodes train workers may use."""
     loss_chunk: int = field(default=CHUNK, metadata=RUNTIME)
-    """Tokens whose logits over the whole vocabulary exist at a time; they are computed again in the backward pass. A head
-    trained in bf16 adds up its gradient in bf16, with a rounding each so many tokens: as many as memory allows are best."""
+    """Tokens whose logits over the whole vocabulary exist at a time; their gradients are made at once. Under ZeRO 3 logits
+    are computed again in the backward pass, and a head trained in bf16 sums its gradient with a rounding a chunk."""
     activation_checkpointing: bool = field(default=False, metadata=RUNTIME)
     """Keep only the inputs of transformer layers, and compute the rest again in the backward pass: less memory, about a
     third more time."""

@@ -26,7 +26,7 @@ from kforcing.losses import CHUNK, LossSums, SoftTargets, block_sums, next_token
 from kforcing.model import PushForwardLM
 from kforcing.noise import uniform, window_noise
 from kforcing.readout import BlockScores
-from kforcing.recompute import in_chunks
+from kforcing.recompute import loss_in_chunks
 from kforcing.staircase import Context, Windows, ar_block_states, lm_head, read_context
 from pipelines.store import to_numpy
 
@@ -109,12 +109,13 @@ class StudentStep(nn.Module):
         labels = None if self.loss == "hard" else self._labels(batch.soft, windows, context, targets)
         rows, measured = targets[..., 0].numel(), measured_windows(targets.shape[1])
         part = ChunkLoss(self.model, scores, windows, targets, labels, measured)
-        loss_R, nll_RK, right_RK = in_chunks(part, rows, max(1, self.chunk // windows.k))
+        size = max(1, self.chunk // windows.k)
+        loss, nll_RK, right_RK = loss_in_chunks(part, part.states, scores.head, size)
         if batch.own_B is not None and not batch.own_B.all():  # a student's own tokens always match its noise
             given_B = ~batch.own_B
             right_RK = right_RK[given_B.repeat_interleave(len(measured))]
             nll_RK = nll_RK[given_B.repeat_interleave(targets.shape[1])]
-        return block_sums(loss_R.sum(), rows, right_RK, nll_RK)
+        return block_sums(loss, rows, right_RK, nll_RK)
 
     def _own_windows(self, batch: WindowBatch) -> Tensor:
         if batch.own_B is None:
@@ -149,7 +150,7 @@ def measured_windows(windows: int) -> range:
 
 
 class ChunkLoss:
-    """Loss, NLL and matches of some windows, from their states: what `in_chunks` calls.
+    """Loss, NLL and matches of some windows, from their states: what `loss_in_chunks` calls.
 
     Args:
         model: the student.
@@ -170,8 +171,8 @@ class ChunkLoss:
         measured: range,
     ):
         self.model, self.head, self.labels, self.measured = model, scores.head, labels, measured
-        self.states_RKD = scores.states_BWKD.flatten(0, 1)
-        self.side_states = [states.flatten(0, 1) for states in scores.side_states]
+        self.states = [states.flatten(0, 1) for states in (scores.states_BWKD, *scores.side_states)]
+        """What `loss_in_chunks` cuts: (R, K, D), and (R, K − 1, D) of each side."""
         self.targets_RK = targets_BWK.flatten(0, 1)
         self.noise_RK = windows.noise_BWK.flatten(0, 1)
         self.temperature_R = windows.temperature_BW.flatten()
@@ -179,15 +180,15 @@ class ChunkLoss:
         rows = torch.arange(len(self.targets_RK), device=targets_BWK.device).view(-1, self.width)
         self.measured_rows = rows[:, measured.start :: measured.step].flatten()
 
-    def __call__(self, rows: slice) -> tuple[Tensor, ...]:
+    def __call__(self, rows: slice, states_RKD: Tensor, *side_states: Tensor) -> tuple[Tensor, ...]:
         """(r,) loss with gradient, (r, K) NLL, and (s, K) whether tokens of the measured windows are the targets."""
-        targets, logits = self.targets_RK[rows], self.head(self.states_RKD[rows]).float()
+        targets, logits = self.targets_RK[rows], self.head(states_RKD).float()
         soft = None if self.labels is None else self.labels(rows)
         token_loss_RK = _token_loss(logits, targets, soft)
         loss_R = token_loss_RK.sum(dim=-1)
         later = None if soft is None else soft.after_first()
-        for states in self.side_states:
-            side_RK = _token_loss(self.head(states[rows]), targets[:, 1:], later)
+        for states in side_states:
+            side_RK = _token_loss(self.head(states), targets[:, 1:], later)
             loss_R = loss_R + self.model.config.design.sequential.side_weight * side_RK.sum(dim=-1)
         with torch.no_grad():  # last, so that recomputing the loss stops before it
             nll_RK = token_loss_RK.detach() if soft is None else target_nll(logits, targets)

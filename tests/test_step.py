@@ -1,5 +1,6 @@
 """A training step in chunks and with layers computed again, against the same step at once."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -8,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kforcing import Design, NoiseConfig, PushForwardLM, readout, rollout, sequential
 from kforcing.coupling import COUPLINGS
-from kforcing.losses import next_token_loss
+from kforcing.losses import hard_target_loss, next_token_loss
 from kforcing.noise import uniform
-from kforcing.recompute import checkpoint_layers, in_chunks
+from kforcing.recompute import checkpoint_layers, in_chunks, loss_in_chunks
 from kforcing.rollout import ARTeacher, StudentTeacher
 from kforcing.staircase import BlockReader, Windows
 from pipelines.step import StudentStep, WindowBatch, measured_windows
@@ -216,3 +217,31 @@ def test_only_the_inputs_of_layers_are_kept():
 def test_a_module_without_layers_of_transformers_says_so():
     with pytest.raises(ValueError, match="Linear has no layers of transformers"):
         checkpoint_layers(torch.nn.Linear(2, 2))
+
+
+def test_the_gradient_of_a_head_in_half_precision_is_no_worse_for_chunks():
+    torch.manual_seed(0)
+    exact, states, targets = torch.nn.Linear(32, 64, bias=False), torch.randn(512, 32), torch.randint(0, 64, (512,))
+    half = copy.deepcopy(exact).bfloat16()
+    errors = []
+    for head, size in ((exact, 512), (half, 512), (half, 8)):
+        head.zero_grad()
+        hard_target_loss(
+            head, states.to(head.weight.dtype)[None, :, None], targets[None, :, None], size
+        ).loss.backward()
+        errors.append((head.weight.grad - exact.weight.grad).norm() / exact.weight.grad.norm())
+    assert errors[0] == 0 < errors[2] < 1.2 * errors[1] < 0.01
+
+
+def test_gradients_made_on_the_way_are_scaled_by_what_follows():
+    head, states = torch.nn.Linear(3, 5), torch.randn(7, 3, requires_grad=True)
+
+    def squares(rows, part):
+        return head(part).square().sum(-1), part.detach()[:, 0]
+
+    loss, first = loss_in_chunks(squares, [states], head, 2)
+    assert torch.equal(first, states.detach()[:, 0])
+    (3 * loss).backward()
+    made = [states.grad, head.weight.grad, head.bias.grad]
+    expected = torch.autograd.grad(3 * head(states).square().sum(), [states, head.weight, head.bias])
+    torch.testing.assert_close(made, list(expected))
