@@ -83,7 +83,7 @@ def _paper_train(workers: int) -> TrainConfig:
 
 
 def _paper(name: str, data: DataConfig, tokenizer_from: str, block: int) -> Config:
-    """The paper's settings (§2 of its appendix): 12 layers of 768, batch 512, 500 K steps a stage, 8 GPUs."""
+    """The paper's settings (§2 of its appendix): 12 layers of 768, batch 512, 500 K steps a stage, 8 + 2 GPUs."""
     return Config(
         name,
         data=data,
