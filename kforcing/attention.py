@@ -10,9 +10,10 @@ the *merged* output and log-sum-exp gives the exact gradients of its part (ring 
 How kernels are called. The windows are cut into chunks. A chunk's entries are the queries of one call, its keys are the
 context up to the chunk's last anchor and its mask says which of those each window sees. On GPUs, in half precision, full
 windows (every anchor, each equally often) are plain causal attention instead: entry l of all windows is one head's worth
-of N queries against N keys. On CPUs chunks are faster than the causal kernel, which skips less of the upper triangle.
+of N queries against N keys. On CPUs chunks are faster than the causal kernel, which skips less of the upper triangle. No
+recipe makes the causal call so far: all of them sample windows or compute in float32, as rollouts always do.
 
-The calls for GPUs are checked for shapes and types alone: they have not run on a GPU.
+The calls for GPUs are checked for shapes, types and layouts alone: they have not run on a GPU.
 
 Shapes: B batch, N context, W windows, C windows of a call, L entries of this read, T entries of a window so far (the last L
 are this read's), H query heads, J key heads, G = H / J, E width of a head, S = W · L.

@@ -8,14 +8,17 @@ Physics. With W = N windows of k hints a step passes N (1 + k) entries through e
 dense mask adds N² (1 + k)² scores a head and layer and computes them all, seen or not: it grows with k². The staircase
 computes N² (1 + k) / 2 of them and k (k + 1) / 2 a window, so a step is a context pass plus k equal parts. Logits are
 N · k · V numbers, and the loss holds several copies of them unless they are made in chunks and computed again in the
-backward pass, which costs one more product with the head.
+backward pass, which costs one more product with the head. A step is arithmetic almost alone, so its roofline is what a large
+square matrix product reaches in the same type on the same device; FLOPs are counted on the real code, logits made a second
+time included; the causal kernels of GPUs count whole, though they leave out half.
 
 A step is: context pass, blocks, LM head and loss of K-Forcing's read-out, backward, AdamW (at a learning rate of 0, so
 that all rows see the same weights and must agree on the loss). Rows take turns within a round, so that a machine that
-slows down slows all of them; medians over rounds [smallest, largest], after one round that is not counted. Peak memory is
+slows down slows all of them; medians over rounds [smallest, largest], after one round that counts operations. Peak memory is
 that of a process which makes one step and computes layers again in its backward pass: the largest resident set on a CPU
-(weights, optimiser, interpreter and libraries included), the most memory torch allocated on a GPU. On a CPU memory is
-kept as train workers keep it (`cluster.MALLOC`). The last line is one JSON object.
+(weights, optimiser, interpreter and libraries included), the most memory torch allocated on a GPU. On a CPU timed
+steps keep freed memory as train workers do (`cluster.MALLOC`), and processes whose peak is measured give it back, so that
+their peak is what was in use. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from torch import Tensor  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
 from kforcing import PushForwardLM  # noqa: E402
+from kforcing.cost import flop_counter  # noqa: E402
 from kforcing.losses import target_nll  # noqa: E402
 from kforcing.noise import window_noise  # noqa: E402
 from kforcing.readout import ArgmaxReadout  # noqa: E402
@@ -112,16 +116,26 @@ class Bench:
 
 
 def alternate(rows: dict[str, Callable[[], tuple[float, float]]], rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds and loss of each row: a round runs each once, the first is not counted."""
+    """Seconds, loss and FLOPs of each row: a round runs each once, the first only counts operations."""
     seconds: dict[str, list[float]] = {name: [] for name in rows}
-    losses = {}
-    for number in range(rounds + 1):
+    counted = {}
+    for name, row in rows.items():
+        with flop_counter() as counter:
+            _, loss = row()
+        counted[name] = {"loss": loss, "flops": counter.get_total_flops()}
+    for number in range(1, rounds + 1):
         for name, row in rows.items():
-            taken, losses[name] = row()
+            taken, _ = row()
             print(f"round {number} of {rounds}  {name:<28}{taken:>8.2f} s", file=sys.stderr, flush=True)
-            if number:
-                seconds[name].append(taken)
-    return {name: {**spread(values), "loss": losses[name]} for name, values in seconds.items()}
+            seconds[name].append(taken)
+    return {name: {**spread(values), **counted[name]} for name, values in seconds.items()}
+
+
+def matmul_flops_per_s(given: argparse.Namespace) -> float:
+    """What a large square matrix product reaches."""
+    from pipelines.benchmark import measure_machine  # imports much: not where peak memory is measured
+
+    return measure_machine(torch.device(given.device), DTYPES[given.dtype]).flops_per_s
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -190,15 +204,22 @@ def memory(words: list[str]) -> dict[str, float]:
 def describe(record: dict[str, Any]) -> str:
     """The tables, for people."""
     size, rows, ks, peaks = record["model"], record["step"], record["by_k"], record["peak_mb"]
+    peak = record["matmul_flops_per_s"]
     lines = [
         f"{size}; batch {record['batch']}, N = {record['context']}, {record['dtype']} on {record['device']}, "
         f"{record['threads']} threads; torch {record['torch']}, transformers {record['transformers']}",
-        f"\n{'step, k = ' + str(record['k']):<28}{'seconds':>9}{'':<20}{'relative':>9}{'loss':>12}",
+        f"a large matrix product makes {peak / 1e9:,.0f} GFLOP/s",
+        f"\n{'step, k = ' + str(record['k']):<28}{'seconds':>9}{'':<20}{'relative':>9}{'tokens/s':>11}{'GFLOP/s':>10}"
+        f"{'of peak':>9}{'loss':>12}",
     ]
     fastest = rows["staircase"]["median"]
     for name, s in rows.items():
         between = f" [{s['min']:.2f}, {s['max']:.2f}]"
-        lines.append(f"{name:<28}{s['median']:>9.2f}{between:<20}{s['median'] / fastest:>8.2f}×{s['loss']:>12.6f}")
+        rate, tokens = s["flops"] / s["median"], record["batch"] * record["context"] * record["k"]
+        lines.append(
+            f"{name:<28}{s['median']:>9.2f}{between:<20}{s['median'] / fastest:>8.2f}×{tokens / s['median']:>11,.0f}"
+            f"{rate / 1e9:>10,.0f}{rate / peak:>9.0%}{s['loss']:>12.6f}"
+        )
     lines.append(f"\n{'k':<6}{'ms a window':>12}")
     lines += [f"{k:<6}{s['median']:>12.3f} [{s['min']:.3f}, {s['max']:.3f}]" for k, s in ks["ms_per_window"].items()]
     lines.append(
@@ -258,6 +279,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "matmul_flops_per_s": matmul_flops_per_s(given),
         "step": steps(given),
         "by_k": by_k(given),
         "peak_mb": {} if given.no_memory else memory(words),

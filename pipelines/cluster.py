@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pipelines.config import Config, ConfigError, node_selector
 
@@ -44,8 +45,11 @@ def with_lasting_root(config: Config) -> Config:
     return dataclasses.replace(config, output_dir=str(base / config.relative_root))
 
 
-Work = dict[str, dict[str, tuple[int, float, float]]]
-"""What runs side by side: name of the work → label of a pool → (count, CPUs each, GPUs each)."""
+Pool = tuple[int, float, float]
+"""(count, CPUs each, GPUs each)."""
+
+Work = dict[str, dict[str, Pool]]
+"""What runs side by side: name of the work → name of a pool → its size."""
 
 
 @contextmanager
@@ -54,15 +58,15 @@ def connected(config: Config, work: Work | None = None) -> Iterator[None]:
 
     `work` is that of a whole run when it is left out.
 
-    Raises ConfigError when the run's pools do not fit. SIGTERM (a stopped job) becomes SystemExit, so that the run
-    ends like any other interruption: the next start resumes it.
+    Raises ConfigError when the pools do not fit, or those of a run not on the nodes they are tied to. SIGTERM (a stopped job)
+    becomes SystemExit, so that the run ends like any other interruption: the next start resumes it.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    work = work_of(config) if work is None else work
+    needed = work_of(config) if work is None else work
     if not attached():
-        preflight(work, {"CPU": float(os.cpu_count() or 1), "GPU": float(_local_gpus())}, "this machine")
+        preflight(needed, {"CPU": float(os.cpu_count() or 1), "GPU": float(_local_gpus())}, "this machine")
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -74,9 +78,10 @@ def connected(config: Config, work: Work | None = None) -> Iterator[None]:
     else:
         ray.init(address="local", include_dashboard=False, **quiet)
     try:
-        preflight(work, ray.cluster_resources(), "the cluster" if attached() else "this machine")
+        preflight(needed, ray.cluster_resources(), "the cluster" if attached() else "this machine")
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        _check_labels(config, [node["Labels"] for node in nodes])
+        if work is None:
+            check_labels(config, nodes)
         if len(nodes) > 1 and config.root.is_relative_to(JOBS_ROOT):
             raise ConfigError(
                 f"output_dir={config.root} is on one node's own disk, the cluster has {len(nodes)} nodes; give an absolute "
@@ -116,19 +121,26 @@ def work_of(config: Config) -> Work:
     With one reading task beside them: train workers that hold every CPU starve the data they wait for, and an actor pool that
     holds every CPU starves its own input.
     """
-    work: Work = {}
+    reading = {"1 reading task": (1, 1.0, 0.0)}
+    work = {name: {pool: sizes for _, pool, sizes in pools} | reading for name, pools in _stage_pools(config).items()}
+    pool = config.eval.actors, config.eval.cpus_per_actor, config.eval.gpus_per_actor
+    work["evaluation"] = {f"eval.actors={config.eval.actors}": pool} | reading
+    return work
+
+
+def _stage_pools(config: Config) -> dict[str, list[tuple[str | None, str, Pool]]]:
+    """For each stage the label its pools are tied to, their name and size. A teacher that is trained has no rollouts."""
+    pools: dict[str, list[tuple[str | None, str, Pool]]] = {}
     stages = {"teacher": config.teacher.train} if config.teacher.path is None else {}
     stages |= {f"k{k}": config.stage(f"k{k}").train for k in config.ks()}
-    for name, train in stages.items():
-        rollout = config.stage(name).rollout
-        work[f"stage {name}"] = {
-            f"train.workers={train.workers}": (train.workers, train.cpus_per_worker, train.gpus_per_worker),
-            f"rollout.actors={rollout.actors}": (rollout.actors, rollout.cpus_per_actor, rollout.gpus_per_actor),
-            "1 reading task": (1, 1.0, 0.0),
-        }
-    pool = config.eval.actors, config.eval.cpus_per_actor, config.eval.gpus_per_actor
-    work["evaluation"] = {f"eval.actors={config.eval.actors}": pool, "1 reading task": (1, 1.0, 0.0)}
-    return work
+    for name, t in stages.items():
+        workers = t.workers, t.cpus_per_worker, t.gpus_per_worker
+        pools[f"stage {name}"] = [(t.label, f"train.workers={t.workers}", workers)]
+        if name != "teacher":
+            r = config.stage(name).rollout
+            actors = r.actors, r.cpus_per_actor, r.gpus_per_actor
+            pools[f"stage {name}"].append((r.label, f"rollout.actors={r.actors}", actors))
+    return pools
 
 
 def preflight(work: Work, have: dict[str, float], where: str) -> None:
@@ -137,17 +149,25 @@ def preflight(work: Work, have: dict[str, float], where: str) -> None:
         _check_pools(name, pools, have, where)
 
 
-def _check_labels(config: Config, nodes: list[dict[str, str]]) -> None:
-    """Raise ConfigError when no node carries a label that a pool is tied to."""
-    labels = {"train.label": config.train.label, "rollout.label": config.rollout.label}
-    for name, label in labels.items():
-        for key, value in (node_selector(label) or {}).items():
-            if not any(node.get(key) == value for node in nodes):
-                raise ConfigError(f"{name}={label}: no node of the cluster has this label, so Ray would wait for ever")
+def check_labels(config: Config, nodes: list[dict[str, Any]]) -> None:
+    """Raise ConfigError unless the pools of each stage fit on the nodes whose label they are tied to.
+
+    `nodes` as `ray.nodes()` describes them.
+    """
+    for name, pools in _stage_pools(config).items():
+        for label in sorted({label for label, *_ in pools if label is not None}):
+            selector = node_selector(label) or {}
+            there = [node["Resources"] for node in nodes if selector.items() <= node["Labels"].items()]
+            have = {kind: sum(resources.get(kind, 0.0) for resources in there) for kind in ("CPU", "GPU")}
+            tied = {pool: sizes for tie, pool, sizes in pools if tie == label}
+            if not there:
+                raise ConfigError(
+                    f"{name}, {' and '.join(tied)}: no node of the cluster has the label {label}, so Ray would wait for ever"
+                )
+            _check_pools(name, tied, have, f"the part with label {label}")
 
 
-def _check_pools(work: str, pools: dict[str, tuple[int, float, float]], have: dict[str, float], where: str) -> None:
-    """`pools`: label → (count, CPUs each, GPUs each)."""
+def _check_pools(work: str, pools: dict[str, Pool], have: dict[str, float], where: str) -> None:
     for kind, index in (("CPU", 1), ("GPU", 2)):
         need = {label: pool[0] * pool[index] for label, pool in pools.items() if pool[0] * pool[index]}
         if sum(need.values()) > have.get(kind, 0.0) + 1e-9:

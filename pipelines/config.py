@@ -155,7 +155,9 @@ class RolloutConfig:
     cache_epochs: int = 4
     """How many times cached rollouts are trained on."""
     batch: int | None = field(default=None, metadata=RUNTIME)
-    """Sequences in one teacher forward; none takes 16 on a CPU, and on a GPU as many as fit in half of its free memory."""
+    """Sequences in one teacher forward, at most the rows of one call (those of a train worker in steps_per_chunk steps); none
+    takes 16 on a CPU, and on a GPU as many as fit in half of its free memory. Then a retry may roll out in batches of another
+    size, and a token that two candidates nearly tie for may differ; give a number where it must not."""
     actors: int = field(default=1, metadata=RUNTIME)
     """Rollout actors, each with its own copy of the teacher."""
     cpus_per_actor: float = field(default=0.5, metadata=RUNTIME)

@@ -258,19 +258,19 @@ def cost_of(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Steps, seconds and medians of a stage's training records."""
     if not records:
         return {}
-    rollouts = [r for r in records if "rollout_s" in r]
     cost = {
         "steps": records[-1]["step"],
         "seconds": round(sum(r["seconds"] for r in records), 1),
         "tokens_per_s": statistics.median(r["tokens_per_s"] for r in records),
         "data_wait": sum(r["data_wait"] * r["seconds"] for r in records) / sum(r["seconds"] for r in records),
-        "train_rss_mb": max(r["train_rss_mb"] for r in records),
     }
     if "actors" in records[-1]:  # rolled out while training, by as many as there were then
         cost["actors"] = records[-1]["actors"]
-    if rollouts:
-        cost["rollout_s"] = statistics.median(r["rollout_s"] for r in rollouts)
-        cost["rollout_rss_mb"] = max(r["rollout_rss_mb"] for r in rollouts)
+    if seconds := [r["rollout_s"] for r in records if "rollout_s" in r]:
+        cost["rollout_s"] = statistics.median(seconds)
+    for name in ("train_rss_mb", "train_gpu_mb", "rollout_rss_mb", "rollout_gpu_mb"):
+        if peaks := [r[name] for r in records if name in r]:
+            cost[name] = max(peaks)
     return cost
 
 

@@ -83,7 +83,7 @@ def _paper_train(workers: int) -> TrainConfig:
 
 
 def _paper(name: str, data: DataConfig, tokenizer_from: str, block: int) -> Config:
-    """The paper's settings (§2 of its appendix): 12 layers of 768, batch 512, 500 K steps a stage, 8 GPUs."""
+    """The paper's settings (§2 of its appendix): 12 layers of 768, batch 512, 500 K steps a stage, 8 + 2 GPUs."""
     return Config(
         name,
         data=data,
@@ -92,7 +92,7 @@ def _paper(name: str, data: DataConfig, tokenizer_from: str, block: int) -> Conf
             hidden=768, layers=12, heads=12, mlp=3072, max_positions=2 * block, train=_paper_train(8)
         ),
         student=StudentConfig(design=Design(noise=NoiseConfig(min_cycles=1e-4, max_cycles=1.0))),
-        rollout=RolloutConfig(windows=min(block, 128), batch=32, actors=2, cpus_per_actor=4, gpus_per_actor=1),
+        rollout=RolloutConfig(windows=min(block, 128), actors=2, cpus_per_actor=4, gpus_per_actor=1),
         train=_paper_train(8),
         eval=EvalConfig(blocks=1024, windows=16, prompt_tokens=block // 16, new_tokens=block // 2, gpus_per_actor=1),
     )
@@ -130,7 +130,7 @@ def hf() -> Config:
         "hf",
         data=DataConfig(block=512, docs_per_shard=256),
         teacher=TeacherConfig(path="HuggingFaceTB/SmolLM2-135M"),
-        rollout=RolloutConfig(windows=64, batch=16, actors=2, cpus_per_actor=4, gpus_per_actor=1),
+        rollout=RolloutConfig(windows=64, actors=2, cpus_per_actor=4, gpus_per_actor=1),
         train=train,
         eval=EvalConfig(blocks=512, gpus_per_actor=1),
     )

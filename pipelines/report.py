@@ -98,20 +98,27 @@ def balance_line(cost: Record) -> str:
 def cost_table(costs: list[Record]) -> str:
     """What each stage cost: steps, seconds, throughput, waiting, memory."""
     lines = [
-        "| stage | steps | seconds | train tokens/s | data wait | rows/s of an actor | actor peak MiB | bottleneck | actors, "
-        "balanced |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| stage | steps | seconds | train tokens/s | data wait | rows/s of an actor | worker peak MiB | actor peak MiB | "
+        "bottleneck | actors, balanced |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for c in costs:
         rate = f"{1 / c['rollout_s']:.1f}" if c.get("rollout_s") else "–"
         b = c.get("balance")
         sides = f"{b['bottleneck']} | {b['actors']}, {b['balanced_actors']}" if b else "– | –"
-        memory = f"{c['rollout_rss_mb']:.0f}" if c.get("rollout_rss_mb") else "–"
         lines.append(
             f"| {c['name']} | {c['steps']} | {c['seconds']:.0f} | {c['tokens_per_s']:,.0f} | {c['data_wait']:.0%} | {rate} | "
-            f"{memory} | {sides} |"
+            f"{_memory(c, 'train')} | {_memory(c, 'rollout')} | {sides} |"
         )
     return "\n".join(lines)
+
+
+def _memory(cost: Record, side: str) -> str:
+    """Peak memory of the host, and of the GPU where there is one."""
+    if f"{side}_rss_mb" not in cost:
+        return "–"
+    gpu = cost.get(f"{side}_gpu_mb")
+    return f"{cost[f'{side}_rss_mb']:.0f}" + (f" + GPU {gpu:.0f}" if gpu else "")
 
 
 def markdown(report: Record) -> str:

@@ -113,6 +113,11 @@ def peak_rss_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def peak_gpu_mb() -> float:
+    """Most memory that torch has had in use on this process's GPU so far, in MiB; 0 without one."""
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
 class RolloutActor:
     """Holds the frozen teacher; called by Ray Data with rows of tokens, returns them with anchors and targets."""
 
@@ -133,8 +138,10 @@ class RolloutActor:
         parts = [self._roll_out(table.slice(i, batch)) for i in range(0, len(table), batch)]
         rolled = pa.concat_tables(parts)
         seconds = (time.monotonic() - started) / len(rolled)
-        rolled = rolled.append_column("rollout_s", pa.array(np.full(len(rolled), seconds)))
-        return rolled.append_column("rollout_rss_mb", pa.array(np.full(len(rolled), peak_rss_mb())))
+        cost = {"rollout_s": seconds, "rollout_rss_mb": peak_rss_mb(), "rollout_gpu_mb": peak_gpu_mb()}
+        for name, value in cost.items():
+            rolled = rolled.append_column(name, pa.array(np.full(len(rolled), value)))
+        return rolled
 
     def _fitting(self, context: int) -> int:
         if self.device.type != "cuda":

@@ -28,7 +28,7 @@ from kforcing.noise import derive_key
 from kforcing.recompute import checkpoint_layers
 from pipelines import strategy
 from pipelines.config import RolloutConfig, TeacherConfig, TrainConfig, node_selector
-from pipelines.rollout import RolloutJob, StepPlan, load_ar, peak_rss_mb, pick_device, training_rows
+from pipelines.rollout import RolloutJob, StepPlan, load_ar, peak_gpu_mb, peak_rss_mb, pick_device, training_rows
 from pipelines.stages import StageError
 from pipelines.step import ARStep, StudentStep, largest, learning_rate, optimizer_step, reduce_sums, to_batch
 
@@ -277,10 +277,11 @@ class Progress:
             "data_wait": wait / (now - self.mark),
             "eta_s": (now - self.began) / (self.step - self.first) * (self.job.train.steps - self.step),
             "train_rss_mb": peak_rss_mb(),
+            "train_gpu_mb": peak_gpu_mb(),
         }
         if self.job.rollout_job is not None:
             record["actors"] = self.job.rollout.actors
-        for name in ("rollout_s", "rollout_rss_mb"):
+        for name in ("rollout_s", "rollout_rss_mb", "rollout_gpu_mb"):
             if name in rows.column_names:
                 record[name] = rows[name][0].as_py()
         self.relay.put.remote(record)

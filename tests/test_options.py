@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from pipelines.cluster import preflight, work_of
+from pipelines.cluster import check_labels, preflight, work_of
 from pipelines.config import ConfigError, apply
 from pipelines.options import read_command_line
 from pipelines.recipes import recipe
@@ -182,3 +182,33 @@ def test_preflight_says_which_pool_is_too_large():
     gpu = apply(recipe("smoke"), {}, ["rollout.gpus_per_actor=1"])
     with pytest.raises(ConfigError, match=r"needs 1 GPUs .* has 0"):
         preflight(work_of(gpu), {"CPU": 8.0}, "the cluster")
+
+
+def test_pools_must_fit_on_the_nodes_they_are_tied_to():
+    nodes = [
+        {"Labels": {"pool": "trainer"}, "Resources": {"CPU": 8.0, "GPU": 8.0}},
+        {"Labels": {"pool": "teacher"}, "Resources": {"CPU": 8.0, "GPU": 1.0}},
+        {"Labels": {}, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+    ]
+
+    def check(*words):
+        check_labels(apply(recipe("smoke"), {}, words), nodes)
+
+    tied = ["train.label=pool=trainer", "train.gpus_per_worker=4", "rollout.label=pool=teacher"]
+    check(*tied, "rollout.gpus_per_actor=1")
+    with pytest.raises(
+        ConfigError, match=r"stage k1 needs 2 GPUs \(2 for rollout.actors=2\), the part with label pool=teacher has 1:"
+    ):
+        check(*tied, "rollout.gpus_per_actor=1", "rollout.actors=2")
+    with pytest.raises(ConfigError, match=r"stage teacher needs 32 CPUs .*, the part with label pool=trainer has 8"):
+        check("teacher.train.label=pool=trainer", "teacher.train.cpus_per_worker=16")
+    with pytest.raises(
+        ConfigError, match=r"stage k4, rollout.actors=1: no node of the cluster has the label pool=other"
+    ):
+        check("stages.k4.rollout.label=pool=other")
+
+
+def test_a_teacher_in_training_has_no_rollouts():
+    work = work_of(recipe("lm1b"))
+    assert not any("rollout" in pool for pool in work["stage teacher"])
+    assert any("rollout" in pool for pool in work["stage k1"])

@@ -37,6 +37,7 @@ def test_the_balance_is_told_in_words_and_in_the_table():
         "train_rss_mb": 1.0,
         "rollout_s": 0.5,
         "rollout_rss_mb": 700.0,
+        "rollout_gpu_mb": 9000.0,
     }
     with_balance = {**cost, "balance": balance(0.5, 4, 0.8, 16)}
     assert balance_line(with_balance) == (
@@ -44,6 +45,6 @@ def test_the_balance_is_told_in_words_and_in_the_table():
         "rollout.actors=10 would balance them, each on devices of its own"
     )
     head, _, row, cached = cost_table([with_balance, cost]).splitlines()
-    assert row == "| k2 | 100 | 160 | 1,234 | 50% | 2.0 | 700 | rollouts | 4, 10 |"
+    assert row == "| k2 | 100 | 160 | 1,234 | 50% | 2.0 | 1 | 700 + GPU 9000 | rollouts | 4, 10 |"
     assert cached.endswith("| – | – |")
     assert head.count("|") == row.count("|") == cached.count("|")

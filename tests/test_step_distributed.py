@@ -45,6 +45,29 @@ def sequential_module(chunk=4):
     return StudentStep(make_sequential(make_backbone(scale=2.0), k=2, hint_layers=1), "soft", chunk)
 
 
+def scattered_config(*args, made=strategy.engine_config):
+    """As pipelines have it, but ZeRO 3 scatters weights as eagerly as it does large ones."""
+    config = made(*args)
+    for name in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size"):
+        config["zero_optimization"][f"stage3_{name}"] = 0
+    return config
+
+
+def adapter_module(chunk=10**6):
+    """A GPT-2 student whose hints pass through the frozen trunk's own matrices."""
+    torch.manual_seed(1)
+    student = make_sequential(make_backbone("gpt2", scale=2.0), k=2, hints="adapter", hint_layers=1)
+    return StudentStep(student, "soft", chunk).eval()
+
+
+def frugal_adapter_module():
+    """The same with logits of 4 tokens at a time and layers computed again, and weights that are soon scattered again."""
+    strategy.engine_config = scattered_config
+    module = adapter_module(chunk=4)
+    checkpoint_layers(module)
+    return module
+
+
 def windows(step, rows, n_windows):
     """Deterministic windows for global row numbers."""
     g = [torch.Generator().manual_seed(1000 * step + row) for row in rows]
@@ -173,6 +196,11 @@ def test_a_frozen_trunk_stays_out_of_training_and_resuming(tmp_path, zero_stage)
     again = run(tmp_path, "frozen", 1, zero_stage, even_micro_batches, **options)
     again["losses"] = torch.cat([plainly["losses"][:2], again["losses"]])
     assert_same(again, plainly)
+
+
+def test_zero_3_keeps_the_frozen_matrices_that_a_second_computation_needs(tmp_path):
+    weights = run(tmp_path, "adapter", 2, 3, even_micro_batches, module=frugal_adapter_module)
+    assert_same(weights, train_plainly(adapter_module()))
 
 
 def test_bf16_trains_close_to_fp32(tmp_path, plain):
