@@ -91,7 +91,9 @@ def row_record(row: Row, results: Record, cost: Record) -> Record:
     """One row of the rivals' table: quality, passes, speed, training cost. A student's also holds its fidelity."""
     record = {k: v for k, v in results[f"row-{slug(row.name)}"].items() if k != "tokens"}
     ppl = {**results.get("gen-ppl-1", {}), **results.get("gen-ppl-2", {})}.get(row.name)
-    training = results[f"train-{row.method}"] if row.method else {"flops": cost["spent"].get(row.path, 0.0)}
+    name = row.name.removeprefix("this run, ")
+    student, _, k = name.partition(" at k=")
+    training = results[f"train-{row.method}"] if row.method else {"flops": cost["spent"].get(student, 0.0)}
     record = {
         "name": row.name,
         **record,
@@ -102,8 +104,7 @@ def row_record(row: Row, results: Record, cost: Record) -> Record:
         "judge": results.get("judge", {}).get(row.name),
     }
     if row.path:
-        name = row.name.removeprefix("this run, ")
-        at = name.replace(" at k=", "-at-")
+        at = f"{student}-at-{k}"
         record |= {"windows": results["windows"][name], "next_k": results[f"joint-{at}"], "free": results[f"free-{at}"]}
     return record
 
@@ -134,7 +135,7 @@ def cost_record(subject: Subject, rows: list[Row], results: Record) -> Record:
     return {
         "stages": stages,
         "flops": results["cost"]["flops"],
-        "spent": spent,
+        "spent": {student.name: spent[student.path] for student in subject.students},
         "ar_flops_a_token": ar_flops,
         "savings": savings,
     }
