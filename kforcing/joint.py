@@ -112,18 +112,29 @@ class Divergence:
     independent_kl: float
 
 
+def enumerable(vocabulary: int, k: int) -> bool:
+    """Whether all blocks of k tokens are few enough to be looked at."""
+    return vocabulary**k <= ENUMERABLE
+
+
 @torch.inference_mode()
-def divergence(teacher: Score, student: Score, context_N: Tensor, blocks_SK: Tensor, vocabulary: int) -> Divergence:
-    """Exact where blocks of this length can be enumerated, else estimated over blocks of the teacher.
+def divergence(
+    teacher: Score, student: Score, context_N: Tensor, k: int, vocabulary: int, blocks_SK: Tensor | None = None
+) -> Divergence:
+    """Exact where blocks of k tokens are `enumerable`, else estimated over blocks of the teacher.
 
     Args:
         context_N: int64.
-        blocks_SK: int64 blocks the teacher drew after the context; not looked at when enumerating.
         vocabulary: V.
+        blocks_SK: int64 blocks the teacher drew after the context, for an estimate.
+    Raises:
+        ValueError: for an estimate without blocks.
     """
-    if vocabulary ** blocks_SK.shape[1] <= ENUMERABLE:
-        p, q = (_law(score, context_N, blocks_SK.shape[1], vocabulary) for score in (teacher, student))
+    if enumerable(vocabulary, k):
+        p, q = (_law(score, context_N, k, vocabulary) for score in (teacher, student))
         return Divergence(_tv(p, q), _kl(p, q), _tv(p, m := _product_of_marginals(p)), _kl(p, m))
+    if blocks_SK is None:
+        raise ValueError(f"{vocabulary}^{k} blocks are too many to enumerate; give blocks that the teacher drew")
     return _estimated(teacher, student, context_N, blocks_SK)
 
 

@@ -9,7 +9,9 @@ target_nll    −log p_j of the teacher's coupled token under the student: the t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,11 +61,29 @@ def window_scores(student: PushForwardLM, teacher: PreTrainedModel, windows: Win
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and its 95% interval."""
+    """A figure and its 95% interval, which is None where one cluster is all there is."""
 
     value: float
-    lo: float
-    hi: float
+    lo: float | None
+    hi: float | None
+
+
+def over_clusters(
+    sums_RM: np.ndarray, counts_R: np.ndarray, cluster_R: Sequence[Any] | np.ndarray, draws: int, seed: int
+) -> list[Interval] | None:
+    """Σ sums / Σ counts of M figures over R items, bootstrapped over what they belong to; None when nothing counts.
+
+    Args:
+        cluster_R: any names, such as the document of each item. Clusters that count nothing are left out, lest a resample
+            hold no other.
+    """
+    keep = counts_R > 0
+    if not keep.any():
+        return None
+    names, cluster = np.unique(np.asarray(cluster_R)[keep], return_inverse=True)
+    sums_CM = np.zeros((len(names), sums_RM.shape[1]))
+    np.add.at(sums_CM, cluster, sums_RM[keep])
+    return cluster_bootstrap(sums_CM, np.bincount(cluster, counts_R[keep]), draws, seed)
 
 
 def cluster_bootstrap(sums_CM: np.ndarray, counts_C: np.ndarray, draws: int, seed: int) -> list[Interval]:
@@ -71,7 +91,8 @@ def cluster_bootstrap(sums_CM: np.ndarray, counts_C: np.ndarray, draws: int, see
 
     Studentised (bootstrap-t, Efron and Tibshirani 1993, §12.5): what is resampled is (mean − value) / standard error, which
     covers what it says with as few as ten clusters, where percentiles of the mean are too short. Ends are cut to
-    the smallest and largest mean of a cluster, which no mean of theirs can leave; two or three clusters have these ends.
+    the smallest and largest mean of a cluster, which no mean of theirs can leave; two or three clusters have these ends,
+    and one has no interval.
 
     Args:
         sums_CM: sum of each figure over the windows of each cluster.
@@ -79,6 +100,8 @@ def cluster_bootstrap(sums_CM: np.ndarray, counts_C: np.ndarray, draws: int, see
         draws: resamples; each draws as many clusters as there are, with replacement.
     """
     C = len(counts_C)
+    if C == 1:
+        return [Interval(float(v), None, None) for v in sums_CM[0] / counts_C[0]]
     rng = np.random.default_rng(seed)
     times_SC = np.stack([np.bincount(rng.integers(0, C, C), minlength=C) for _ in range(draws)]).astype(float)
     value_M, error_M = _ratio(np.ones((1, C)), sums_CM, counts_C)

@@ -29,9 +29,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kforcing.engine.loading import DTYPES
-from kforcing.metrics import Interval, cluster_bootstrap
+from kforcing.metrics import Interval, over_clusters
 
 SMOLLM2 = "smollm2"
+Clusters = Sequence[Any] | np.ndarray | None
+"""What each document belongs to, for intervals; none for itself."""
 _LOGIT_ROWS = 256
 
 
@@ -47,28 +49,24 @@ class Diversity:
     distinct: dict[int, float]
     """Share of distinct n-grams by n, over the whole corpus: no mean over documents, hence no interval."""
 
-    def intervals(self, draws: int, seed: int) -> dict[str, Interval]:
-        """Repetition (over tokens), entropy (over documents with tokens) and length, resampled by document.
+    def intervals(self, draws: int, seed: int, cluster_C: Clusters = None) -> dict[str, Interval | None]:
+        """Repetition (over tokens), entropy (over documents with tokens) and length; none where nothing counts.
 
-        Raises:
-            ValueError: when no document has a token.
+        Args:
+            cluster_C: what is resampled, such as the text each document's prompt comes from; none for documents.
         """
-        if not self.tokens_C.any():
-            raise ValueError(
-                f"diversity of {len(self.tokens_C)} documents without a token; there is nothing to measure"
-            )
         figures = {
             "repetition": (self.repeated_C, self.tokens_C),
             "entropy": (self.entropy_C, (self.tokens_C > 0).astype(float)),
             "length": (self.tokens_C, np.ones_like(self.tokens_C)),
         }
-        return {name: _interval(sums, counts, draws, seed) for name, (sums, counts) in figures.items()}
+        return {name: _interval(sums, counts, cluster_C, draws, seed) for name, (sums, counts) in figures.items()}
 
 
-def _interval(sums_C: np.ndarray, counts_C: np.ndarray, draws: int, seed: int) -> Interval:
-    """Of a ratio, resampled by document; documents that count nothing are left out, lest a draw hold no other."""
-    counted = counts_C > 0
-    return cluster_bootstrap(sums_C[counted, None], counts_C[counted], draws, seed)[0]
+def _interval(sums_C: np.ndarray, counts_C: np.ndarray, cluster_C: Clusters, draws: int, seed: int) -> Interval | None:
+    clusters = np.arange(len(counts_C)) if cluster_C is None else cluster_C
+    found = over_clusters(sums_C[:, None], counts_C, clusters, draws, seed)
+    return found[0] if found else None
 
 
 def diversity(documents: Sequence[Sequence[int]], orders: Sequence[int] = (1, 2, 3), n: int = 4) -> Diversity:
@@ -194,19 +192,20 @@ class GenPPL:
         scored_C = (self.tokens_C > 0).astype(float)
         return self.nll_C / np.maximum(self.tokens_C, 1), scored_C
 
-    def intervals(self, draws: int, seed: int) -> dict[str, Interval]:
-        """Both perplexities, resampled by document (the exponential of the mean's interval).
+    def intervals(self, draws: int, seed: int, cluster_C: Clusters = None) -> dict[str, Interval]:
+        """Both perplexities (the exponential of the mean's interval); empty when no text has a scored token.
 
-        Raises:
-            ValueError: when no text has a scored token.
+        Args:
+            cluster_C: what is resampled; none for the texts.
         """
-        if not self.tokens_C.any():
-            raise ValueError(
-                f"Gen-PPL of {len(self.tokens_C)} texts without a scored token; there is nothing to measure"
-            )
         figures = {"by_token": (self.nll_C, self.tokens_C), "by_document": self._document_means()}
-        intervals = {name: _interval(sums, counts, draws, seed) for name, (sums, counts) in figures.items()}
-        return {k: Interval(math.exp(i.value), math.exp(i.lo), math.exp(i.hi)) for k, i in intervals.items()}
+        intervals = {n: _interval(sums, counts, cluster_C, draws, seed) for n, (sums, counts) in figures.items()}
+        return {name: _exp(interval) for name, interval in intervals.items() if interval}
+
+
+def _exp(interval: Interval) -> Interval:
+    lo, hi = (None if end is None else math.exp(end) for end in (interval.lo, interval.hi))
+    return Interval(math.exp(interval.value), lo, hi)
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,11 @@ def train_here(
     return earlier + time.monotonic() - started
 
 
+def shortened(train: TrainConfig, steps: int) -> TrainConfig:
+    """So many steps, of which warm-up takes the share that it takes of the config's own."""
+    return dataclasses.replace(train, steps=steps, warmup=round(train.warmup * min(1.0, steps / train.steps)))
+
+
 @torch.no_grad()
 def _follow(means: list[Any], values: list[Any], decay: float) -> None:
     for mean, value in zip(means, values, strict=True):
@@ -169,6 +174,12 @@ class LocalStudent:
         config = self.config.stage(f"k{k}")
         return self._count(self._module(config, k, previous), config, k, previous)
 
+    def untrained(self, k: int, previous: Path | None) -> Path:
+        """The student that a stage begins with, in a folder."""
+        module = self._module(self.config.stage(f"k{k}"), k, previous)
+        module.model.save_pretrained(self.folder / f"untrained-k{k}")
+        return self.folder / f"untrained-k{k}"
+
     def _module(self, config: Config, k: int, previous: Path | None) -> StudentStep:
         init: Any = Grown(str(previous), k, config.loss)
         if previous is None or config.train.warm_start == "teacher":
@@ -189,7 +200,7 @@ class LocalStudent:
             assert budget is not None
             steps = max(1, round((budget - self.spent) / flops.total))
         self.folder.mkdir(parents=True, exist_ok=True)
-        train = dataclasses.replace(config.train, steps=steps)
+        train = shortened(config.train, steps)
         rolled_out = self._rolled_out(config, k, previous, train.batch)
 
         def batches(step: int, steps: int) -> list[Any]:

@@ -41,8 +41,18 @@ def training_log(root: Path, stage: str, fingerprint: str) -> list[Record]:
 
 
 def ratio(figure: Record, digits: int = 3) -> str:
-    """A figure with its 95% interval."""
+    """A figure with its 95% interval, where it has one."""
+    if figure["lo"] is None:
+        return f"{figure['value']:.{digits}f}"
     return f"{figure['value']:.{digits}f} [{figure['lo']:.{digits}f}, {figure['hi']:.{digits}f}]"
+
+
+def bars(figures: list[Record]) -> tuple[list[float], list[list[float]]]:
+    """Values, and how far their intervals reach to either side, as matplotlib wants them."""
+    values = [f["value"] for f in figures]
+    low = [0.0 if f["lo"] is None else max(0.0, f["value"] - f["lo"]) for f in figures]
+    high = [0.0 if f["hi"] is None else max(0.0, f["hi"] - f["value"]) for f in figures]
+    return values, [low, high]
 
 
 def table(stages: list[Record]) -> str:
@@ -178,10 +188,8 @@ def plot_match(stages: list[Record], path: Path) -> None:
     """Match by offset, one line a student, with intervals."""
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for s in stages:
-        values = [m["value"] for m in s["match"]]
-        low = [max(0.0, m["value"] - m["lo"]) for m in s["match"]]
-        high = [max(0.0, m["hi"] - m["value"]) for m in s["match"]]
-        axes.errorbar(range(1, s["k"] + 1), values, yerr=[low, high], marker="o", capsize=3, label=s["name"])
+        values, errors = bars(s["match"])
+        axes.errorbar(range(1, s["k"] + 1), values, errors, marker="o", capsize=3, label=s["name"])
     axes.set(xlabel="offset in the block", ylabel="match with the AR teacher", ylim=(0, 1.03))
     axes.set_xticks(range(1, max(s["k"] for s in stages) + 1))
     axes.grid(alpha=0.3)

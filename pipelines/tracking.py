@@ -53,7 +53,7 @@ class Tracker:
 
     @property
     def _state(self) -> dict[str, Any]:
-        state = json.loads(self._state_file.read_text()) if self._state_file.is_file() else {}
+        state = made_by(self._state_file.parent)
         return state if state.get("uri") == self.uri else {}
 
     @property
@@ -318,7 +318,7 @@ def log_evaluation(uri: str, experiment: str, parent: str | None, folder: Path, 
                 parent = None
         if parent is None:
             place = open_experiment(client, uri, experiment, folder.parent)
-        _forget(client, uri, folder / "mlflow.json")
+        _forget(client, uri, folder)
         tags = {"evaluation": report["name"], **({MLFLOW_PARENT_RUN_ID: parent} if parent else {})}
         top = client.create_run(place, run_name=f"evaluation {report['name']}", tags=tags).info.run_id
         _log_values(client, top, leaves(report["config"]), _numbers({k: report[k] for k in MEASURED}))
@@ -337,12 +337,29 @@ def log_evaluation(uri: str, experiment: str, parent: str | None, folder: Path, 
         print(f"warning  tracking to {uri} failed, the report is in {folder} ({error})", file=sys.stderr, flush=True)
 
 
-MEASURED = ("windows", "joint", "free", "determinism", "mauve", "frontier", "batch_invariant", "cost")
+MEASURED = (
+    "windows",
+    "joint",
+    "free",
+    "determinism",
+    "mauve",
+    "frontier",
+    "batch_invariant",
+    "cost",
+    "references",
+    "gen_ppl_again",
+)
 
 
-def _forget(client: Any, uri: str, file: Path) -> None:
+def made_by(folder: Path) -> Record:
+    """What a folder was logged to (`uri`, and the ids of its runs), empty when it was not."""
+    file = folder / "mlflow.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _forget(client: Any, uri: str, folder: Path) -> None:
     """Delete the run that a folder was logged to before, and those below it."""
-    state = json.loads(file.read_text()) if file.is_file() else {}
+    state = made_by(folder)
     if state.get("uri") != uri:
         return
     run = client.get_run(state["run"]).info

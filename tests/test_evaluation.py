@@ -11,15 +11,18 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from transformers import GPT2Config, LlamaConfig
 
-from pipelines.config import ConfigError
+from pipelines.config import ConfigError, TrainConfig
 from pipelines.evaluation.config import EvaluationConfig, evaluation_config
 from pipelines.evaluation.determinism import flips
 from pipelines.evaluation.measure import slug
 from pipelines.evaluation.parts import Part, _ready
-from pipelines.evaluation.report import cost_record, flops
-from pipelines.evaluation.rivals import METHODS, rows_of, spent_by
+from pipelines.evaluation.plan import _check_positions
+from pipelines.evaluation.report import REPORTED, cost_record, flops
+from pipelines.evaluation.rivals import METHODS, Row, rows_of, spent_by
 from pipelines.evaluation.subject import Student, block_sizes, config_of, open_subject
+from pipelines.local import shortened
 from pipelines.recipes import RECIPES, recipe
 from tests.test_distill import environment
 
@@ -34,7 +37,7 @@ SMALL = [
     "fidelity.contexts=3",
     "fidelity.samples=64",
     "fidelity.free_prompts=8",
-    "fidelity.free_tokens=32",
+    "fidelity.free_tokens=6",
     "bootstrap=100",
     "rivals.share=0.1",
     "speed.rounds=1",
@@ -96,20 +99,28 @@ def test_every_row_of_the_table_is_filled_by_a_run(killed):
     root, _, _ = killed
     report = json.loads((root / "report.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
-    assert len(rows) == len(report["rows"]) == 25
+    assert len(rows) == len(report["rows"]) == 26
     for name, row in rows.items():
         assert set(row["tokens_per_s"]) == ({"1"} if name == "transformers, assisted" else {"1", "16"})
         assert row["passes"] > 0
-        assert row["training"] is None or row["training"]["flops"] > 0
+        untrained = name.startswith("AR") or name == "this run, k1 at k=1"
+        assert (row["training"]["flops"] == 0) == untrained, name
         assert row["nll"]["value"] > 0
         assert ("joint" in row) == (name != "transformers, assisted")
-    spent = {row["method"]: row["training"]["flops"] for row in rows.values() if row["training"]}
+    run = {s["name"]: s["rollouts"] + s["train"] for s in report["cost"]["stages"]}
+    assert rows["this run, k2 at k=2"]["training"]["flops"] == run["k2"]
+    assert rows["this run, k4 at k=1"]["training"]["flops"] == run["k2"] + run["k4"] == report["cost"]["flops"]
+    spent = {row["method"]: row["training"]["flops"] for row in rows.values() if row["method"]}
     assert set(spent) == set(METHODS)
     budget = 0.1 * report["cost"]["flops"]
     assert all(0.5 * budget < s < 2 * budget for s in spent.values()), (budget, spent)  # a step is a coarse coin here
     for figure in figures(report):
-        assert figure["lo"] <= figure["value"] <= figure["hi"]
-        assert all(math.isfinite(figure[end]) for end in ("value", "lo", "hi"))
+        assert math.isfinite(figure["value"])
+        assert figure["lo"] is None or figure["lo"] <= figure["value"] <= figure["hi"]
+    assert rows["AR, engine"]["joint"]["excess"]["value"] == pytest.approx(
+        rows["AR, engine"]["joint"]["tv"]["value"] - report["references"]["joint"]["tv"]["value"]
+    )
+    assert report["references"]["joint"]["documents"] == 3  # one for each context
     text = (root / "report.md").read_text()
     assert all(f"| {name} |" in text for name in rows)
     assert "Reported by the paper" in text
@@ -125,12 +136,12 @@ def test_what_must_be_exact_is(killed):
         "PTP, k=4, verified",
         "Medusa, k=4, verified",
         "this run, k1 at k=1",
-        "K-Forcing, sequential, k=1",
+        "K-Forcing, sequential, k4 at k=1",
     ):
         assert rows[name]["tokens_until_divergence"]["value"] == 16
     assert report["joint"]["k1 at k=1"]["tv"]["value"] < 1e-6
     assert report["free"]["k4 at k=1"]["match"][-1]["value"] == 1
-    assert rows["K-Forcing, paper, k=4"]["passes"] == 0.25
+    assert rows["K-Forcing, paper, k4 at k=4"]["passes"] == 0.25
     assert rows["MDLM, 2 a pass"]["passes"] == 0.5
     ptp, medusa = rows["PTP, k=4, verified"]["passes"], rows["Medusa, k=4, verified"]["passes"]
     assert 2 / 5 <= ptp <= 2
@@ -149,9 +160,13 @@ def test_mlflow_holds_the_evaluation_below_the_run_and_a_row_below_it(killed, sm
     names = {f.path for f in client.list_artifacts(below[0].info.run_id)}
     assert {"report.md", "report.json", "samples.html", "match.png", "distance.png", "rivals.png"} <= names
     rows = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{below[0].info.run_id}'")
-    assert len(rows) == 25
+    assert len(rows) == 26
     metrics = [set(row.data.metrics) for row in rows]
     assert all({"eval/nll", "eval/entropy", "eval/passes", "eval/tokens_per_s/1"} <= m for m in metrics)
+    students = [row.data.metrics for row in rows if row.info.run_name.startswith("this run")]
+    assert all({"eval/windows/match_1", "eval/next_k/tv", "eval/free/match_1"} <= set(m) for m in students)
+    top = below[0].data.metrics
+    assert {"eval/references/joint/tv", "eval/references/joint_independent/tv"} <= set(top)
 
 
 @pytest.mark.cluster
@@ -161,8 +176,12 @@ def test_a_registered_model_is_evaluated_with_the_teacher_it_carries(smoke, tmp_
     words = [*SMALL, "rivals.only=off", f"tracking.uri={uri}", f"output_dir={tmp_path}/out"]
     evaluate("models:/kforcing-smoke@k4", *words, cwd=run.parent.parent)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [row["name"] for row in report["rows"][2:]] == [f"this run, k4 at k={k}" for k in (1, 2, 3, 4)]
+    assert [row["name"] for row in report["rows"][3:]] == [f"this run, k4 at k={k}" for k in (1, 2, 3, 4)]
     assert report["free"]["k4 at k=1"]["match"][0]["value"] == 1
+    of_run = json.loads((run / "evaluation" / "report.json").read_text())["cost"]
+    names = ("name", "steps", "rollouts", "train")  # all stages are charged, though their students are not here
+    mine, theirs = ([[stage[n] for n in names] for stage in cost["stages"]] for cost in (report["cost"], of_run))
+    assert mine == theirs
 
 
 def refused(*words):
@@ -183,13 +202,17 @@ def test_mistakes_are_refused_with_their_value():
 def test_the_papers_protocol_sets_prompts_lengths_and_the_cut():
     text = evaluation_config(["text.protocol=owt"]).text
     assert (text.prompts, text.prompt_tokens, text.new_tokens, text.cut_at_eos) == (1024, 64, 960, True)
-    text = evaluation_config(["text.protocol=lm1b"]).text
+    assert text.external == "openai-community/gpt2-large"
+    text = evaluation_config(["text.protocol=lm1b", "text.external=smollm2"]).text
+    assert text.external == "smollm2"
     assert (text.prompt_tokens + text.new_tokens, text.cut_at_eos) == (128, True)
 
 
 def test_a_folder_that_is_no_run_and_a_name_that_is_none_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"is not a run directory \(no log.jsonl\)"):
         open_subject(str(tmp_path), EvaluationConfig())
+    with pytest.raises(ConfigError, match=r"teacher=/x: .* has an AR model of its own"):
+        open_subject(str(tmp_path), EvaluationConfig(teacher="/x"))
     with pytest.raises(ConfigError, match="write models:/NAME@ALIAS"):
         open_subject("models:/nothing", EvaluationConfig())
 
@@ -236,6 +259,28 @@ def test_a_staged_method_has_something_to_spend_at_every_stage_that_learns():
             assert all(a < b for a, b in zip([0.0, *learning], learning, strict=False))
 
 
+def test_reported_speeds_are_those_of_the_paper():
+    ratios = {"lm1b": (1.71, 2.46, 3.33), "owt": (1.69, 2.53, 3.47)}
+    for corpus, rows in REPORTED.items():
+        ar, *students = [float(row[4]) for row in rows[:4]]
+        assert [round(s / ar, 2) for s in students] == pytest.approx(ratios[corpus], abs=0.011)
+
+
+def test_a_shorter_training_warms_up_for_the_same_share():
+    train = TrainConfig(steps=500, warmup=50)
+    assert (shortened(train, 50).steps, shortened(train, 50).warmup) == (50, 5)
+    assert (shortened(train, 900).steps, shortened(train, 900).warmup) == (900, 50)
+
+
+@pytest.mark.parametrize("config", [GPT2Config(n_positions=48), LlamaConfig(max_position_embeddings=48)])
+def test_texts_longer_than_the_model_are_refused_before_anything_starts(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    words = ["text.prompt_tokens=16", "text.new_tokens=32"]
+    with pytest.raises(ConfigError, match="= 53 exceeds the model's 48 positions"):
+        _check_positions(tmp_path, evaluation_config(words), k=4)
+    _check_positions(tmp_path, evaluation_config([*words[:1], "text.new_tokens=27"]), k=4)
+
+
 def test_block_sizes():
     assert block_sizes(1) == [1]
     assert block_sizes(4) == [1, 2, 3, 4]
@@ -254,7 +299,8 @@ def test_flips_count_to_the_first_difference():
 def test_break_even_is_cost_over_saving(tmp_path):
     class Subject:
         config = type("Run", (), {"root": tmp_path, "teacher": None, "stage": None})
-        students = (Student("k2", 2, ""), Student("k4", 4, ""))
+        students = (Student("k2", 2, "/k2"), Student("k4", 4, "/k4"))
+        parent = None
 
     rate = {"16": {"value": 100.0}}
     results = {
@@ -273,13 +319,20 @@ def test_break_even_is_cost_over_saving(tmp_path):
         },
         "speed": {
             "rows": {
-                "AR, engine": rate,
+                "AR, engine": {"16": {"value": 1.0}},
+                "AR, engine, Gumbel": rate,
                 "this run, k2 at k=2": {"16": {"value": 200.0}},
                 "this run, k4 at k=4": {"16": {"value": 50.0}},
             }
         },
     }
-    two, four = cost_record(Subject, results)["savings"]
+    rows = [
+        Row("AR, engine", 1, "ar"),
+        Row("AR, engine, Gumbel", 1, "ar", coupling="gumbel"),
+        Row("this run, k2 at k=2", 2, "engine", path="/k2", coupling="gumbel"),
+        Row("this run, k4 at k=4", 4, "engine", path="/k4", coupling="gumbel"),
+    ]
+    two, four = cost_record(Subject, rows, results)["savings"]
     assert two["even_flops"] == 4000
     assert two["even_16"] == pytest.approx(50 / (1 / 100 - 1 / 200))
     assert four["flops"] == 8e9

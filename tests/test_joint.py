@@ -80,7 +80,7 @@ def teacher_blocks(backbone, k, samples=4096):
 def test_divergence_from_an_enumerated_joint_is_that_of_the_tables():
     teacher, other = make_backbone(scale=3.0), make_backbone(seed=1, scale=3.0)
     p, q = table(teacher), table(other)
-    found = divergence(ar_score(teacher), ar_score(other), CONTEXT, torch.zeros(1, 2, dtype=torch.int64), VOCAB)
+    found = divergence(ar_score(teacher), ar_score(other), CONTEXT, 2, VOCAB)
     assert found.tv == pytest.approx((p - q).abs().sum().item() / 2, rel=1e-4)
     assert found.kl == pytest.approx((p * (p / q).log()).sum().item(), rel=1e-4)
     product = p.sum(1, keepdim=True) * p.sum(0, keepdim=True)
@@ -91,10 +91,10 @@ def test_divergence_from_an_enumerated_joint_is_that_of_the_tables():
 def test_the_teacher_itself_and_the_product_of_its_marginals_score_what_they_must(monkeypatch):
     teacher = make_backbone(scale=3.0)
     blocks = teacher_blocks(teacher, 2)
-    exact = divergence(ar_score(teacher), ar_score(teacher), CONTEXT, blocks, VOCAB)
+    exact = divergence(ar_score(teacher), ar_score(teacher), CONTEXT, blocks.shape[1], VOCAB, blocks)
     assert (exact.tv, exact.kl) == (0, 0)
     monkeypatch.setattr(joint_module, "ENUMERABLE", 0)
-    estimated = divergence(ar_score(teacher), ar_score(teacher), CONTEXT, blocks, VOCAB)
+    estimated = divergence(ar_score(teacher), ar_score(teacher), CONTEXT, blocks.shape[1], VOCAB, blocks)
     assert (estimated.tv, estimated.kl) == (0, 0)
     assert estimated.independent_tv == pytest.approx(exact.independent_tv, abs=0.02)
     assert estimated.independent_kl == pytest.approx(exact.independent_kl, abs=0.02)
@@ -106,7 +106,7 @@ def test_the_teacher_itself_and_the_product_of_its_marginals_score_what_they_mus
         second = product.logsumexp(0).expand(*tokens.shape[:2], -1)
         return torch.stack([first, second], dim=2)
 
-    found = divergence(ar_score(teacher), marginals, CONTEXT, blocks, VOCAB)
+    found = divergence(ar_score(teacher), marginals, CONTEXT, blocks.shape[1], VOCAB, blocks)
     assert found.tv == pytest.approx(exact.independent_tv, abs=0.02)
     assert found.kl == pytest.approx(exact.independent_kl, abs=0.02)
 
@@ -115,9 +115,9 @@ def test_estimates_agree_with_enumeration_for_a_student(monkeypatch):
     teacher = make_backbone(scale=3.0)
     student = make_sequential(make_backbone(scale=3.0))
     blocks = teacher_blocks(teacher, 2)
-    exact = divergence(ar_score(teacher), student_score(student), CONTEXT, blocks, VOCAB)
+    exact = divergence(ar_score(teacher), student_score(student), CONTEXT, blocks.shape[1], VOCAB, blocks)
     monkeypatch.setattr(joint_module, "ENUMERABLE", 0)
-    estimated = divergence(ar_score(teacher), student_score(student), CONTEXT, blocks, VOCAB)
+    estimated = divergence(ar_score(teacher), student_score(student), CONTEXT, blocks.shape[1], VOCAB, blocks)
     assert exact.tv > 0.05
     assert estimated.tv == pytest.approx(exact.tv, abs=0.02)
     assert estimated.kl == pytest.approx(exact.kl, rel=0.05)

@@ -7,7 +7,7 @@ from torch.nn.functional import one_hot
 
 from kforcing import Design
 from kforcing.coupling import inverse_cdf
-from kforcing.metrics import cluster_bootstrap, window_scores
+from kforcing.metrics import Interval, cluster_bootstrap, over_clusters, window_scores
 from kforcing.noise import derive_key, sample_anchors, window_noise
 from kforcing.readout import BlockScores, Draw
 from kforcing.rollout import ARTeacher
@@ -95,3 +95,11 @@ def test_intervals_cover_the_truth(draw, truth, documents):
         (figure,) = cluster_bootstrap(draw(rng, counts)[:, None], counts.astype(float), draws=400, seed=trial)
         covered += figure.lo <= truth <= figure.hi
     assert 0.93 <= covered / 500 <= 0.97
+
+
+def test_items_count_with_the_cluster_they_belong_to():
+    sums, counts = np.array([[5.0], [3.0], [1.0], [3.0], [9.0]]), np.array([6.0, 4.0, 5.0, 5.0, 0.0])
+    found = over_clusters(sums, counts, ["a", "a", "b", "c", "d"], draws=500, seed=0)
+    assert found == cluster_bootstrap(np.array([[8.0], [1.0], [3.0]]), np.array([10.0, 5.0, 5.0]), 500, 0)
+    assert over_clusters(sums, 0 * counts, list("aabcd"), 10, 0) is None
+    assert over_clusters(sums, counts, ["a"] * 5, 10, 0) == [Interval(0.6, None, None)]

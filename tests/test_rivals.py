@@ -233,3 +233,11 @@ def test_assisted_generation_writes_as_many_tokens_and_counts_passes_of_both_mod
     done = AssistedDecoder(backbone, draft).decode(PROMPTS, 8, SEEDS)
     assert done.tokens_RT.shape == (3, 8)
     assert done.passes > 1
+
+
+def test_what_a_model_would_rather_sample_with_does_not_reach_the_table():
+    cold = make_backbone()
+    cold.generation_config.do_sample = True
+    cold.generation_config.temperature, cold.generation_config.top_p = 0.01, 0.1
+    plain = AssistedDecoder(make_backbone(), None).decode(PROMPTS, 8, SEEDS)
+    assert torch.equal(AssistedDecoder(cold, None).decode(PROMPTS, 8, SEEDS).tokens_RT, plain.tokens_RT)

@@ -32,7 +32,9 @@ class AssistedDecoder:
         self.backbone: Any = backbone.eval()
         self.draft = draft.eval() if draft else None
         for model in filter(None, (self.backbone, self.draft)):
-            model.generation_config.eos_token_id = None  # texts of one length, as the other decoders make them
+            # A model's own defaults (a temperature, say) would fill in what `decode` leaves open; and without an EOS
+            # texts are of one length, as the other decoders make them.
+            model.generation_config = GenerationConfig()
             model.config.eos_token_id = None
 
     @torch.inference_mode()

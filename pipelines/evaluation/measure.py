@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import platform
 import re
 import statistics
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,19 +28,20 @@ from kforcing.freerun import free_run, same_so_far
 from kforcing.joint import (
     ar_score,
     divergence,
+    enumerable,
     independent,
     joint_tv,
     position_entropy,
     sample_blocks,
     student_score,
 )
-from kforcing.metrics import cluster_bootstrap
+from kforcing.metrics import over_clusters
 from kforcing.model import PushForwardLM
 from kforcing.noise import derive_key
 from kforcing.rivals.rows import Decoder
 from kforcing.rollout import ARTeacher
 from kforcing.staircase import head
-from kforcing.textquality import distinct_n, features, gen_ppl, load_external, mauve, repeated_tokens, unigram_entropy
+from kforcing.textquality import diversity, features, gen_ppl, load_external, mauve
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.judge import JudgeConfig, Pair, judge
 from pipelines.evaluation.rivals import EngineDecoder, Row, decoder_of, noise_of
@@ -49,6 +52,8 @@ from pipelines.rollout import StepPlan, load_ar, pick_device
 from pipelines.step import ARStep, TokenBatch
 from pipelines.store import TokenStore, to_numpy
 
+Figure = dict[str, Any]
+"""`value`, and the ends `lo` and `hi` of its 95% interval, None where there is one document only."""
 BLOCK = 4
 """Tokens of the joint distribution by which rivals are compared."""
 ROWS_AT_ONCE = 512
@@ -79,9 +84,15 @@ class Prompts:
 
 
 def heldout(subject: Subject, config: EvaluationConfig, count: int, tokens: int, first: int = 0) -> Prompts:
-    """Prompts from rows `first`, `first + 1`, … of the held-out store, over and over; each has noise of its own."""
+    """Prompts from rows of the held-out store behind `first`, of as many documents as there are; each has its own noise."""
     store = TokenStore(subject.heldout, config.seed)
-    rows = store.read(np.arange(first, first + count) % store.rows_per_epoch)
+    rows = store.read(np.arange(first, first + 8 * count) % store.rows_per_epoch)
+    seen: Counter[int] = Counter()
+    turns = []  # a row's number within its document
+    for doc in rows["doc"].to_pylist():
+        turns.append(seen[doc])
+        seen[doc] += 1
+    rows = rows.take(np.argsort(turns, kind="stable")[:count])
     ids = torch.from_numpy(to_numpy(rows["tokens"])[:, :tokens].astype(np.int64))
     seeds = [derive_key(config.seed, "prompt", first + i) % 2**31 for i in range(count)]
     return Prompts(ids.to(pick_device()), rows["doc"].to_numpy(), seeds)
@@ -89,15 +100,10 @@ def heldout(subject: Subject, config: EvaluationConfig, count: int, tokens: int,
 
 def over_documents(
     sums: np.ndarray, counts: np.ndarray, doc_R: np.ndarray, config: EvaluationConfig
-) -> list[dict[str, float] | None]:
+) -> list[Figure | None]:
     """(R, M) sums and (R,) counts of texts → M figures with intervals over their documents, none when nothing counts."""
-    keep = counts > 0
-    if not keep.any():
-        return [None] * sums.shape[1]
-    names, cluster = np.unique(doc_R[keep], return_inverse=True)
-    total, number = np.zeros((len(names), sums.shape[1])), np.bincount(cluster, counts[keep])
-    np.add.at(total, cluster, sums[keep])
-    return [asdict(i) for i in cluster_bootstrap(total, number, config.bootstrap, config.seed)]
+    found = over_clusters(sums, counts, doc_R, config.bootstrap, config.seed)
+    return [asdict(i) for i in found] if found else [None] * sums.shape[1]
 
 
 def teacher_nll(teacher: Any, prompts_RN: Tensor, made: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -118,15 +124,12 @@ def teacher_nll(teacher: Any, prompts_RN: Tensor, made: list[list[int]]) -> tupl
 def text_figures(job: Job, prompts: Prompts, made: list[list[int]], teacher: Any) -> dict[str, Any]:
     """Two-sided NLL and diversity of continuations."""
     nll, counts = teacher_nll(teacher, prompts.tokens_RN, made)
-    length = np.array([[float(len(t))] for t in made])
-    entropy = np.array([[unigram_entropy(t) if t else 0.0] for t in made])
-    repeated = np.array([[float(repeated_tokens(t))] for t in made])
+    varied = diversity(made)
+    intervals = varied.intervals(job.config.bootstrap, job.config.seed, prompts.doc_R)
     return {
         "nll": over_documents(nll[:, None], counts, prompts.doc_R, job.config)[0],
-        "entropy": over_documents(entropy, (counts > 0).astype(float), prompts.doc_R, job.config)[0],
-        "length": over_documents(length, np.ones(len(made)), prompts.doc_R, job.config)[0],
-        "repetition": over_documents(repeated, counts, prompts.doc_R, job.config)[0],
-        "distinct": {str(n): distinct_n(made, n) for n in (1, 2, 3)},
+        **{name: asdict(figure) if figure else None for name, figure in intervals.items()},
+        "distinct": {str(n): share for n, share in varied.distinct.items()},
     }
 
 
@@ -145,23 +148,17 @@ def cost(folder: Path, job: Job, given: Any) -> dict[str, Any]:
     stages = []
     if config.teacher.path is None:
         stages.append(_teacher_cost(subject))
-    previous = None
-    for student in subject.students:
-        stage = config.stage(student.name)
-        if stage.student.design.learns(student.k):
-            local = LocalStudent(config, subject.teacher, subject.train, str(folder / "count"), "count")
-            flops, steps = local.count(student.k, previous), stage.train.steps
+    local, previous = LocalStudent(config, subject.teacher, subject.train, str(folder), "count"), None
+    have = {student.k: Path(student.path) for student in subject.students}
+    for k in config.ks():
+        stage = config.stage(f"k{k}")
+        if stage.student.design.learns(k):
+            flops, steps = local.count(k, previous), stage.train.steps
             times = 1 / stage.rollout.cache_epochs if stage.rollout.cache else 1.0  # cached rollouts are made once
-            stages.append(
-                {
-                    "name": student.name,
-                    "k": student.k,
-                    "steps": steps,
-                    "rollouts": steps * flops.batch * times,
-                    "train": steps * flops.train,
-                }
-            )
-        previous = Path(student.path)
+            rollouts, train = steps * flops.batch * times, steps * flops.train
+            stages.append({"name": f"k{k}", "k": k, "steps": steps, "rollouts": rollouts, "train": train})
+        # A stage whose student is not here (a registered model has its last alone) costs what an untrained one does.
+        previous = have[k] if k in have else local.untrained(k, previous)
     of_students = [s for s in stages if s["name"] != "teacher"]
     context = config.data.block - subject.last.k
     backbone = load_ar(subject.teacher)
@@ -187,30 +184,27 @@ def _teacher_cost(subject: Subject) -> dict[str, Any]:
 
 
 def references(folder: Path, job: Job, given: Any) -> dict[str, Any]:
-    """The AR model's texts under each coupling, another text of each prompt, and its next tokens after fixed contexts."""
+    """The AR model's texts under each coupling, further texts of each prompt, and its next tokens after fixed contexts."""
     text, teacher = job.config.text, load_ar(job.subject.teacher).to(pick_device())
     prompts = heldout(job.subject, job.config, text.prompts, text.prompt_tokens)
-    texts = {}
-    for name in COUPLINGS:
-        texts[name] = (
-            EngineDecoder(teacher, 1, name).decode(prompts.tokens_RN, text.new_tokens, prompts.seeds).tokens_RT
-        )
-    others = [seed + 1 for seed in prompts.seeds]
-    texts["again"] = (
-        EngineDecoder(teacher, 1, "inverse_cdf").decode(prompts.tokens_RN, text.new_tokens, others).tokens_RT
-    )
-    decoder = EngineDecoder(teacher, 1, "inverse_cdf")
+    decoders = {name: EngineDecoder(teacher, 1, name) for name in COUPLINGS}
+    texts = {n: d.decode(prompts.tokens_RN, text.new_tokens, prompts.seeds).tokens_RT for n, d in decoders.items()}
+    decoder, again = decoders["inverse_cdf"], []
+    for i in range(max(1, text.mauve_seeds)):
+        others = [seed + 1 + i for seed in prompts.seeds]
+        again.append(decoder.decode(prompts.tokens_RN, text.new_tokens, others).tokens_RT)
     blocks = {name: next_blocks(job, decoder, name).numpy() for name in ("one", "two")}
     np.savez(folder / "blocks.npz", one=blocks["one"], two=blocks["two"])
     tokenizer = load_tokenizer(job.subject.tokenizer)
     return {
         "prompts": [str(tokenizer.decode(p)) for p in prompts.tokens_RN.tolist()],
         "texts": {name: tokens.tolist() for name, tokens in texts.items()},
+        "again": [tokens.tolist() for tokens in again],
         "joint": joint_of(job, torch.from_numpy(blocks["two"]), blocks["one"]),
         "joint_independent": joint_of(
             job, torch.stack([independent(torch.from_numpy(b), 0) for b in blocks["two"]]), blocks["one"]
         ),
-        **text_figures(job, prompts, cut(texts["again"], job), teacher),
+        **text_figures(job, prompts, cut(again[0], job), teacher),
     }
 
 
@@ -226,16 +220,22 @@ def next_blocks(job: Job, decoder: Decoder, stream: str) -> Tensor:
     return torch.cat(blocks).view(len(prompts.seeds), fidelity.samples, BLOCK)
 
 
-def joint_of(job: Job, blocks_CSK: Tensor, reference_CSK: np.ndarray) -> dict[str, Any]:
-    """Total variation to the AR model's blocks in hashed buckets, and the entropy of the offsets' marginals."""
+def joint_of(
+    job: Job, blocks_CSK: Tensor, reference_CSK: np.ndarray, floor_C: list[float] | None = None
+) -> dict[str, Any]:
+    """Total variation to the AR model's blocks in hashed buckets, and the entropy of the offsets' marginals.
+
+    Args:
+        floor_C: total variation of another sample of the AR model after the same contexts, for the excess over it.
+    """
     tv, entropy = [], []
     for mine, theirs in zip(blocks_CSK, torch.from_numpy(reference_CSK), strict=True):
         tv.append(joint_tv(mine, theirs, job.config.fidelity.buckets))
         entropy.append(position_entropy(mine))
-    sums, ones = np.array([tv, entropy]).T, np.ones(len(tv))
+    sums, ones = np.array([tv, entropy, np.subtract(tv, floor_C or tv)]).T, np.ones(len(tv))
     docs = heldout(job.subject, job.config, len(tv), 1, first=1000).doc_R
-    figures = over_documents(sums, ones, docs, job.config)
-    return {"tv": figures[0], "entropy": figures[1]}
+    figures = dict(zip(("tv", "entropy", "excess"), over_documents(sums, ones, docs, job.config), strict=True))
+    return {**figures, "by_context": tv, "documents": len(set(docs))}
 
 
 def row(folder: Path, job: Job, given: Any) -> dict[str, Any]:
@@ -258,7 +258,8 @@ def row(folder: Path, job: Job, given: Any) -> dict[str, Any]:
         figures |= _same_noise(job, prompts, done.tokens_RT.cpu(), theirs)
     if made_by.decoder != "assisted":  # one prompt at a time: hours
         reference = np.load(Path(job.subject.root) / "references" / "blocks.npz")["one"]
-        figures["joint"] = joint_of(job, next_blocks(job, decoder, "row"), reference)
+        floor = given["references"]["joint"]["by_context"]
+        figures["joint"] = joint_of(job, next_blocks(job, decoder, "row"), reference, floor)
     return figures
 
 
@@ -280,7 +281,7 @@ def external(folder: Path, job: Job, given: dict[str, Any]) -> dict[str, Any]:
     judge_model = load_external(str(job.config.text.external))
     texts = {name: given[f"row-{slug(name)}"]["tokens"] for name in job.rows if name != "AR again"}
     if "AR again" in job.rows:
-        texts["AR again"] = given["references"]["texts"]["again"]
+        texts["AR again"] = given["references"]["again"][0]
     return {name: perplexity(job, judge_model, given["references"]["prompts"], made) for name, made in texts.items()}
 
 
@@ -290,10 +291,8 @@ def perplexity(job: Job, model: Any, prompts: list[str], made: list[list[int]]) 
     texts = [str(tokenizer.decode(row)) for row in cut(torch.tensor(made), job)]
     found = gen_ppl(model, texts, prompts)
     doc_R = heldout(job.subject, job.config, job.config.text.prompts, 1).doc_R
-    (nll,) = over_documents(found.nll_C[:, None], found.tokens_C, doc_R, job.config)
-    if nll is None:
-        return None
-    return {name: float(np.exp(value)) for name, value in nll.items()} | {"by_document": found.by_document}
+    intervals = found.intervals(job.config.bootstrap, job.config.seed, doc_R)
+    return asdict(intervals["by_token"]) | {"by_document": found.by_document} if intervals else None
 
 
 def frontier(folder: Path, job: Job, given: dict[str, Any]) -> list[dict[str, Any]]:
@@ -313,25 +312,27 @@ def frontier(folder: Path, job: Job, given: dict[str, Any]) -> list[dict[str, An
             made = _decoder(job, row, temperature).decode(prompts.tokens_RN, text.new_tokens, prompts.seeds).tokens_RT
             figures = text_figures(job, prompts, cut(made, job), teacher)
             ppl = perplexity(job, model, given["references"]["prompts"], made.tolist())
-            points.append({"name": name, "k": k, "temperature": temperature, "gen_ppl": ppl, **figures})
+            point = {"name": name, "k": k, "coupling": row.coupling, "temperature": temperature, "gen_ppl": ppl}
+            points.append({**point, **figures})
     return points
 
 
 def text_distance(folder: Path, job: Job, given: dict[str, Any]) -> dict[str, Any]:
-    """MAUVE of each text against the AR model's under other noise, several clusterings; the AR model's own is the ceiling."""
+    """MAUVE of each text against several of the AR model under other noise; the AR model's own is the ceiling."""
     model = load_external(str(job.config.text.external))
     tokenizer = load_tokenizer(job.subject.tokenizer)
     texts = {name: given[f"row-{slug(name)}"]["tokens"] for name in job.rows}
 
     def seen(made: list[list[int]]) -> np.ndarray:
-        whole = [p + str(tokenizer.decode(row)) for p, row in zip(given["references"]["prompts"], made, strict=True)]
+        rows = cut(torch.tensor(made), job)
+        whole = [p + str(tokenizer.decode(row)) for p, row in zip(given["references"]["prompts"], rows, strict=True)]
         return features(model, whole)
 
-    theirs = seen(given["references"]["texts"]["again"])
+    theirs = [seen(made) for made in given["references"]["again"]]
     found = {}
     for name, made in texts.items():
         mine = seen(made)
-        values = [mauve(theirs, mine, None, seed) for seed in range(job.config.text.mauve_seeds)]
+        values = [mauve(other, mine, None, seed) for seed, other in enumerate(theirs)]
         found[name] = {"value": statistics.mean(values), "lo": min(values), "hi": max(values)}
     return found
 
@@ -344,32 +345,28 @@ def joint(folder: Path, job: Job, given: Any) -> dict[str, Any]:
     teacher = load_ar(job.subject.teacher).to(device)
     model = PushForwardLM.from_pretrained(job.student.path).to(device)
     contexts = heldout(job.subject, config, fidelity.contexts, job.subject.config.data.block, first=1000)
-    coupling = COUPLINGS["inverse_cdf"]
+    design, vocabulary = model.config.design, head(teacher).weight.shape[0]
+    roll_out = ARTeacher(teacher, COUPLINGS["inverse_cdf"]).rollout
+    by = "samples" if not design.conditional else "enumeration" if enumerable(vocabulary, k) else "densities"
     rows, names = [], []
     for c, context_N in enumerate(contexts.tokens_RN):
-        draws = {
-            name: sample_blocks(
-                ARTeacher(teacher, coupling).rollout, context_N, k, fidelity.samples, derive_key(config.seed, name, c)
-            )
-            for name in ("one", "two")
-        }
-        if model.config.design.conditional:
-            found = divergence(
-                ar_score(teacher), student_score(model), context_N, draws["one"], head(teacher).weight.shape[0]
-            )
+
+        def drawn(name: str, draw: Any = roll_out, context: Tensor = context_N, c: int = c) -> Tensor:
+            return sample_blocks(draw, context, k, fidelity.samples, derive_key(config.seed, name, c))
+
+        if design.conditional:
+            blocks = None if by == "enumeration" else drawn("one")
+            found = divergence(ar_score(teacher), student_score(model), context_N, k, vocabulary, blocks)
             names, values = list(asdict(found)), list(asdict(found).values())
         else:
-            key = derive_key(config.seed, "student", c)
             with torch.inference_mode():
-                mine = sample_blocks(lambda w: model.draw(w).tokens_BWK, context_N, k, fidelity.samples, key)
-            lines = {"tv": mine, "floor_tv": draws["two"], "independent_tv": independent(draws["two"], 0)}
-            buckets = _buckets(k, fidelity.buckets)
-            names = list(lines)
-            values = [joint_tv(blocks, draws["one"], buckets) for blocks in lines.values()]
+                mine = drawn("student", lambda w: model.draw(w).tokens_BWK)
+            one, two, buckets = drawn("one"), drawn("two"), _buckets(k, fidelity.buckets)
+            lines = {"tv": mine, "floor_tv": two, "independent_tv": independent(two, 0)}
+            names, values = list(lines), [joint_tv(blocks, one, buckets) for blocks in lines.values()]
         rows.append(values)
     figures = over_documents(np.array(rows), np.ones(len(rows)), contexts.doc_R, config)
-    exact = "densities" if model.config.design.conditional else "samples"
-    return {"k": k, "by": exact, **dict(zip(names, figures, strict=True))}
+    return {"k": k, "by": by, "samples": fidelity.samples, **dict(zip(names, figures, strict=True))}
 
 
 def _buckets(k: int, at_four: int) -> int:
@@ -392,7 +389,7 @@ def free(folder: Path, job: Job, given: Any) -> dict[str, Any]:
     own = EngineDecoder(teacher, 1, coupling).decode(prompts.tokens_RN, new, prompts.seeds).tokens_RT
     run = free_run(teacher, prompts.tokens_RN, made.to(device), prompts.seeds, COUPLINGS[coupling])
     same = same_so_far(made, own)
-    edges = np.linspace(0, new, BINS + 1).astype(int)
+    edges = np.unique(np.linspace(0, new, BINS + 1).astype(int))
     curves: dict[str, list[Any]] = {"upto": edges[1:].tolist()}
     for name, values in (*asdict(run).items(), ("same", same)):
         sums = [values[:, a:b].double().sum(1).cpu().numpy() for a, b in itertools.pairwise(edges)]
@@ -401,33 +398,42 @@ def free(folder: Path, job: Job, given: Any) -> dict[str, Any]:
             over_documents(s[:, None], np.full(len(s), float(w)), prompts.doc_R, config)[0]
             for s, w in zip(sums, widths, strict=True)
         ]
-    repeated = np.array([[float(repeated_tokens(text))] for text in made.tolist()])
-    repetition = over_documents(repeated, np.full(len(made), float(new)), prompts.doc_R, config)[0]
-    return {"k": job.k, **curves, "repetition": repetition}
+    repetition = diversity(made.tolist()).intervals(config.bootstrap, config.seed, prompts.doc_R)["repetition"]
+    assert repetition is not None
+    return {"k": job.k, **curves, "repetition": asdict(repetition)}
 
 
 def speed(folder: Path, job: Job, given: Any) -> dict[str, Any]:
-    """Tokens a second of every row, prompts included: rows take turns, medians of rounds. And what batch invariance costs."""
+    """Tokens a second of every row, prompts included: rows take turns, medians of rounds. And what batch invariance costs.
+
+    Each round continues prompts of its own, since decoders that verify are as fast as a text is easy to guess.
+    """
     config, rows = job.config, rows_in(Path(job.subject.root))
     rates: dict[str, dict[str, list[float]]] = {row.name: {} for row in rows}
-    for _ in range(config.speed.rounds):
+    for number in range(config.speed.rounds):
         for row in rows:
             decoder = _decoder(job, row)  # one model at a time in memory
             for batch in config.speed.sizes:
                 if row.decoder == "assisted" and batch > 1:
                     continue  # transformers takes one prompt at a time
-                rates[row.name].setdefault(str(batch), []).append(_rate(job, decoder, batch))
+                rates[row.name].setdefault(str(batch), []).append(_rate(job, decoder, batch, number))
     found = {
         name: {batch: {"value": statistics.median(r), "lo": min(r), "hi": max(r)} for batch, r in batches.items()}
         for name, batches in rates.items()
     }
-    return {"rows": found, "batch_invariant": _invariance(job)}
+    return {"rows": found, "batch_invariant": _invariance(job), "machine": _machine()}
 
 
-def _rate(job: Job, decoder: Decoder, batch: int) -> float:
+def _machine() -> str:
+    """What was measured on."""
+    cores = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else cores
+
+
+def _rate(job: Job, decoder: Decoder, batch: int, number: int) -> float:
     """Tokens a second of one decoding, after one that is not counted."""
     text = job.config.text
-    prompts = heldout(job.subject, job.config, batch, text.prompt_tokens)
+    prompts = heldout(job.subject, job.config, batch, text.prompt_tokens, first=2000 + number * batch)
     decoder.decode(prompts.tokens_RN, text.new_tokens, prompts.seeds)
     started = _now()
     decoder.decode(prompts.tokens_RN, text.new_tokens, prompts.seeds)
@@ -466,20 +472,22 @@ def _invariance(job: Job) -> dict[str, float]:
 def judged(folder: Path, job: Job, given: dict[str, Any]) -> dict[str, Any]:
     """Win rate of each row's texts against the AR model's under an LLM judge that is asked both orders."""
     section = job.config.judge
-    asked = JudgeConfig(str(section.url), section.model, key_env=section.key_env)
+    asked = JudgeConfig(str(section.url), section.model, key_env=section.key_env, max_tokens=section.max_tokens)
     tokenizer = load_tokenizer(job.subject.tokenizer)
 
     def texts(made: list[list[int]]) -> list[str]:
         return [str(tokenizer.decode(row)) for row in cut(torch.tensor(made), job)]
 
-    prompts, theirs = given["references"]["prompts"], texts(given["references"]["texts"]["again"])
+    prompts, theirs = given["references"]["prompts"], texts(given["references"]["again"][0])
+    docs = dict(zip(prompts, heldout(job.subject, job.config, len(prompts), 1).doc_R.tolist(), strict=True))
     found: dict[str, Any] = {}
     for name in job.rows:
         mine = texts(given[f"row-{slug(name)}"]["tokens"])
         pairs = [Pair(*pair) for pair in zip(prompts, theirs, mine, strict=True)]
         verdicts = judge(pairs, asked, folder / f"{slug(name)}.jsonl")
-        found[name] = {n: asdict(i) for n, i in verdicts.intervals(job.config.bootstrap, job.config.seed).items()}
-        found[name]["invalid"] = verdicts.invalid
+        documents = [docs[prompt] for prompt in verdicts.prompts]
+        intervals = verdicts.intervals(job.config.bootstrap, job.config.seed, documents)
+        found[name] = {**{n: asdict(i) for n, i in intervals.items()}, "invalid": verdicts.invalid}
     return found
 
 

@@ -9,13 +9,16 @@ joint-…, free-…, determinism-…
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
+import platform
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from kforcing.model import read_config
-from kforcing.textquality import check_external
+from kforcing.textquality import SMOLLM2, check_external
 from pipelines.config import Config, ConfigError
 from pipelines.evaluation import measure
 from pipelines.evaluation.config import EvaluationConfig
@@ -42,12 +45,12 @@ def methods_of(config: EvaluationConfig) -> list[str]:
 def plan_of(run: Config, config: EvaluationConfig) -> Callable[[Subject], list[Part]]:
     """Check an evaluation against the run's config before anything starts; returns what makes its parts."""
     methods, text, k = methods_of(config), config.text, run.student.k
-    positions = run.teacher.max_positions if run.teacher.path is None else _positions(run.root / "teacher")
-    needed = text.prompt_tokens + text.new_tokens + k + 1
-    if positions is not None and needed > positions:
+    if (run.root / "teacher" / "config.json").is_file():
+        _check_positions(run.root / "teacher", config, k)
+    if config.fidelity.windows > run.data.block:
         raise ConfigError(
-            f"text.prompt_tokens={text.prompt_tokens} + text.new_tokens={text.new_tokens} + k + 1 = {needed} exceeds the "
-            f"model's {positions} positions; ask for fewer"
+            f"fidelity.windows={config.fidelity.windows}: held-out blocks have data.block={run.data.block} tokens; ask for "
+            "fewer windows of a block"
         )
     if text.prompt_tokens > run.data.block:
         raise ConfigError(
@@ -61,14 +64,25 @@ def plan_of(run: Config, config: EvaluationConfig) -> Callable[[Subject], list[P
         try:
             check_external(text.external)
         except (ValueError, OSError) as error:
-            raise ConfigError(f"text.external={text.external}: {str(error).splitlines()[0]}") from None
-    return lambda subject: parts_of(subject, config, methods)
+            offline = "" if text.external == SMOLLM2 else f"; offline, use text.external={SMOLLM2}"
+            raise ConfigError(f"text.external={text.external}: {str(error).splitlines()[0]}{offline}") from None
+
+    def parts(subject: Subject) -> list[Part]:
+        _check_positions(Path(subject.teacher), config, k)  # a registered model comes with its teacher
+        return parts_of(subject, config, methods)
+
+    return parts
 
 
-def _positions(folder: Path) -> int | None:
-    """The longest context of a model that a run copied; none for one that is not here or has no limit."""
-    file = folder / "config.json"
-    return json.loads(file.read_text()).get("max_position_embeddings") if file.is_file() else None
+def _check_positions(teacher: Path, config: EvaluationConfig, k: int) -> None:
+    """Raise ConfigError for texts that are longer than an AR model's positions."""
+    text, positions = config.text, getattr(AutoConfig.from_pretrained(teacher), "max_position_embeddings", None)
+    needed = text.prompt_tokens + text.new_tokens + k + 1
+    if positions is not None and needed > positions:
+        raise ConfigError(
+            f"text.prompt_tokens={text.prompt_tokens} + text.new_tokens={text.new_tokens} + k + 1 = {needed} exceeds the "
+            f"model's {positions} positions; ask for fewer"
+        )
 
 
 def parts_of(subject: Subject, config: EvaluationConfig, methods: list[str]) -> list[Part]:
@@ -81,9 +95,11 @@ def parts_of(subject: Subject, config: EvaluationConfig, methods: list[str]) -> 
     text, fidelity = config.text, config.fidelity
     texts = (*base, text.prompts, text.prompt_tokens, text.new_tokens, text.cut_at_eos, config.bootstrap)
     joint = (fidelity.contexts, fidelity.samples, fidelity.buckets)
+    # What takes time, or rounds, is measured again on another machine.
+    machine = (os.cpu_count(), platform.machine(), config.gpus)
     parts = [
         Part("cost", base, measure.cost, job),
-        Part("references", (*texts, *joint), measure.references, job),
+        Part("references", (*texts, *joint, text.mauve_seeds), measure.references, job),
     ]
     for name in methods:
         trial = Trial(name, run, subject.teacher, subject.train, last.k, config.seed, config.rivals.share)
@@ -99,10 +115,11 @@ def parts_of(subject: Subject, config: EvaluationConfig, methods: list[str]) -> 
     two: list[tuple[Student | None, int]] = [(None, 1), (last, last.k)]
     for model, k in two:
         one, name = dataclasses.replace(job, student=model, k=k), model.name if model else "ar"
-        parts.append(Part(f"determinism-{name}", texts, determinism, one))
+        parts.append(Part(f"determinism-{name}", (*texts, *machine), determinism, one))
     parts += _readers(config, rows, job)
     names = tuple(f"row-{slug(row.name)}" for row in rows)
-    parts.append(Part("speed", (config.speed,), measure.speed, job, names, alone=True))
+    timed = (config.speed.batches, config.speed.rounds, *machine)
+    parts.append(Part("speed", timed, measure.speed, job, names, alone=True))
     return parts
 
 
@@ -123,7 +140,8 @@ def _readers(config: EvaluationConfig, rows: list[Row], job: Job) -> list[Part]:
             own = [row for row in rows if row.path or row.decoder == "ar"]
             parts.append(part("mauve", (*external, text.mauve_seeds), measure.text_distance, own))
     if config.judge.url:
-        parts.append(part("judge", (config.judge.model,), measure.judged, rows[2:]))
+        some = [row for row in rows if row.decoder != "transformers"]
+        parts.append(part("judge", (config.judge.model, config.judge.max_tokens), measure.judged, some))
     return parts
 
 

@@ -14,14 +14,15 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
-from pipelines.evaluation.config import EvaluationConfig
+from pipelines.evaluation.config import GPT2_LARGE, EvaluationConfig
 from pipelines.evaluation.measure import rows_in, slug
 from pipelines.evaluation.page import write_page
 from pipelines.evaluation.rivals import METHODS, Row
 from pipelines.evaluation.subject import Subject
 from pipelines.prepare import load_tokenizer
-from pipelines.report import ratio
+from pipelines.report import bars, ratio
 from pipelines.stages import write_json
+from pipelines.tracking import made_by
 
 Record = dict[str, Any]
 
@@ -34,7 +35,7 @@ REPORTED = {
     ],
     "owt": [
         ("AR", "1", 42.64, "–", "1.99"),
-        ("K-Forcing k=2", "1/2", 32.82, "46.9%", "3.46"),
+        ("K-Forcing k=2", "1/2", 32.82, "46.9%", "3.36"),
         ("K-Forcing k=3", "1/3", 29.67, "42.8%", "5.03"),
         ("K-Forcing k=4", "1/4", 24.97, "39.4%", "6.91"),
         ("MDLM k=1", "1", 65.2, "42.4%", "–"),
@@ -50,11 +51,13 @@ def write_evaluation(subject: Subject, config: EvaluationConfig, results: Record
     """Write the report's files; returns the report."""
     root = Path(subject.root)
     rows = rows_in(root)
+    cost = cost_record(subject, rows, results)
     report = {
         "name": subject.name,
         "seconds": round(seconds, 1),
+        "machine": results["speed"]["machine"],
         "config": dataclasses.asdict(config),
-        "rows": [row_record(row, results, config) for row in rows],
+        "rows": [row_record(row, results, cost) for row in rows],
         "windows": results["windows"],
         "joint": _named(results, "joint-", subject),
         "free": _named(results, "free-", subject),
@@ -62,9 +65,9 @@ def write_evaluation(subject: Subject, config: EvaluationConfig, results: Record
         "frontier": results.get("frontier", []),
         "mauve": results.get("mauve", {}),
         "judge": results.get("judge", {}),
-        "references": {k: v for k, v in results["references"].items() if k not in ("texts", "prompts")},
+        "references": {k: v for k, v in results["references"].items() if k not in ("texts", "again", "prompts")},
         "batch_invariant": results["speed"]["batch_invariant"],
-        "cost": cost_record(subject, results),
+        "cost": cost,
     }
     report["gen_ppl_again"] = results.get("gen-ppl-1", {}).get("AR again")
     write_json(root / "report.json", report)
@@ -84,44 +87,58 @@ def _named(results: Record, prefix: str, subject: Subject) -> Record:
     return {f"{s.name} at k={k}": results[f"{prefix}{s.name}-at-{k}"] for s, k in subject.pairs}
 
 
-def row_record(row: Row, results: Record, config: EvaluationConfig) -> Record:
-    """One row of the rivals' table: quality, passes, speed, training cost."""
+def row_record(row: Row, results: Record, cost: Record) -> Record:
+    """One row of the rivals' table: quality, passes, speed, training cost. A student's also holds its fidelity."""
     record = {k: v for k, v in results[f"row-{slug(row.name)}"].items() if k != "tokens"}
     ppl = {**results.get("gen-ppl-1", {}), **results.get("gen-ppl-2", {})}.get(row.name)
-    trained = results[f"train-{row.method}"] if row.method else None
-    return {
+    name = row.name.removeprefix("this run, ")
+    student, _, k = name.partition(" at k=")
+    training = results[f"train-{row.method}"] if row.method else {"flops": cost["spent"].get(student, 0.0)}
+    record = {
         "name": row.name,
         **record,
         "gen_ppl": ppl,
         "tokens_per_s": results["speed"]["rows"][row.name],
-        "training": trained,
+        "training": training,
+        "own": bool(row.path),
         "judge": results.get("judge", {}).get(row.name),
     }
+    if row.path:
+        at = f"{student}-at-{k}"
+        record |= {"windows": results["windows"][name], "next_k": results[f"joint-{at}"], "free": results[f"free-{at}"]}
+    return record
 
 
-def cost_record(subject: Subject, results: Record) -> Record:
+def cost_record(subject: Subject, rows: list[Row], results: Record) -> Record:
     """What the run cost, what a token saves, and after how many tokens that is even.
 
-    A student is charged for its own stage and those before it. Time is that of the machine where there is no GPU, else the
-    seconds of all trainers' and rollout actors' GPUs.
+    A student is charged for its own stage and those before it, and compared with the AR model that draws by its coupling.
+    Time is that of the machine where there is no GPU, else the time that GPUs were held.
     """
     stages, seconds = results["cost"]["stages"], _seconds(subject)
     for stage in stages:
         stage |= seconds.get(stage["name"], {})
-    decoding, savings = results["cost"]["decoding"], []
-    ar_flops, rates = decoding[0]["flops_a_token"], results["speed"]["rows"]
-    known = {s.name: s.k for s in subject.students}
-    for entry in (e for e in decoding if e["k"] > 1):
-        name = f"this run, {entry['name']} at k={entry['k']}"
-        upto = [s for s in stages if 0 < s["k"] <= known[entry["name"]]]
-        spent, spent_s = sum(s["rollouts"] + s["train"] for s in upto), sum(s.get("device_s", math.nan) for s in upto)
-        line: Record = {"name": name, "flops_a_token": entry["flops_a_token"] / ar_flops, "flops": spent}
-        line["even_flops"] = even(spent, ar_flops - entry["flops_a_token"])
-        for batch in rates["AR, engine"]:
-            saved = 1 / rates["AR, engine"][batch]["value"] - 1 / rates[name][batch]["value"]
+    upto = {s.path: [stage for stage in stages if 0 < stage["k"] <= s.k] for s in subject.students}
+    spent = {path: sum(s["rollouts"] + s["train"] for s in some) for path, some in upto.items()}
+    decoding, rates, savings = results["cost"]["decoding"], results["speed"]["rows"], []
+    ar_flops = decoding[0]["flops_a_token"]
+    a_token = {f"this run, {entry['name']} at k={entry['k']}": entry["flops_a_token"] for entry in decoding}
+    ar_rates = {row.coupling: rates[row.name] for row in rows if row.decoder == "ar"}
+    for row in (row for row in rows if row.path and row.k > 1):
+        line: Record = {"name": row.name, "flops_a_token": a_token[row.name] / ar_flops, "flops": spent[row.path]}
+        line["even_flops"] = even(spent[row.path], ar_flops - a_token[row.name])
+        spent_s = sum(s.get("device_s", math.nan) for s in upto[row.path])
+        for batch, rate in ar_rates[row.coupling].items():
+            saved = 1 / rate["value"] - 1 / rates[row.name][batch]["value"]
             line[f"saved_s_{batch}"], line[f"even_{batch}"] = saved, even(spent_s, saved)
         savings.append(line)
-    return {"stages": stages, "flops": results["cost"]["flops"], "ar_flops_a_token": ar_flops, "savings": savings}
+    return {
+        "stages": stages,
+        "flops": results["cost"]["flops"],
+        "spent": {student.name: spent[student.path] for student in subject.students},
+        "ar_flops_a_token": ar_flops,
+        "savings": savings,
+    }
 
 
 def even(spent: float, saved: float) -> float | str:
@@ -132,20 +149,27 @@ def even(spent: float, saved: float) -> float | str:
 
 
 def _seconds(subject: Subject) -> dict[str, Record]:
-    """Measured times of the run's stages: the whole stage, and what rollouts took of their actors."""
-    file = subject.config.root / "report.json"
-    if not file.is_file():
+    """Measured times of the run's stages: the whole stage, what trainers and rollout actors worked, what GPUs were held.
+
+    Empty where the run's report is not here, as for most registered models.
+    """
+    root, found = subject.config.root, {}
+    if not (root / "report.json").is_file() or made_by(root).get("parent") != subject.parent:
         return {}
-    found = {}
-    for cost in json.loads(file.read_text())["costs"]:
-        name = cost["name"]
-        train = subject.config.teacher.train if name == "teacher" else subject.config.stage(name).train
+    for cost in json.loads((root / "report.json").read_text())["costs"]:
+        stage = subject.config.stage(cost["name"])
+        train = subject.config.teacher.train if cost["name"] == "teacher" else stage.train
+        rollout, cached = stage.rollout, stage.rollout.cache
         times = {"wall_s": cost["seconds"], "trainer_s": cost["seconds"] * (1 - cost["data_wait"]) * train.workers}
+        held_s = cost["seconds"] * train.workers * train.gpus_per_worker
         if "rollout_s" in cost:
             times["rollout_s"] = cost["rollout_s"] * train.batch * cost["steps"]
-        gpus = train.gpus_per_worker > 0
-        times["device_s"] = times["trainer_s"] + times.get("rollout_s", 0.0) if gpus else times["wall_s"]
-        found[name] = times
+            if cached:  # made once, before training
+                times["rollout_s"] /= rollout.cache_epochs
+                times["wall_s"] += times["rollout_s"] / rollout.actors
+            held_s += rollout.gpus_per_actor * (times["rollout_s"] if cached else cost["seconds"] * rollout.actors)
+        times["device_s"] = held_s or times["wall_s"]
+        found[cost["name"]] = times
     return found
 
 
@@ -154,8 +178,8 @@ def markdown(report: Record, config: EvaluationConfig, subject: Subject, plots: 
     sections = [
         f"# Evaluation of {subject.name}",
         f"{len(report['rows'])} ways to decode, measured in {report['seconds']:.0f} s (without parts that were finished "
-        "before). Brackets hold 95% intervals, bootstrapped over documents. Every figure comes from a run on this machine "
-        "unless it is marked as reported.",
+        "before). Brackets hold 95% intervals, bootstrapped over documents, unless another meaning is given. Every figure "
+        "comes from a run here unless it is marked as reported.",
         "## Every rival, one table",
         rivals_table(report, config),
         _legend(report, config),
@@ -165,7 +189,7 @@ def markdown(report: Record, config: EvaluationConfig, subject: Subject, plots: 
         windows_table(report["windows"]),
         "![match by offset](match.png)",
         "### The joint distribution of the next k tokens",
-        joint_table(report["joint"]),
+        joint_table(report["joint"], subject),
         "### Far from the prompt",
         free_table(report["free"]),
         "![fidelity by distance from the prompt](distance.png)",
@@ -189,12 +213,17 @@ def _value(figure: Record | None) -> str:
     return f"{figure['value']:.2f}" if figure else "–"
 
 
+def _rate(figure: Record | None) -> str:
+    return f"{figure['value']:,.0f} [{figure['lo']:,.0f}, {figure['hi']:,.0f}]" if figure else "–"
+
+
 def rivals_table(report: Record, config: EvaluationConfig) -> str:
     """Quality, passes, speed, training cost; a row a way to decode."""
     batches = [str(b) for b in config.speed.sizes]
     head = [
         "decoder",
         "joint TV of 4 tokens",
+        "beyond two AR samples",
         "NLL under the AR model",
         "Gen-PPL",
         "entropy",
@@ -205,15 +234,17 @@ def rivals_table(report: Record, config: EvaluationConfig) -> str:
     head += ["training FLOPs (core-s)"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in report["rows"]:
-        speed = [f"{row['tokens_per_s'][b]['value']:,.0f}" if b in row["tokens_per_s"] else "–" for b in batches]
-        training = row["training"]
-        own = next((s["flops"] for s in report["cost"]["savings"] if s["name"] == row["name"]), None)
-        cost = f"{flops(training['flops'])} ({training['seconds']:.0f})" if training else "0"
-        if own:
-            cost = f"**{flops(own)}**"
+        speed = [_rate(row["tokens_per_s"].get(b)) for b in batches]
+        cost = flops(row["training"]["flops"])
+        if row["own"]:
+            cost = f"**{cost}**"
+        elif row["method"]:
+            cost += f" ({row['training']['seconds']:.0f})"
+        joint = row.get("joint", {})
         cells = [
             row["name"],
-            _figure(row["joint"]["tv"], 3) if "joint" in row else "–",
+            _figure(joint.get("tv"), 3),
+            _figure(joint.get("excess"), 3),
             _figure(row["nll"]),
             _figure(row["gen_ppl"], 1),
             _value(row["entropy"]),
@@ -237,30 +268,40 @@ def _legend(report: Record, config: EvaluationConfig) -> str:
         + (f", Gen-PPL {_figure(ppl, 1)}" if ppl else "")
         + ". NLL and Gen-PPL are two-sided: lower than AR's with a lower entropy is a collapse towards modes, not quality.",
         f"* Joint TV: total variation to the AR model's next four tokens in {config.fidelity.buckets}⁴ hashed cells, "
-        f"{config.fidelity.samples:,} samples after each of {config.fidelity.contexts} prompts; between two samples of the "
-        f"AR model {_figure(references['joint']['tv'], 3)}, of independent draws from its marginals "
-        f"{_figure(references['joint_independent']['tv'], 3)}.",
+        f"{config.fidelity.samples:,} samples after each of {config.fidelity.contexts} prompts from "
+        f"{references['joint']['documents']} documents; between two samples of the AR model "
+        f"{_figure(references['joint']['tv'], 3)}, of independent draws from its marginals "
+        f"{_figure(references['joint_independent']['tv'], 3)}. Contexts differ more than decoders do, so compare by the "
+        "column beside it: how much farther than those two samples, context by context.",
+        "* distinct-2 is one figure of all texts and has no interval.",
         "* Tokens until it leaves: how long a text is the AR model's own under the same noise (verified: all of it).",
         "* Passes count every model that runs. A pass of the AR model reads one token, one of the paper's K-Forcing 2k, one "
         "of MDLM the whole text.",
         f"* Every method had {config.rivals.share:g} of the FLOPs of the run's own students, teacher passes and rollouts "
-        "included, and the run's optimiser settings. The rows of this run had all of it (bold): compare them with AR.",
+        "included, and the run's optimiser settings; warm-up takes the same share of the steps. The rows of this run had all "
+        "of it (bold): compare them with AR. K-Forcing is trained to the largest k and decoded at every smaller one.",
         "* MDLM's joint TV is that of four masks behind the prompt, which is shorter than its training blocks.",
-        "* Speed: the whole decoding with its prompts, medians, this machine; the last row of a batch ends it. "
+        f"* Speed: the whole decoding with its prompts on {report['machine']}, medians of {config.speed.rounds} rounds "
+        "[smallest, largest]; rows take turns, each round has prompts of its own, and the last row of a batch ends it. "
         "`transformers` assists one prompt at a time.",
     ]
     methods = {row["method"] for row in report["rows"] if row["method"]}
+    if "paper" in methods:
+        lines.append(
+            "* The paper's recipe has this project's noise encoder, of 0.25 to 32 cycles over [0, 1]; the published one has "
+            "1e-4 to 1, where near noises are almost the same."
+        )
     lines += [f"* `{name}`: {text}." for name, text in METHODS.items() if name in methods]
     return "\n".join(lines)
 
 
 def _reported(config: EvaluationConfig) -> str:
     protocols = [config.text.protocol] if config.text.protocol else list(REPORTED)
-    what = (
-        "the same prompt and text lengths and truncation; another model and machine"
-        if config.text.protocol
-        else "another protocol, model and machine: not to be compared line by line"
-    )
+    what = "another protocol, model and machine: not to be compared line by line"
+    if config.text.protocol:
+        what = "the same prompt and text lengths and truncation; another model and machine"
+        if config.text.external != GPT2_LARGE:
+            what += f", and Gen-PPL here is by {config.text.external}"
     lines = [
         f"Reported by the paper, not run here ({what}):",
         "",
@@ -292,22 +333,33 @@ def windows_table(windows: Record) -> str:
     return "\n".join(lines)
 
 
-def joint_table(joint: Record) -> str:
+BY = {
+    "enumeration": "all blocks, enumerated",
+    "densities": "exact densities of {samples:,} blocks",
+    "samples": "samples in hashed cells (floor {floor:.3f})",
+}
+
+
+def joint_table(joint: Record, subject: Subject) -> str:
     """Joint total variation and KL with the independent line."""
     lines = [
         "| student | total variation | of independent marginals | KL, nats | of independent marginals | by |",
         "|---|---|---|---|---|---|",
     ]
     for name, f in joint.items():
-        by = (
-            "exact densities"
-            if f["by"] == "densities"
-            else f"samples in hashed cells (floor {f['floor_tv']['value']:.3f})"
-        )
+        by = BY[f["by"]].format(samples=f["samples"], floor=f.get("floor_tv", {}).get("value"))
         lines.append(
             f"| {name} | {_figure(f['tv'], 3)} | {_figure(f['independent_tv'], 3)} | {_figure(f.get('kl'), 3)} | "
             f"{_figure(f.get('independent_kl'), 3)} | {by} |"
         )
+    last = joint[f"{subject.last.name} at k={subject.last.k}"]
+    if subject.last.k > 1 and "independent_kl" in last:
+        lines += [
+            "",
+            f"A decoder that fills {subject.last.k} masks in one pass draws them from their marginals, each by itself "
+            f"(Theorem 1 of the paper): it is at least {_figure(last['independent_kl'], 3)} nats away from this AR model, "
+            "however well it is trained.",
+        ]
     return "\n".join(lines)
 
 
@@ -336,7 +388,7 @@ def text_table(report: Record, config: EvaluationConfig) -> str:
     ]
     for row in [{"name": "AR, other noise", **report["references"]}, *report["rows"]]:
         verdict = row.get("judge")
-        wins = f"{_figure(verdict['win_rate'])}, {_figure(verdict['flip_rate'])}" if verdict else "–"
+        wins = f"{_figure(verdict.get('win_rate'))}, {_figure(verdict.get('flip_rate'))}" if verdict else "–"
         distinct = ", ".join(f"{row['distinct'][n]:.2f}" for n in ("1", "2", "3"))
         lines.append(
             f"| {row['name']} | {_figure(report['mauve'].get(row['name']))} | {_figure(row['entropy'])} | "
@@ -345,8 +397,9 @@ def text_table(report: Record, config: EvaluationConfig) -> str:
     if config.text.external:
         lines += [
             "",
-            f"External LM: {config.text.external}. MAUVE: against the AR model's text under other noise, mean, smallest and "
-            f"largest of {config.text.mauve_seeds} clusterings; what the AR model scores there is the most to expect.",
+            f"External LM: {config.text.external}. MAUVE: against {config.text.mauve_seeds} texts of the AR model under "
+            "other noise, mean [smallest, largest]; what the AR model scores there is the most to expect. Measured for AR "
+            "and the run's students; with few texts it has few clusters and tells little apart.",
         ]
     return "\n".join(lines)
 
@@ -432,19 +485,11 @@ METHODS_SHORT = {
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
 
 
-def _bars(figures: list[Record]) -> tuple[list[float], list[list[float]]]:
-    values = [f["value"] for f in figures]
-    return values, [
-        [max(0.0, f["value"] - f["lo"]) for f in figures],
-        [max(0.0, f["hi"] - f["value"]) for f in figures],
-    ]
-
-
 def plot_windows(windows: Record, path: Path) -> None:
     """Match by offset, a line a student and k."""
     figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     for colour, (name, f) in zip(COLOURS * 3, windows.items(), strict=False):
-        values, errors = _bars(f["match"])
+        values, errors = bars(f["match"])
         shift = 0.03 * (list(windows).index(name) - len(windows) / 2)
         axes.errorbar(
             [j + 1 + shift for j in range(len(values))], values, errors, marker="o", capsize=2, label=name, color=colour
@@ -459,7 +504,7 @@ def plot_free(free: Record, path: Path) -> None:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11.5, 3.6), layout="constrained")
     for colour, (name, f) in zip(COLOURS * 3, free.items(), strict=False):
         for axes, key in ((left, "match"), (right, "same")):
-            values, errors = _bars(f[key])
+            values, errors = bars(f[key])
             axes.errorbar(f["upto"], values, errors, marker="o", markersize=3, capsize=2, label=name, color=colour)
         gap = [a["value"] - b["value"] for a, b in zip(f["decoder_nll"], f["teacher_nll"], strict=True)]
         middle.plot(f["upto"], gap, marker="o", markersize=3, color=colour, label=name)
@@ -479,7 +524,7 @@ def _dots(axes: Any, rows: list[Record], places: list[tuple[float, float]], conf
     """A mark for each row, one colour and shape a method, with its tokens a step beside it."""
     kinds = list(dict.fromkeys(_kind(row) for row in rows))
     for row, (x, y) in zip(rows, places, strict=True):
-        i, own = kinds.index(_kind(row)), _kind(row) == "this run"
+        i, own = kinds.index(_kind(row)), row["own"]
         label = (
             f"this run, {1 / config.rivals.share:.3g}× the budget" if own else METHODS_SHORT.get(_kind(row), _kind(row))
         )
@@ -534,9 +579,11 @@ def plot_frontier(report: Record, config: EvaluationConfig, path: Path) -> None:
     for p in report["frontier"]:
         if p["gen_ppl"] and p["entropy"]:
             place = p["entropy"]["value"], p["gen_ppl"]["value"], f"T={p['temperature']}"
-            lines.setdefault(f"{p['name']} at k={p['k']}" if p["k"] > 1 else "AR, engine", []).append(place)
+            ar = "AR, engine, Gumbel" if p["coupling"] == "gumbel" else "AR, engine"
+            name = ar if p["name"] == "AR" else f"this run, {p['name']} at k={p['k']}"
+            lines.setdefault(name, []).append(place)
     for colour, (name, points) in zip(("#000000", "#D55E00"), lines.items(), strict=False):
-        row = next(r for r in report["rows"] if r["name"].endswith(name))
+        row = next(r for r in report["rows"] if r["name"] == name)
         points.append((row["entropy"]["value"], row["gen_ppl"]["value"], ""))
         points.sort()
         axes.plot(

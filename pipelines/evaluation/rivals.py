@@ -28,7 +28,7 @@ from kforcing.rivals.medusa import MedusaDecoder, MedusaHeads, MedusaStep
 from kforcing.rivals.ptp import PTPDecoder
 from kforcing.rivals.rows import Decoded, Decoder, TextWindows
 from pipelines.config import Config, TrainConfig
-from pipelines.local import Batches, LocalStudent, count_step, train_here
+from pipelines.local import Batches, LocalStudent, count_step, shortened, train_here
 from pipelines.rollout import StepPlan, load_ar, pick_device
 from pipelines.step import ARStep, TokenBatch
 from pipelines.store import TokenStore, to_numpy
@@ -85,7 +85,7 @@ METHODS = {
 def rows_of(
     methods: list[str], students: list[tuple[str, str, int, str]], k: int, ks: list[int], couplings: dict[str, str]
 ) -> list[Row]:
-    """The rows of the table: AR twice, the run's students, then what the methods allow.
+    """The rows of the table: AR by its couplings and by `transformers`, the run's students, then what the methods allow.
 
     Args:
         students: (name, folder, tokens a step, coupling) of the run's students.
@@ -93,15 +93,18 @@ def rows_of(
         ks: tokens a step at which K-Forcing is decoded.
         couplings: of the methods that are trained stage by stage.
     """
-    rows = [Row("AR, engine", 1, "ar"), Row("AR, transformers", 1, "transformers", same_noise=False)]
+    rows = [Row("AR, engine", 1, "ar")]
+    if "gumbel" in {*(coupling for *_, coupling in students), *couplings.values()}:
+        rows.append(Row("AR, engine, Gumbel", 1, "ar", coupling="gumbel"))
+    rows.append(Row("AR, transformers", 1, "transformers", same_noise=False))
     rows += [
         Row(f"this run, {name} at k={n}", n, "engine", path=path, coupling=coupling)
         for name, path, n, coupling in students
     ]
     made: dict[str, list[Row]] = {
-        "paper": [Row(f"K-Forcing, paper, k={n}", n, "engine", "paper") for n in ks],
+        "paper": [Row(f"K-Forcing, paper, k{k} at k={n}", n, "engine", "paper") for n in ks],
         "sequential": [
-            Row(f"K-Forcing, sequential, k={n}", n, "engine", "sequential", coupling=couplings["sequential"])
+            Row(f"K-Forcing, sequential, k{k} at k={n}", n, "engine", "sequential", coupling=couplings["sequential"])
             for n in ks
         ],
         "head": [Row(f"sequential head alone, k={k}", k, "engine", "head", coupling=couplings["head"])],
@@ -194,8 +197,8 @@ def _train_stages(folder: Path, trial: Trial, budget: float) -> dict[str, Any]:
 def _train_config(trial: Trial, steps: int) -> TrainConfig:
     train = trial.config.train
     if trial.method == "draft" and trial.config.teacher.path is None:
-        train = dataclasses.replace(train, lr=trial.config.teacher.train.lr)
-    return dataclasses.replace(train, steps=steps)
+        train = dataclasses.replace(train, lr=trial.config.teacher.train.lr)  # it learns what the teacher learned
+    return shortened(train, steps)
 
 
 def untrained(method: str, teacher: str, k: int, noise: NoiseConfig) -> Any:

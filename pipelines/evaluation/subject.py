@@ -19,7 +19,7 @@ from pipelines.evaluation.config import EvaluationConfig
 from pipelines.prepare import prepare
 from pipelines.recipes import RECIPES, recipe
 from pipelines.stages import write_json
-from pipelines.tracking import LOG, Registered, registered_student
+from pipelines.tracking import LOG, Registered, made_by, registered_student
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ def open_subject(target: str, options: EvaluationConfig) -> tuple[Config, Path]:
         root = lasting(options.output_dir or f"runs/evaluation-{name}")
         base = Path(found.params.get("output_dir") or "run").name
         return dataclasses.replace(config_of(found.params, target), output_dir=str(root.parent / base)), root
+    if options.teacher:
+        raise ConfigError(f"teacher={options.teacher}: {target} has an AR model of its own; leave teacher out")
     root = lasting(target)
     if not (root / LOG).is_file():
         raise ConfigError(
@@ -123,8 +125,7 @@ def subject_of(target: str, config: Config, root: Path, options: EvaluationConfi
     else:
         students = tuple(Student(f"k{k}", k, str(config.root / f"k{k}")) for k in config.ks())
         teacher, name = str(config.root / "teacher"), config.root.name
-        file = config.root / "mlflow.json"
-        state = json.loads(file.read_text()) if file.is_file() else {}
+        state = made_by(config.root)
         parent, tracking = state.get("parent"), state.get("uri", "off")
     stores = str(prepared.split("train")), str(prepared.split("heldout"))
     return Subject(name, config, teacher, students, str(prepared.tokenizer), *stores, str(root), parent, tracking)
