@@ -101,7 +101,7 @@ def balance_line(cost: Record) -> str:
     return (
         f"{actors} {b['rollout_rows_per_s']:.1f} rows/s, training could use {b['train_rows_per_s']:.1f} and waited "
         f"{cost['data_wait']:.0%} of its time: the bottleneck is {b['bottleneck']}, "
-        f"rollout.actors={b['balanced_actors']} would balance them, each on devices of its own"
+        f"rollout.actors={b['balanced_actors']} would balance them, given devices of their own"
     )
 
 

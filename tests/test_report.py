@@ -42,7 +42,7 @@ def test_the_balance_is_told_in_words_and_in_the_table():
     with_balance = {**cost, "balance": balance(0.5, 4, 0.8, 16)}
     assert balance_line(with_balance) == (
         "4 rollout actors make 8.0 rows/s, training could use 20.0 and waited 50% of its time: the bottleneck is rollouts, "
-        "rollout.actors=10 would balance them, each on devices of its own"
+        "rollout.actors=10 would balance them, given devices of their own"
     )
     head, _, row, cached = cost_table([with_balance, cost]).splitlines()
     assert row == "| k2 | 100 | 160 | 1,234 | 50% | 2.0 | 1 | 700 + GPU 9000 | rollouts | 4, 10 |"
