@@ -75,7 +75,8 @@ class _LossInChunks(torch.autograd.Function):
         for rows in slices:
             pieces = [x[rows].detach().requires_grad_(x.requires_grad) for x in states]
             with torch.enable_grad():
-                loss, *others = function(rows, *pieces)
+                # Views: counters of operations hook what modules read, and autograd.grad knows no hooks of leaves.
+                loss, *others = function(rows, *(x.view_as(x) for x in pieces))
                 wanted = [*(x for x in pieces if x.requires_grad), *weights]
                 made = torch.autograd.grad(loss.sum(), wanted)
             for whole, part in zip(of_states, made, strict=False):

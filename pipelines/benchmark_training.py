@@ -53,7 +53,6 @@ from kforcing.staircase import Windows, embeddings, lm_head  # noqa: E402
 from pipelines.cluster import MALLOC  # noqa: E402
 from pipelines.step import StudentStep, WindowBatch  # noqa: E402
 
-AT_ONCE = 2**40  # a chunk that no step fills
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -105,8 +104,13 @@ class Bench:
         step = StudentStep(self.student, "hard", chunk)
         return lambda batch: step(batch).loss
 
+    def at_once(self, batch: WindowBatch) -> Tensor:
+        """The same loss from all logits at once, its gradients left to the backward pass."""
+        scores = self.student.scores(batch.windows, batch.targets_BWK)
+        return target_nll(scores.logits_BWKV, batch.targets_BWK).sum()
+
     def dense(self, batch: WindowBatch) -> Tensor:
-        """The same loss from one pass over context and blocks, all logits at once."""
+        """That from one pass over context and blocks."""
         backbone, readout, windows = self.student.backbone, self.student.readout, batch.windows
         assert isinstance(readout, ArgmaxReadout)
         hints = readout.noise_encoder(windows.noise_BWK, torch.ones_like(windows.noise_BWK))
@@ -149,7 +153,7 @@ def steps(given: argparse.Namespace) -> dict[str, dict[str, float]]:
     batch = bench.windows(given.k)
     rows = {
         "staircase": lambda: bench.step(bench.staircase(given.chunk), batch),
-        "staircase, logits at once": lambda: bench.step(bench.staircase(AT_ONCE), batch),
+        "staircase, logits at once": lambda: bench.step(bench.at_once, batch),
         "dense mask, logits at once": lambda: bench.step(bench.dense, batch),
     }
     return alternate(rows, given.rounds)
@@ -181,7 +185,8 @@ def peak_mb(given: argparse.Namespace) -> float:
     given.batch = given.memory_batch
     bench = Bench(given, given.k, given.memory_vocabulary)
     checkpoint_layers(bench.student)
-    bench.step(bench.staircase(given.chunk if given.peak == "chunked" else AT_ONCE), bench.windows(given.k))
+    loss = bench.staircase(given.chunk) if given.peak == "chunked" else bench.at_once
+    bench.step(loss, bench.windows(given.k))
     if bench.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     # Not ru_maxrss, which a child inherits from the process that started it.

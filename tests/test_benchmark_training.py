@@ -24,8 +24,7 @@ def test_the_command_prints_tables_and_one_json_object():
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)  # three ways to the same number
     assert all(row["min"] <= row["median"] <= row["max"] for row in record["step"].values())
     flops = {name: row["flops"] for name, row in record["step"].items()}
-    head = 2 * 24 * 2 * 16 * 50  # N · k states through the LM head, which chunks compute a second time
-    assert flops["staircase"] - flops["staircase, logits at once"] == head
+    assert flops["staircase"] == flops["staircase, logits at once"]  # nothing is computed twice
     assert flops["staircase, logits at once"] < flops["dense mask, logits at once"]
     assert record["matmul_flops_per_s"] > 0
     assert list(record["by_k"]["ms_per_window"]) == ["1", "2"]

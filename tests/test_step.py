@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kforcing import Design, NoiseConfig, PushForwardLM, readout, rollout, sequential
+from kforcing.cost import flop_counter
 from kforcing.coupling import COUPLINGS
 from kforcing.losses import hard_target_loss, next_token_loss
 from kforcing.noise import uniform
@@ -245,3 +246,11 @@ def test_gradients_made_on_the_way_are_scaled_by_what_follows():
     made = [states.grad, head.weight.grad, head.bias.grad]
     expected = torch.autograd.grad(3 * head(states).square().sum(), [states, head.weight, head.bias])
     torch.testing.assert_close(made, list(expected))
+
+
+def test_operations_of_a_step_can_be_counted_and_none_is_made_twice():
+    states, head = torch.randn(6, 4, requires_grad=True), torch.nn.Linear(4, 8, bias=False)
+    targets = torch.arange(6)
+    with flop_counter() as counter:
+        hard_target_loss(head, states[None, :, None], targets[None, :, None], 2).loss.backward()
+    assert counter.get_total_flops() == 3 * 2 * 6 * 4 * 8  # logits, the states' gradient, the head's
