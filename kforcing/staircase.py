@@ -128,6 +128,8 @@ class WindowLayer(PassLayer):
         super().__init__()
         self.context, self.before, self.windows = context, before, windows
         self.attended = False
+        self.done = False
+        """Whether the read is over: a layer that is computed again writes its keys and values for itself alone."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keep (B, J, W·L, E) keys and values behind those of earlier reads, as (B, J, W, T, E)."""
@@ -136,6 +138,11 @@ class WindowLayer(PassLayer):
             now = [torch.cat([old, new], dim=3) for old, new in zip(self.before, now, strict=True)]
         self.keys, self.values = now
         return key_states, value_states
+
+    def forget(self) -> None:
+        """Let keys and values go: whoever computes the layer again holds on to this object until then."""
+        self.keys = self.values = None
+        self.done = True
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,10 @@ def attend(
     layer = staircase.layers[cast(int, module.layer_idx)]
     layer.attended = True
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return staircase_attention(query, *layer.context, *layer.kept, staircase.staircase, scale), None
+    out = staircase_attention(query, *layer.context, *layer.kept, staircase.staircase, scale)
+    if layer.done:
+        layer.forget()
+    return out, None
 
 
 AttentionInterface.register(ATTENTION, attend)
@@ -248,6 +258,8 @@ class BlockReader:
                 "blocks cannot be read; choose a backbone like Llama, Qwen, Mistral, GPT-2 or GPT-NeoX"
             )
         self.own = [layer.kept for layer in layers]
+        for layer in layers:
+            layer.forget()
         self.length += L
         return out.last_hidden_state.view(B, W, L, D)
 
