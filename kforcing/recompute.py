@@ -52,7 +52,7 @@ def loss_in_chunks(
 
 
 def _slices(rows: int, size: int) -> list[slice]:
-    count = -(-rows // size)
+    count = max(1, -(-rows // size))
     return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
 
 
@@ -84,6 +84,7 @@ class _LossInChunks(torch.autograd.Function):
             for total, part in zip(of_weights, made[len(of_states) :], strict=True):
                 total += part
             parts.append((loss.detach(), *others))
+            del pieces, loss, others, wanted, made, part  # before the next chunk makes its own
         ctx.save_for_backward(*of_states, *of_weights)
         ctx.dtypes = [x.dtype if x.requires_grad else None for x in tensors]
         loss, *others = _total(parts)

@@ -15,7 +15,7 @@ kernels of GPUs count whole though they leave out half.
 A step is: context pass, blocks, LM head and loss of K-Forcing's read-out, backward, AdamW (at a learning rate of 0, so
 that all rows see the same weights and must agree on the loss). Rows take turns within a round, so that a machine that
 slows down slows all of them; medians over rounds [smallest, largest], after one round that counts operations. Peak memory is
-that of a process which makes one step and computes layers again in its backward pass: the largest resident set on a CPU
+that of a process which makes two steps and computes layers again in their backward passes: the largest resident set on a CPU
 (weights, optimiser, interpreter and libraries included), the most memory torch allocated on a GPU. On a CPU timed
 steps keep freed memory as train workers do (`cluster.MALLOC`), and processes whose peak is measured give it back, so that
 their peak is what was in use. The last line is one JSON object.
@@ -181,12 +181,16 @@ def line(ks: list[int], values: list[float]) -> dict[str, float]:
 
 
 def peak_mb(given: argparse.Namespace) -> float:
-    """Make one step of recomputed layers, and say how much memory this process has needed at most, in MiB."""
+    """Make two steps of recomputed layers, and say how much memory this process has needed at most, in MiB.
+
+    Two, since AdamW's moments exist from the end of the first on.
+    """
     given.batch = given.memory_batch
     bench = Bench(given, given.k, given.memory_vocabulary)
     checkpoint_layers(bench.student)
     loss = bench.staircase(given.chunk) if given.peak == "chunked" else bench.at_once
-    bench.step(loss, bench.windows(given.k))
+    for _ in range(2):
+        bench.step(loss, bench.windows(given.k))
     if bench.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     # Not ru_maxrss, which a child inherits from the process that started it.

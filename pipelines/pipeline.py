@@ -17,7 +17,7 @@ from kforcing.model import build_backbone, check_backbone
 from pipelines.config import Config, fingerprint
 from pipelines.fidelity import EvalJob, SampleJob, evaluate_student, write_samples
 from pipelines.prepare import Prepared, eos_id, load_tokenizer, prepare
-from pipelines.report import balance, balance_line, training_log, write_report
+from pipelines.report import balance, balance_line, ratio, training_log, write_report
 from pipelines.rollout import RolloutJob, cache_rollouts, load_ar, peak_rss_mb
 from pipelines.stages import Stage, open_stage
 from pipelines.tracking import Tracker, model_files
@@ -246,11 +246,10 @@ def print_table(report: dict[str, Any]) -> None:
     say(f"\n{'student':<9}{'match by offset':<28}{'block match [95%]':<26}teacher NLL of student's tokens / its own")
     for s in report["stages"]:
         match = " ".join(f"{m['value']:.3f}" for m in s["match"])
-        block = s["block_match"]
         nll = " ".join(
             f"{a['value']:.2f}/{b['value']:.2f}" for a, b in zip(s["student_nll"], s["teacher_nll"], strict=True)
         )
-        say(f"{s['name']:<9}{match:<28}{block['value']:.3f} [{block['lo']:.3f}, {block['hi']:.3f}]      {nll}")
+        say(f"{s['name']:<9}{match:<28}{ratio(s['block_match']):<26}{nll}")
     say(f"\nMLflow  {report['mlflow']}")
 
 

@@ -120,7 +120,10 @@ def test_every_row_of_the_table_is_filled_by_a_run(killed):
     assert rows["AR, engine"]["joint"]["excess"]["value"] == pytest.approx(
         rows["AR, engine"]["joint"]["tv"]["value"] - report["references"]["joint"]["tv"]["value"]
     )
-    assert report["references"]["joint"]["documents"] == 3  # one for each context
+    references = report["references"]
+    assert references["joint"]["documents"] == 3  # one for each context
+    apart = references["joint_independent"]
+    assert apart["excess"]["value"] == pytest.approx(apart["tv"]["value"] - references["joint"]["tv"]["value"])
     text = (root / "report.md").read_text()
     assert all(f"| {name} |" in text for name in rows)
     assert "Reported by the paper" in text

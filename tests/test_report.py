@@ -1,7 +1,7 @@
 import pytest
 
-from pipelines.pipeline import cost_of
-from pipelines.report import balance, balance_line, cost_table
+from pipelines.pipeline import cost_of, print_table
+from pipelines.report import balance, balance_line, bars, cost_table, ratio
 
 
 def test_the_balance_of_known_rates():
@@ -48,3 +48,12 @@ def test_the_balance_is_told_in_words_and_in_the_table():
     assert row == "| k2 | 100 | 160 | 1,234 | 50% | 2.0 | 1 | 700 + GPU 9000 | rollouts | 4, 10 |"
     assert cached.endswith("| – | – |")
     assert head.count("|") == row.count("|") == cached.count("|")
+
+
+def test_one_document_has_figures_and_no_interval(capsys):
+    alone = {"value": 0.5, "lo": None, "hi": None}
+    stage = {"name": "k1", "match": [alone], "block_match": alone, "student_nll": [alone], "teacher_nll": [alone]}
+    print_table({"stages": [stage], "mlflow": "off"})
+    assert "k1       0.500                       0.500                     0.50/0.50" in capsys.readouterr().out
+    assert ratio(alone) == "0.500"
+    assert bars([alone]) == ([0.5], [[0.0], [0.0]])

@@ -254,3 +254,10 @@ def test_operations_of_a_step_can_be_counted_and_none_is_made_twice():
     with flop_counter() as counter:
         hard_target_loss(head, states[None, :, None], targets[None, :, None], 2).loss.backward()
     assert counter.get_total_flops() == 3 * 2 * 6 * 4 * 8  # logits, the states' gradient, the head's
+
+
+def test_no_rows_are_no_error():
+    states, head = torch.zeros(0, 3, requires_grad=True), torch.nn.Linear(3, 5)
+    loss, sums = loss_in_chunks(lambda rows, part: (head(part).sum(-1), part.detach().sum(-1)), [states], head, 4)
+    assert (loss.item(), len(sums)) == (0, 0)
+    assert [len(x) for x in in_chunks(lambda rows: (torch.arange(7)[rows],), 0, 4)] == [0]

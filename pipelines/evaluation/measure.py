@@ -57,6 +57,8 @@ Figure = dict[str, Any]
 BLOCK = 4
 """Tokens of the joint distribution by which rivals are compared."""
 ROWS_AT_ONCE = 512
+SPREAD = 8
+"""Rows that are looked at for each prompt."""
 BINS = 8
 
 
@@ -84,9 +86,10 @@ class Prompts:
 
 
 def heldout(subject: Subject, config: EvaluationConfig, count: int, tokens: int, first: int = 0) -> Prompts:
-    """Prompts from rows of the held-out store behind `first`, of as many documents as there are; each has its own noise."""
+    """Prompts from the `SPREAD · count` rows of the held-out store behind `first`, each of another document as far as there
+    are so many, and with noise of its own."""
     store = TokenStore(subject.heldout, config.seed)
-    rows = store.read(np.arange(first, first + 8 * count) % store.rows_per_epoch)
+    rows = store.read(np.arange(first, first + SPREAD * count) % store.rows_per_epoch)
     seen: Counter[int] = Counter()
     turns = []  # a row's number within its document
     for doc in rows["doc"].to_pylist():
@@ -196,14 +199,14 @@ def references(folder: Path, job: Job, given: Any) -> dict[str, Any]:
     blocks = {name: next_blocks(job, decoder, name).numpy() for name in ("one", "two")}
     np.savez(folder / "blocks.npz", one=blocks["one"], two=blocks["two"])
     tokenizer = load_tokenizer(job.subject.tokenizer)
+    joint = joint_of(job, torch.from_numpy(blocks["two"]), blocks["one"])
+    apart = torch.stack([independent(torch.from_numpy(b), 0) for b in blocks["two"]])
     return {
         "prompts": [str(tokenizer.decode(p)) for p in prompts.tokens_RN.tolist()],
         "texts": {name: tokens.tolist() for name, tokens in texts.items()},
         "again": [tokens.tolist() for tokens in again],
-        "joint": joint_of(job, torch.from_numpy(blocks["two"]), blocks["one"]),
-        "joint_independent": joint_of(
-            job, torch.stack([independent(torch.from_numpy(b), 0) for b in blocks["two"]]), blocks["one"]
-        ),
+        "joint": joint,
+        "joint_independent": joint_of(job, apart, blocks["one"], joint["by_context"]),
         **text_figures(job, prompts, cut(again[0], job), teacher),
     }
 
@@ -232,10 +235,12 @@ def joint_of(
     for mine, theirs in zip(blocks_CSK, torch.from_numpy(reference_CSK), strict=True):
         tv.append(joint_tv(mine, theirs, job.config.fidelity.buckets))
         entropy.append(position_entropy(mine))
-    sums, ones = np.array([tv, entropy, np.subtract(tv, floor_C or tv)]).T, np.ones(len(tv))
+    values = {"tv": tv, "entropy": entropy}
+    if floor_C is not None:
+        values["excess"] = np.subtract(tv, floor_C).tolist()
     docs = heldout(job.subject, job.config, len(tv), 1, first=1000).doc_R
-    figures = dict(zip(("tv", "entropy", "excess"), over_documents(sums, ones, docs, job.config), strict=True))
-    return {**figures, "by_context": tv, "documents": len(set(docs))}
+    figures = over_documents(np.array([*values.values()]).T, np.ones(len(tv)), docs, job.config)
+    return {**dict(zip(values, figures, strict=True)), "by_context": tv, "documents": len(set(docs))}
 
 
 def row(folder: Path, job: Job, given: Any) -> dict[str, Any]:
@@ -433,7 +438,7 @@ def _machine() -> str:
 def _rate(job: Job, decoder: Decoder, batch: int, number: int) -> float:
     """Tokens a second of one decoding, after one that is not counted."""
     text = job.config.text
-    prompts = heldout(job.subject, job.config, batch, text.prompt_tokens, first=2000 + number * batch)
+    prompts = heldout(job.subject, job.config, batch, text.prompt_tokens, first=2000 + number * SPREAD * batch)
     decoder.decode(prompts.tokens_RN, text.new_tokens, prompts.seeds)
     started = _now()
     decoder.decode(prompts.tokens_RN, text.new_tokens, prompts.seeds)

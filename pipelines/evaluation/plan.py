@@ -95,7 +95,7 @@ def parts_of(subject: Subject, config: EvaluationConfig, methods: list[str]) -> 
     text, fidelity = config.text, config.fidelity
     texts = (*base, text.prompts, text.prompt_tokens, text.new_tokens, text.cut_at_eos, config.bootstrap)
     joint = (fidelity.contexts, fidelity.samples, fidelity.buckets)
-    # What takes time, or rounds, is measured again on another machine.
+    # What takes time, or rounds, is measured again where the driver has other cores, or tasks have GPUs.
     machine = (os.cpu_count(), platform.machine(), config.gpus)
     parts = [
         Part("cost", base, measure.cost, job),

@@ -271,7 +271,8 @@ def _legend(report: Record, config: EvaluationConfig) -> str:
         f"{config.fidelity.samples:,} samples after each of {config.fidelity.contexts} prompts from "
         f"{references['joint']['documents']} documents; between two samples of the AR model "
         f"{_figure(references['joint']['tv'], 3)}, of independent draws from its marginals "
-        f"{_figure(references['joint_independent']['tv'], 3)}. Contexts differ more than decoders do, so compare by the "
+        f"{_figure(references['joint_independent']['tv'], 3)} ({_figure(references['joint_independent']['excess'], 3)} "
+        "beyond). Contexts differ more than decoders do, so compare by the "
         "column beside it: how much farther than those two samples, context by context.",
         "* distinct-2 is one figure of all texts and has no interval.",
         "* Tokens until it leaves: how long a text is the AR model's own under the same noise (verified: all of it).",
