@@ -51,6 +51,7 @@ from kforcing.recompute import checkpoint_layers  # noqa: E402
 from kforcing.reference import dense_states  # noqa: E402
 from kforcing.staircase import Windows, embeddings, lm_head  # noqa: E402
 from pipelines.cluster import MALLOC  # noqa: E402
+from pipelines.rollout import peak_gpu_mb, peak_rss_mb  # noqa: E402
 from pipelines.step import StudentStep, WindowBatch  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -191,11 +192,7 @@ def peak_mb(given: argparse.Namespace) -> float:
     loss = bench.staircase(given.chunk) if given.peak == "chunked" else bench.at_once
     for _ in range(2):
         bench.step(loss, bench.windows(given.k))
-    if bench.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    # Not ru_maxrss, which a child inherits from the process that started it.
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(peak.split()[1]) / 1024
+    return peak_gpu_mb() if bench.device.type == "cuda" else peak_rss_mb()
 
 
 def memory(words: list[str]) -> dict[str, float]:

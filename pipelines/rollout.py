@@ -110,6 +110,10 @@ def pick_device() -> torch.device:
 
 def peak_rss_mb() -> float:
     """Largest resident memory of this process so far, in MiB."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux: getrusage would count what the process that started this one had needed
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
