@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 
 from kforcing.engine import Engine, EngineConfig, Request, Sampling
-from kforcing.metrics import cluster_bootstrap, window_scores
+from kforcing.metrics import over_clusters, window_scores
 from kforcing.model import PushForwardLM
 from kforcing.noise import derive_key, sample_anchors, window_noise
 from kforcing.staircase import Windows
@@ -100,19 +100,18 @@ def evaluate_student(stage: Stage, prepared: Prepared, job: EvalJob, config: Eva
 
 def summarise(table: pa.Table, job: EvalJob, config: EvalConfig) -> dict[str, Any]:
     """Per-block sums → figures with intervals over documents."""
-    docs, cluster = np.unique(table["doc"].to_numpy(), return_inverse=True)
     columns = [table["block_match"].to_numpy()[:, None]] + [to_numpy(table[name]) for name in FIGURES]
     rows = np.concatenate(columns, axis=1)
-    sums = np.zeros((len(docs), rows.shape[1]))
-    np.add.at(sums, cluster, rows)
-    counts = np.bincount(cluster).astype(float) * job.windows
-    intervals = [asdict(i) for i in cluster_bootstrap(sums, counts, config.bootstrap, job.seed)]
+    docs, counts = table["doc"].to_numpy(), np.full(len(rows), float(job.windows))
+    found = over_clusters(rows, counts, docs, config.bootstrap, job.seed)
+    assert found is not None, "no held-out blocks"
+    intervals = [asdict(i) for i in found]
     by_name = {name: intervals[1 + i * job.k : 1 + (i + 1) * job.k] for i, name in enumerate(FIGURES)}
     return {
         **by_name,
         "block_match": intervals[0],
         "windows": int(counts.sum()),
-        "documents": len(docs),
+        "documents": len(np.unique(docs)),
     }
 
 

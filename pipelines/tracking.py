@@ -53,7 +53,7 @@ class Tracker:
 
     @property
     def _state(self) -> dict[str, Any]:
-        state = made_by(self._state_file.parent)
+        state = made_by(self.config.root)
         return state if state.get("uri") == self.uri else {}
 
     @property

@@ -354,19 +354,19 @@ def joint(folder: Path, job: Job, given: Any) -> dict[str, Any]:
     roll_out = ARTeacher(teacher, COUPLINGS["inverse_cdf"]).rollout
     by = "samples" if not design.conditional else "enumeration" if enumerable(vocabulary, k) else "densities"
     rows, names = [], []
+
+    def drawn(c: int, name: str, draw: Any = roll_out) -> Tensor:
+        return sample_blocks(draw, contexts.tokens_RN[c], k, fidelity.samples, derive_key(config.seed, name, c))
+
     for c, context_N in enumerate(contexts.tokens_RN):
-
-        def drawn(name: str, draw: Any = roll_out, context: Tensor = context_N, c: int = c) -> Tensor:
-            return sample_blocks(draw, context, k, fidelity.samples, derive_key(config.seed, name, c))
-
         if design.conditional:
-            blocks = None if by == "enumeration" else drawn("one")
+            blocks = None if by == "enumeration" else drawn(c, "one")
             found = divergence(ar_score(teacher), student_score(model), context_N, k, vocabulary, blocks)
             names, values = list(asdict(found)), list(asdict(found).values())
         else:
             with torch.inference_mode():
-                mine = drawn("student", lambda w: model.draw(w).tokens_BWK)
-            one, two, buckets = drawn("one"), drawn("two"), _buckets(k, fidelity.buckets)
+                mine = drawn(c, "student", lambda w: model.draw(w).tokens_BWK)
+            one, two, buckets = drawn(c, "one"), drawn(c, "two"), _buckets(k, fidelity.buckets)
             lines = {"tv": mine, "floor_tv": two, "independent_tv": independent(two, 0)}
             names, values = list(lines), [joint_tv(blocks, one, buckets) for blocks in lines.values()]
         rows.append(values)
