@@ -16,7 +16,7 @@ distill: setup ; $(BIN)/python pipelines/distill.py $(ARGS)
 evaluate: .venv/.gguf ; $(BIN)/python pipelines/evaluate.py $(RUN) $(ARGS)
 smoke: setup ; $(BIN)/python pipelines/distill.py --recipe smoke $(ARGS)
 benchmark: setup ; $(BIN)/python pipelines/benchmark.py $(ARGS)
-compare: setup ; $(BIN)/python pipelines/compare.py $(ARGS)
+compare: setup ; $(BIN)/python -m pipelines.benchmarks.compare $(ARGS)
 serve: setup ; RAY_SERVE_THROUGHPUT_OPTIMIZED=1 RAY_SERVE_ENABLE_DIRECT_INGRESS=0 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/serve run serve.app:build model=$(MODEL) $(ARGS)
 ui: setup ; $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
 check: .venv/.dev ; $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

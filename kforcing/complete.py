@@ -19,9 +19,9 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from kforcing import PushForwardLM
-from kforcing.engine import Engine, EngineConfig, Request, Sampling
+from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
 from kforcing.engine.engine import context_limit
-from kforcing.engine.loading import DTYPES, load_model, load_tokenizer
+from kforcing.loading import DTYPES, load_model, load_tokenizer
 
 
 def read_prompts(lines: TextIO, as_json: bool) -> Iterator[dict[str, Any]]:
@@ -48,7 +48,7 @@ def complete(engine: Engine, requests: list[Request], progress: Any) -> Iterator
     ids: dict[int, int] = {}
     given = done = 0
     while done < len(requests):
-        while given < len(requests) and len(engine.waiting) < engine.config.slots:
+        while given < len(requests) and len(engine.waiting) < engine.config.max_num_seqs:
             ids[engine.submit(requests[given])] = given
             given += 1
         for output in engine.step():
@@ -56,7 +56,7 @@ def complete(engine: Engine, requests: list[Request], progress: Any) -> Iterator
             made[i] += output.tokens
             if output.finish_reason:
                 ends[i] = output.finish_reason
-                progress.set_postfix_str(f"{engine.counts.tokens:,} tokens, {engine.counts.steps:,} steps")
+                progress.set_postfix_str(f"{engine.stats.tokens:,} tokens, {engine.stats.steps:,} steps")
                 progress.update()
         while done in ends:
             yield made[done], ends[done]
@@ -92,7 +92,7 @@ def run(given: argparse.Namespace) -> None:
         records = list(read_prompts(source, given.prompts.endswith(".jsonl")))
         tokenizer = load_tokenizer(given.model)
         stop = frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
-        sampling = Sampling(temperature=given.temperature, top_p=given.top_p)
+        sampling = SamplingParams(temperature=given.temperature, top_p=given.top_p)
         prompts = [tokenizer(record["prompt"]).input_ids for record in records]
         requests = [
             Request(ids, given.max_new_tokens, record.get("seed", given.seed), stop, None, sampling)
@@ -105,8 +105,11 @@ def run(given: argparse.Namespace) -> None:
         k = given.k or getattr(model, "k", 1)
         limit = context_limit(backbone.config)
         slots = max(1, min(given.slots, len(requests)))
-        max_len = needed if limit is None else min(needed, limit - k + 1)
-        engine = Engine(model, EngineConfig(slots=slots, max_len=max(max_len, 2), k=given.k, coupling=given.coupling))
+        max_model_len = needed if limit is None else min(needed, limit - k + 1)
+        engine = Engine(
+            model,
+            EngineConfig(max_num_seqs=slots, max_model_len=max(max_model_len, 2), k=given.k, coupling=given.coupling),
+        )
         for number, request in enumerate(requests, start=1):
             try:
                 engine.check(request)

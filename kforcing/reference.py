@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kforcing.coupling import Coupling
-from kforcing.model import PushForwardLM, one_window
+from kforcing.modeling import PushForwardLM, one_window
 from kforcing.noise import derive_key, uniform
 
 

@@ -17,11 +17,11 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pipelines.cluster import connected  # noqa: E402
-from pipelines.config import Config, ConfigError  # noqa: E402
-from pipelines.options import read_command_line  # noqa: E402
-from pipelines.pipeline import Pipeline  # noqa: E402
-from pipelines.stages import StageError, locked  # noqa: E402
+from pipelines.config.schema import Config, ConfigError  # noqa: E402
+from pipelines.config.validation import read_command_line  # noqa: E402
+from pipelines.runs.cluster import connected  # noqa: E402
+from pipelines.runs.pipeline import Pipeline  # noqa: E402
+from pipelines.runs.stages import StageError, locked  # noqa: E402
 
 
 def distill(config: Config) -> Path:

@@ -25,18 +25,20 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pipelines.cluster import Work, connected  # noqa: E402
-from pipelines.config import ConfigError, describe_fields, fingerprint  # noqa: E402
+from pipelines.config.fingerprint import fingerprint  # noqa: E402
+from pipelines.config.schema import ConfigError, describe_fields  # noqa: E402
+from pipelines.data.tokenise import Prepared  # noqa: E402
 from pipelines.evaluation.config import EvaluationConfig, evaluation_config  # noqa: E402
+from pipelines.evaluation.heldout import EvalJob, evaluate_student  # noqa: E402
 from pipelines.evaluation.parts import run_parts  # noqa: E402
 from pipelines.evaluation.plan import plan_of  # noqa: E402
 from pipelines.evaluation.report import write_evaluation  # noqa: E402
 from pipelines.evaluation.subject import Subject, open_subject, subject_of  # noqa: E402
-from pipelines.fidelity import EvalJob, evaluate_student  # noqa: E402
-from pipelines.pipeline import say  # noqa: E402
-from pipelines.prepare import Prepared  # noqa: E402
-from pipelines.stages import StageError, exclusive, open_stage  # noqa: E402
-from pipelines.tracking import default_uri, log_evaluation  # noqa: E402
+from pipelines.runs.cluster import Work, connected  # noqa: E402
+from pipelines.runs.pipeline import say  # noqa: E402
+from pipelines.runs.stages import StageError, exclusive, open_stage  # noqa: E402
+from pipelines.tracking.evaluation_log import log_evaluation  # noqa: E402
+from pipelines.tracking.tracker import default_uri  # noqa: E402
 
 
 def evaluate(target: str, config: EvaluationConfig) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve import protocol
-from serve.loop import EngineFailed
+from serve.engine_thread import EngineFailed
 from serve.protocol import ApiError, AsciiJSON, ChatRequest, CompletionRequest, Shape
 from serve.service import Job, Service, merged
 
@@ -79,7 +79,7 @@ def create_app(service: Service, api_key: str | None, max_body: int, scrape: Cal
 
     def card(name: str) -> dict[str, Any]:
         engine = service.models[name].engine
-        facts = {"max_model_len": engine.max_len, "k": engine.k}
+        facts = {"max_model_len": engine.max_model_len, "k": engine.k}
         return {"id": name, "object": "model", "created": started, "owned_by": "kforcing", **facts}
 
     @app.get("/health", responses={503: ERRORS[503]})

@@ -22,9 +22,10 @@ from ray.serve.config import AutoscalingConfig
 from starlette.types import ASGIApp
 
 from serve.api import create_app
-from serve.hub import MetricsHub, merge
-from serve.models import Settings, pinned, read_settings
+from serve.metrics_hub import MetricsHub, merge
+from serve.models import pinned
 from serve.service import Service
+from serve.settings import Settings, read_settings
 
 PUSH_S = 2.0
 
@@ -80,14 +81,14 @@ def build(given: dict[str, Any]) -> serve.Application:
     Raises ValueError that names a wrong or missing value.
     """
     args = read_settings(given)
-    slots = args.slots * (1 if args.teacher == "none" else 2)
+    slots = args.max_num_seqs * (1 if args.teacher == "none" else 2)
     replicas: dict[str, Any] = {"num_replicas": args.min_replicas or 1}
     if args.max_replicas > max(args.min_replicas, 1) or args.min_replicas == 0:
         replicas = {
             "autoscaling_config": AutoscalingConfig(
                 min_replicas=args.min_replicas,
                 max_replicas=args.max_replicas,
-                target_ongoing_requests=args.target_ongoing_requests or args.slots,
+                target_ongoing_requests=args.target_ongoing_requests or args.max_num_seqs,
                 upscale_delay_s=args.upscale_delay_s,
                 downscale_delay_s=args.downscale_delay_s,
             )

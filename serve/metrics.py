@@ -6,7 +6,7 @@ import dataclasses
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from kforcing.engine import Counts, Engine
+from kforcing.engine import Engine, EngineStats
 
 PREFIX = "kforcing"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -56,7 +56,7 @@ class EngineMetrics:
 
     def __init__(self, metrics: Metrics, model: str, replica: str):
         self._all, self._labels = metrics, {"model": model, "replica": replica}
-        self._counted, self._returned, self._probes = Counts(), 0, 0
+        self._counted, self._returned, self._probes = EngineStats(), 0, 0
         for gauge in (metrics.running, metrics.waiting, metrics.cache):
             gauge.labels(**self._labels).set(0)
         metrics.per_forward.labels(**self._labels).set_function(self._tokens_per_forward)
@@ -72,7 +72,7 @@ class EngineMetrics:
 
     def after_step(self, engine: Engine, seconds: float, between: float) -> None:
         """A step took `seconds`, and `between` passed since the one before while there was work."""
-        m, own, now, before = self._all, self._labels, engine.counts, self._counted
+        m, own, now, before = self._all, self._labels, engine.stats, self._counted
         m.engine_time.labels(**own).inc(seconds)
         m.framework_time.labels(**own).inc(between)
         m.discarded.labels(**own).inc(now.discarded - before.discarded)
@@ -80,7 +80,7 @@ class EngineMetrics:
         self._counted = dataclasses.replace(now)
         m.running.labels(**own).set(len(engine.running))
         m.waiting.labels(**own).set(len(engine.waiting) + len(engine.prefilling))
-        columns = engine.config.slots * (engine.max_len + engine.k)
+        columns = engine.config.max_num_seqs * (engine.max_model_len + engine.k)
         m.cache.labels(**own).set(sum(r.length for r in engine.running) / columns)
 
     def probed(self) -> None:

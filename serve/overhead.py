@@ -30,14 +30,14 @@ READ = 2**16
 def bare(model: str, slots: int, tokens: int, prompts: list[list[int]]) -> float:
     """Tokens a second of the engine alone, kept full until the last requests."""
     from kforcing.engine import Engine, EngineConfig, Request
-    from kforcing.engine.loading import load_model
+    from kforcing.loading import load_model
 
-    engine = Engine(load_model(model), EngineConfig(slots=slots, max_len=len(prompts[0]) + tokens))
+    engine = Engine(load_model(model), EngineConfig(max_num_seqs=slots, max_model_len=len(prompts[0]) + tokens))
     engine.generate([Request(prompts[0], 8)])
     waiting = [Request(prompt, tokens, seed) for seed, prompt in enumerate(prompts)]
-    before, start = engine.counts.tokens, time.perf_counter()
+    before, start = engine.stats.tokens, time.perf_counter()
     engine.generate(waiting)
-    return (engine.counts.tokens - before) / (time.perf_counter() - start)
+    return (engine.stats.tokens - before) / (time.perf_counter() - start)
 
 
 async def through_http(
@@ -111,7 +111,7 @@ def random_model(folder: Path) -> str:
     from transformers import PreTrainedTokenizerFast
 
     from kforcing import Design, PushForwardLM, SequentialConfig
-    from kforcing.engine.loading import random_llama
+    from kforcing.backbone import random_llama
 
     design = Design("sequential", "inverse_cdf", sequential=SequentialConfig(hint_layers=1))
     student = PushForwardLM.from_backbone(random_llama(), 4, design)
@@ -169,7 +169,12 @@ def measure(model: str, given: argparse.Namespace, prompts: list[list[int]]) -> 
     before = run_bare()
     ray.init(address="local", num_cpus=4, log_to_driver=False, include_dashboard=False)
     try:
-        settings = {"model": model, "slots": given.slots, "max_len": given.context + given.tokens, "teacher": "none"}
+        settings = {
+            "model": model,
+            "max_num_seqs": given.slots,
+            "max_model_len": given.context + given.tokens,
+            "teacher": "none",
+        }
         clients = given.clients or given.slots
         serve.run(build(settings | {"cpus": given.cpus, "max_waiting": clients}))
         url = "http://127.0.0.1:8000"

@@ -12,13 +12,14 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from kforcing.engine import Request, Sampling
+from kforcing.engine import Request, SamplingParams
 from kforcing.noise import derive_key
-from serve.loop import EngineFailed, Overloaded, Ticket, Worker
+from serve.detokenizer import TextStream
+from serve.engine_thread import EngineFailed, Overloaded, Ticket, Worker
 from serve.metrics import Metrics
-from serve.models import ServedModel, Settings, load_all, loading
+from serve.models import ServedModel, load_all, loading
 from serve.protocol import MAX_CHOICES, ApiError, ChatRequest, CompletionRequest
-from serve.text import TextStream
+from serve.settings import Settings
 
 STUCK_S = 120.0
 """A step that takes longer counts as dead."""
@@ -136,7 +137,7 @@ class Service:
         requests = [
             Request(
                 prompt,
-                body.limit or (default and min(default, max(model.engine.max_len - len(prompt), 1))),
+                body.limit or (default and min(default, max(model.engine.max_model_len - len(prompt), 1))),
                 _seed(seed, i),
                 stop_ids,
                 body.k,
@@ -232,8 +233,8 @@ def _seed(seed: int, choice: int) -> int:
     return seed if choice == 0 else derive_key(seed, "choice", choice)
 
 
-def _sampling(body: CompletionRequest | ChatRequest) -> Sampling:
-    return Sampling(
+def _sampling(body: CompletionRequest | ChatRequest) -> SamplingParams:
+    return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=max(body.top_k or 0, 0),
         top_p=1.0 if body.top_p is None else body.top_p,
@@ -251,10 +252,12 @@ def _prompts(model: ServedModel, body: CompletionRequest) -> list[list[int]]:
 
 
 def _encode(model: ServedModel, text: str, **options: Any) -> list[int]:
-    most = CHARACTERS * model.engine.max_len
+    most = CHARACTERS * model.engine.max_model_len
     if len(text) > most:  # do not even count its tokens: that would take the time of others
         raise ApiError(
-            400, f"a prompt of {len(text)} characters exceeds the context of {model.engine.max_len} tokens", "prompt"
+            400,
+            f"a prompt of {len(text)} characters exceeds the context of {model.engine.max_model_len} tokens",
+            "prompt",
         )
     try:
         ids: list[int] = model.tokenizer(text, **options).input_ids

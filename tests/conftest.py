@@ -63,7 +63,7 @@ def make_sequential(backbone, k=4, coupling="gumbel", **parts):
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory):
     """One undisturbed smoke run, started from a folder that is not the project's: (run directory, its process)."""
-    from tests.test_distill import distill
+    from tests.pipelines.test_distill import distill
 
     folder = tmp_path_factory.mktemp("smoke")
     done = distill("--recipe", "smoke", "output_dir=runs/smoke", cwd=folder)

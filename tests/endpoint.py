@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from serve.api import create_app
-from serve.models import Settings
 from serve.service import Service
+from serve.settings import Settings
 from tests.conftest import VOCAB, make_backbone, make_sequential
 
 LETTERS = "abcdefghijklmnopqrst u|"  # token i is letter i; the last is end-of-text

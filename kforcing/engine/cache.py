@@ -1,10 +1,10 @@
 """Keys and values of all slots, allocated once.
 
-A slot has `max_len + k` columns, and column c holds position c of its request: what a step commits stays, what it only
+A slot has `max_model_len + k` columns, and column c holds position c of its request: what a step commits stays, what it only
 needs for a moment (hints) stands in the columns that the next step overwrites. Nothing ever looks at a column beyond its
 own position, so what a former request left there does not matter. Size in bytes, which the allocation equals:
 
-    2 · layers · slots · (max_len + k) · heads of keys · width of a head · bytes of a number
+    2 · layers · slots · (max_model_len + k) · heads of keys · width of a head · bytes of a number
 
 Shapes: S slots, R a range of slots, C columns, L entries of a read, H heads of keys, E width of a head.
 """

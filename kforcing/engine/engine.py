@@ -16,29 +16,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
+from kforcing.attention.reader import check_backbone
 from kforcing.coupling import COUPLINGS
-from kforcing.engine.decoder import Decoder
 from kforcing.engine.graphs import Graphs, cuda_capture
+from kforcing.engine.layers import STATIC_ROPE
 from kforcing.engine.packing import can_pack, packed_copy
-from kforcing.engine.request import Completion, Output, Request, Sampling
-from kforcing.engine.stack import STATIC_ROPE
-from kforcing.model import PushForwardLM, check_backbone
+from kforcing.engine.request import Completion, Output, Request, SamplingParams
+from kforcing.engine.runner import ModelRunner
+from kforcing.readout.base import as_student
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """Shape and habits of an engine."""
 
-    slots: int = 16
+    max_num_seqs: int = 16
     """Requests that run at once."""
-    max_len: int | None = None
+    max_model_len: int | None = None
     """Longest prompt and continuation together; none for what the model's positions allow, at most 2,048."""
     k: int | None = None
     """Tokens a step; none for the student's k, 1 for an AR model."""
-    prefill_tokens: int = 256
+    max_num_batched_tokens: int = 256
     """Prompt tokens read between two steps: bounds how long a new prompt holds up the others."""
     check_every: int | None = None
     """Steps between two looks at the tokens; none for 1 on a CPU and 8 on a GPU. A request that has ended runs on until
@@ -58,7 +58,7 @@ class EngineConfig:
 
 
 @dataclass
-class Counts:
+class EngineStats:
     """What an engine has done since it was made."""
 
     steps: int = 0
@@ -97,17 +97,22 @@ class Engine:
         ValueError: for a config that the model cannot serve.
     """
 
-    def __init__(self, model: PushForwardLM | PreTrainedModel, config: EngineConfig | None = None):
+    def __init__(self, model: nn.Module, config: EngineConfig | None = None):
         config = config or EngineConfig()
-        student = model.eval() if isinstance(model, PushForwardLM) else None
-        backbone: Any = student.backbone if student else model.eval()
+        model.eval()
+        student = as_student(model)
+        backbone: Any = student.backbone if student else model
         if not student:
             check_backbone(backbone)
         self.k = _checked_k(config.k, student.k if student else 1)
-        self.max_len = _checked_len(config.max_len, context_limit(backbone.config), self.k)
+        self.max_model_len = _checked_len(config.max_model_len, context_limit(backbone.config), self.k)
         cuda = backbone.device.type == "cuda"
         self.check_every = (8 if cuda else 1) if config.check_every is None else config.check_every
-        sizes = {"slots": config.slots, "prefill_tokens": config.prefill_tokens, "check_every": self.check_every}
+        sizes = {
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": config.max_num_batched_tokens,
+            "check_every": self.check_every,
+        }
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -117,17 +122,19 @@ class Engine:
             raise ValueError("packed=True needs a model in fp32 or bf16 on a CPU and compiled=False; leave packed out")
         packed = can_pack(model) and not config.compiled if config.packed is None else config.packed
         model = packed_copy(model) if packed else model
-        self.model, self.config, self.student = model, config, student
+        self.model, self.config, self.student = model, config, as_student(model)
         graphs = cuda if config.graphs is None else config.graphs
         if graphs and not cuda:
             raise ValueError("graphs=True needs a model on a GPU; leave graphs out")
         self._device: AbstractContextManager[Any] = torch.cuda.device(backbone.device) if cuda else nullcontext()
-        self.decoder = Decoder(model, config.slots, self.max_len, self.k, COUPLINGS[config.coupling], config.compiled)
-        self.vocabulary = self.decoder.sampler.vocabulary
+        self.runner = ModelRunner(
+            model, config.max_num_seqs, self.max_model_len, self.k, COUPLINGS[config.coupling], config.compiled
+        )
+        self.vocabulary = self.runner.sampler.vocabulary
         with self._device:
-            self._step: Any = Graphs(self.decoder, cuda_capture()) if graphs else self.decoder.step
+            self._step: Any = Graphs(self.runner, cuda_capture()) if graphs else self.runner.step
         self._buckets = cuda
-        self.counts = Counts()
+        self.stats = EngineStats()
         self.waiting: deque[_Running] = deque()
         self.prefilling: list[_Running] = []
         self.running: list[_Running] = []
@@ -159,25 +166,25 @@ class Engine:
             raise ValueError(f"prompt token {wrong} is outside the vocabulary of {self.vocabulary}")
         if new is not None and new < 1:
             raise ValueError(f"max_new_tokens={new} must be at least 1")
-        if N + (new or 1) > self.max_len:
+        if N + (new or 1) > self.max_model_len:
             raise ValueError(
-                f"{N} prompt tokens + {new or 1} new ones exceed the context of {self.max_len} tokens; shorten the prompt, "
-                "ask for fewer, or give the engine a larger max_len"
+                f"{N} prompt tokens + {new or 1} new ones exceed the context of {self.max_model_len} tokens; shorten "
+                "the prompt, ask for fewer, or give the engine a larger max_model_len"
             )
         k = _checked_k(request.k, self.k)
         request.sampling.check()
         self._check_sampling(request.sampling)
-        return k, new or self.max_len - N
+        return k, new or self.max_model_len - N
 
-    def _check_sampling(self, sampling: Sampling) -> None:
-        if self.student is None or self.student.config.design.conditional:
+    def _check_sampling(self, sampling: SamplingParams) -> None:
+        if self.student is None or self.student.design.conditional:
             return
         if sampling.filters:
             raise ValueError(
                 f"top_k={sampling.top_k}, top_p={sampling.top_p}: this student's noise picks tokens inside the network, so "
                 "there is no distribution to cut; leave them at their defaults or use a sequential student or the AR model"
             )
-        noise = self.student.config.design.noise
+        noise = self.student.design.noise
         if not noise.temperature_min <= sampling.temperature <= noise.temperature_max:
             raise ValueError(
                 f"temperature={sampling.temperature} asked of a student trained for {noise.temperature_min} to "
@@ -254,7 +261,7 @@ class Engine:
 
     def _admit(self) -> None:
         """Give free slots to those who wait, short prompts first: they start while longer ones are read."""
-        free = self.config.slots - len(self.running)
+        free = self.config.max_num_seqs - len(self.running)
         if self.prefilling or not self.waiting or not free:
             return
         size = 1 if self.config.batch_invariant else free
@@ -262,19 +269,19 @@ class Engine:
         self.prefilling = sorted(group, key=lambda r: len(r.request.prompt))
         for slot, r in enumerate(self.prefilling, start=len(self.running)):
             r.slot = slot
-            self.decoder.load(slot, r.request.prompt)
+            self.runner.load(slot, r.request.prompt)
 
     def _prefill(self) -> None:
         """Read a chunk of the prompts, but for the last k tokens, which the first step reads."""
         self._promote()
-        group, budget = self.prefilling, self.config.prefill_tokens
+        group, budget = self.prefilling, self.config.max_num_batched_tokens
         if group:
             start = group[0].filled
             left = self._to_fill(group[-1]) - start
             length = budget if self.config.batch_invariant else min(left, max(1, budget // len(group)))
-            self.decoder.prefill(slice(group[0].slot, group[0].slot + len(group)), start, length)
+            self.runner.prefill(slice(group[0].slot, group[0].slot + len(group)), start, length)
             for r in group:
-                self.counts.prefill_tokens += min(length, self._to_fill(r) - start)
+                self.stats.prefill_tokens += min(length, self._to_fill(r) - start)
                 r.filled += length
             self._promote()
 
@@ -288,7 +295,7 @@ class Engine:
             target = len(self.running)
             if r.slot != target:
                 self._move(r, target)
-            self.decoder.start(target, len(r.request.prompt), r.request.seed, r.k, r.request.sampling)
+            self.runner.start(target, len(r.request.prompt), r.request.seed, r.k, r.request.sampling)
             self.running.append(r)
             if r.id in self._cancelled:
                 self._cancelled.discard(r.id)
@@ -298,8 +305,8 @@ class Engine:
         lengths = [r.length for r in self.running]
         plain = all(r.request.sampling.plain for r in self.running)
         steps = [self._one_step(lengths, plain, i) for i in range(self.check_every)]
-        self.counts.steps += len(steps)
-        self.counts.slot_steps += len(steps) * len(self.running)
+        self.stats.steps += len(steps)
+        self.stats.slot_steps += len(steps) * len(self.running)
         made = torch.stack(steps).tolist()  # steps, slots, k
         outputs = []
         for i, r in enumerate(self.running):
@@ -309,14 +316,14 @@ class Engine:
 
     def _one_step(self, lengths: list[int], plain: bool, ahead: int) -> Tensor:
         """One more step of the running slots, `ahead` steps after their known lengths."""
-        n, used = len(lengths), min(max(lengths) + ahead * self.k, self.max_len - 1)
-        columns = used + self.decoder.hints
+        n, used = len(lengths), min(max(lengths) + ahead * self.k, self.max_model_len - 1)
+        columns = used + self.runner.hints
         if self.config.batch_invariant:
-            return self._step(self.config.slots, self.decoder.cache.columns, plain)[:n]
+            return self._step(self.config.max_num_seqs, self.runner.cache.columns, plain)[:n]
         if self._buckets:
-            n_bucket = min(_power_of_two(n), self.config.slots)
-            return self._step(n_bucket, min(_power_of_two(columns, 256), self.decoder.cache.columns), plain)[:n]
-        alike = self.k == 1 and not self.decoder.hints and min(lengths) == max(lengths)
+            n_bucket = min(_power_of_two(n), self.config.max_num_seqs)
+            return self._step(n_bucket, min(_power_of_two(columns, 256), self.runner.cache.columns), plain)[:n]
+        alike = self.k == 1 and not self.runner.hints and min(lengths) == max(lengths)
         return self._step(n, columns, plain, not alike)
 
     def _finish(self, r: _Running, made: list[int]) -> Output:
@@ -325,8 +332,8 @@ class Engine:
         at, stop = next(((i, t) for i, t in enumerate(made[:room]) if t in r.request.stop_ids), (None, None))
         kept = made[: room if at is None else at]
         r.new += kept
-        self.counts.tokens += len(kept)
-        self.counts.discarded += len(made) - len(kept)
+        self.stats.tokens += len(kept)
+        self.stats.discarded += len(made) - len(kept)
         reason = "stop" if at is not None else "length" if len(r.new) >= r.limit else None
         return Output(r.id, kept, reason, stop)
 
@@ -339,7 +346,7 @@ class Engine:
                 self.running[last.slot] = last
 
     def _move(self, r: _Running, slot: int) -> None:
-        self.decoder.move(r.slot, slot, r.length + 1)
+        self.runner.move(r.slot, slot, r.length + 1)
         r.slot = slot
 
 
@@ -373,15 +380,15 @@ def _checked_k(k: int | None, most: int) -> int:
     return k
 
 
-def _checked_len(max_len: int | None, limit: int | None, k: int) -> int:
+def _checked_len(max_model_len: int | None, limit: int | None, k: int) -> int:
     most = None if limit is None else limit - k + 1
-    max_len = min(2048, most or 2048) if max_len is None else max_len
-    if max_len < 2 or (most is not None and max_len > most):
+    max_model_len = min(2048, most or 2048) if max_model_len is None else max_model_len
+    if max_model_len < 2 or (most is not None and max_model_len > most):
         raise ValueError(
-            f"max_len={max_len} (prompt and new tokens together): choose 2 to {most or 'any number'}; the model reads "
-            f"{limit or 'any number of'} positions, and a block of {k} may begin at the last of them"
+            f"max_model_len={max_model_len} (prompt and new tokens together): choose 2 to {most or 'any number'}; the model "
+            f"reads {limit or 'any number of'} positions, and a block of {k} may begin at the last of them"
         )
-    return max_len
+    return max_model_len
 
 
 def _power_of_two(n: int, least: int = 1) -> int:

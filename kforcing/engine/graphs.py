@@ -8,29 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kforcing.engine.decoder import Decoder
+from kforcing.engine.runner import ModelRunner
 
 Replay = Callable[[], Tensor]
 
 
 class Graphs:
-    """`Decoder.step` with the same arguments; the first call of each shape captures it."""
+    """`ModelRunner.step` with the same arguments; the first call of each shape captures it."""
 
-    def __init__(self, decoder: Decoder, capture: Callable[[Callable[[], Tensor]], Replay]):
-        self.decoder, self.capture = decoder, capture
+    def __init__(self, runner: ModelRunner, capture: Callable[[Callable[[], Tensor]], Replay]):
+        self.runner, self.capture = runner, capture
         self.replays: dict[tuple[int, int, bool], Replay] = {}
 
     def __call__(self, R: int, columns: int, plain: bool, masked: bool = True) -> Tensor:
-        """See `Decoder.step`. The result is a copy: the next replay writes to the same place."""
+        """See `ModelRunner.step`. The result is a copy: the next replay writes to the same place."""
         key = (R, columns, plain)
         if key not in self.replays:
-            decoder = self.decoder
+            runner = self.runner
             # Warming up and capturing run the step; what it moves forward is put back. What it writes beyond is not
             # read before the real step writes it again.
-            length_S, counts_SV = decoder.length_S.clone(), decoder.sampler.counts_SV.clone()
-            self.replays[key] = self.capture(lambda: decoder.step(R, columns, plain))
-            decoder.length_S.copy_(length_S)
-            decoder.sampler.counts_SV.copy_(counts_SV)
+            length_S, counts_SV = runner.length_S.clone(), runner.sampler.counts_SV.clone()
+            self.replays[key] = self.capture(lambda: runner.step(R, columns, plain))
+            runner.length_S.copy_(length_S)
+            runner.sampler.counts_SV.copy_(counts_SV)
         return self.replays[key]().clone()
 
 

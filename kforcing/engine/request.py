@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How tokens are drawn from a request's distributions."""
 
     temperature: float = 1.0
@@ -69,7 +69,7 @@ class Request:
     """Ends the continuation before the first of these (EOS belongs here)."""
     k: int | None = None
     """Tokens a step, at most the engine's, which is the default."""
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
 
 
 @dataclass(frozen=True)

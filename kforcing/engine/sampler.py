@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kforcing.engine.request import Sampling
+from kforcing.engine.request import SamplingParams
 
 Draw = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(R, V) logits, (R,) noise and (R,) temperatures → (R,) tokens: `Readout.pick` of the model."""
@@ -30,7 +30,7 @@ class Sampler:
         self.counts_SV = torch.zeros(slots, vocabulary, device=device)
         self.vocabulary = vocabulary
 
-    def join(self, slot: int, sampling: Sampling) -> None:
+    def join(self, slot: int, sampling: SamplingParams) -> None:
         """A request takes a slot."""
         self.temperature_S[slot] = sampling.temperature or 1e-3  # drafts of a greedy request are as good as greedy
         self.greedy_S[slot] = sampling.temperature == 0

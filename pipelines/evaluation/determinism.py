@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kforcing.attention.reader import Windows
+from kforcing.backbone import load_ar
 from kforcing.coupling import COUPLINGS
+from kforcing.device import pick_device
+from kforcing.distillation.teachers import ARTeacher
 from kforcing.engine import Engine, EngineConfig, Request
-from kforcing.freerun import free_run, same_so_far
-from kforcing.model import PushForwardLM
+from kforcing.metrics.free_run import free_run, same_so_far
+from kforcing.modeling import PushForwardLM
 from kforcing.noise import derive_key, sample_anchors, window_noise
-from kforcing.rollout import ARTeacher
-from kforcing.staircase import Windows
 from pipelines.evaluation.measure import Job, heldout, over_documents
-from pipelines.rollout import load_ar, pick_device
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLOTS = (1, 4, 16)
@@ -37,7 +38,7 @@ class Bench:
             Request(p, text.new_tokens, s)
             for p, s in zip(self.prompts.tokens_RN.tolist(), self.prompts.seeds, strict=True)
         ]
-        self.max_len = text.prompt_tokens + text.new_tokens
+        self.max_model_len = text.prompt_tokens + text.new_tokens
         student = self.model("fp32")
         self.coupling = student.config.design.coupling if isinstance(student, PushForwardLM) else "inverse_cdf"
 
@@ -49,7 +50,7 @@ class Bench:
 
     def engine(self, precision: str, slots: int, invariant: bool = False) -> Engine:
         """An engine of a shape."""
-        config = EngineConfig(slots, self.max_len, self.job.k, coupling=self.coupling, batch_invariant=invariant)
+        config = EngineConfig(slots, self.max_model_len, self.job.k, coupling=self.coupling, batch_invariant=invariant)
         return Engine(self.model(precision), config)
 
     def texts(self, engine: Engine) -> Tensor:

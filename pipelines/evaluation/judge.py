@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import requests
 
-from kforcing.metrics import Interval, over_clusters
-from pipelines.config import ConfigError
-from pipelines.stages import StageError
+from kforcing.metrics.intervals import Interval, over_clusters
+from pipelines.config.schema import ConfigError
+from pipelines.runs.stages import StageError
 
 _SAY_EVERY_S = 2.0
 _LONGEST_WAIT_S = 60.0

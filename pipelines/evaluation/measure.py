@@ -21,11 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kforcing.cost import attention_step, measured_step, predicted_ar_step
+from kforcing.backbone import head, load_ar
+from kforcing.baselines.rows import Decoder
 from kforcing.coupling import COUPLINGS
+from kforcing.device import pick_device
+from kforcing.distillation.teachers import ARTeacher
 from kforcing.engine import Engine, EngineConfig, Request
-from kforcing.freerun import free_run, same_so_far
-from kforcing.joint import (
+from kforcing.metrics.diversity import diversity
+from kforcing.metrics.flops import attention_step, measured_step, predicted_ar_step
+from kforcing.metrics.free_run import free_run, same_so_far
+from kforcing.metrics.gen_ppl import gen_ppl, load_external
+from kforcing.metrics.intervals import over_clusters
+from kforcing.metrics.joint import (
     ar_score,
     divergence,
     enumerable,
@@ -35,22 +42,18 @@ from kforcing.joint import (
     sample_blocks,
     student_score,
 )
-from kforcing.metrics import over_clusters
-from kforcing.model import PushForwardLM
+from kforcing.metrics.mauve import features, mauve
+from kforcing.modeling import PushForwardLM
 from kforcing.noise import derive_key
-from kforcing.rivals.rows import Decoder
-from kforcing.rollout import ARTeacher
-from kforcing.staircase import head
-from kforcing.textquality import diversity, features, gen_ppl, load_external, mauve
+from pipelines.data.token_store import TokenStore, to_numpy
+from pipelines.data.tokenise import eos_id, load_tokenizer
+from pipelines.evaluation.baselines import EngineDecoder, Row, decoder_of, noise_of
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.judge import JudgeConfig, Pair, judge
-from pipelines.evaluation.rivals import EngineDecoder, Row, decoder_of, noise_of
 from pipelines.evaluation.subject import Student, Subject
-from pipelines.local import LocalStudent, count_step
-from pipelines.prepare import eos_id, load_tokenizer
-from pipelines.rollout import StepPlan, load_ar, pick_device
-from pipelines.step import ARStep, TokenBatch
-from pipelines.store import TokenStore, to_numpy
+from pipelines.rollouts.plan import StepPlan
+from pipelines.training.single_process import LocalStudent, count_step
+from pipelines.training.step import ARStep, TokenBatch
 
 Figure = dict[str, Any]
 """`value`, and the ends `lo` and `hi` of its 95% interval, None where there is one document only."""

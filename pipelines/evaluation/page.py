@@ -10,8 +10,8 @@ import html
 from pathlib import Path
 from typing import Any
 
+from pipelines.evaluation.baselines import Row
 from pipelines.evaluation.measure import slug
-from pipelines.evaluation.rivals import Row
 from pipelines.evaluation.subject import Subject
 
 SHOWN = 12

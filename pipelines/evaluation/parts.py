@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import fingerprint
-from pipelines.stages import Stage, StageError, open_stage
+from pipelines.config.fingerprint import fingerprint
+from pipelines.runs.stages import Stage, StageError, open_stage
 
 Results = dict[str, Any]
 

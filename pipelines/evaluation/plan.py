@@ -17,17 +17,17 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from kforcing.model import read_config
-from kforcing.textquality import SMOLLM2, check_external
-from pipelines.config import Config, ConfigError
+from kforcing.metrics.gen_ppl import SMOLLM2, check_external
+from kforcing.modeling import read_config
+from pipelines.config.schema import Config, ConfigError
 from pipelines.evaluation import measure
+from pipelines.evaluation.baselines import METHODS, STAGED, Row, Trial, method_config, rows_of, train_rival
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.determinism import determinism
 from pipelines.evaluation.measure import Job, slug
 from pipelines.evaluation.parts import Part
-from pipelines.evaluation.rivals import METHODS, STAGED, Row, Trial, method_config, rows_of, train_rival
 from pipelines.evaluation.subject import Student, Subject, block_sizes
-from pipelines.stages import write_json
+from pipelines.runs.stages import write_json
 
 
 def methods_of(config: EvaluationConfig) -> list[str]:

@@ -14,15 +14,15 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
+from pipelines.data.tokenise import load_tokenizer
+from pipelines.evaluation.baselines import METHODS, Row
 from pipelines.evaluation.config import GPT2_LARGE, EvaluationConfig
 from pipelines.evaluation.measure import rows_in, slug
 from pipelines.evaluation.page import write_page
-from pipelines.evaluation.rivals import METHODS, Row
 from pipelines.evaluation.subject import Subject
-from pipelines.prepare import load_tokenizer
-from pipelines.report import bars, ratio
-from pipelines.stages import write_json
-from pipelines.tracking import made_by
+from pipelines.runs.report import bars, ratio
+from pipelines.runs.stages import write_json
+from pipelines.tracking.tracker import made_by
 
 Record = dict[str, Any]
 

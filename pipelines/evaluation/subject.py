@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 
-from kforcing.model import PushForwardLM, read_config
-from pipelines.cluster import with_lasting_root
-from pipelines.config import Config, ConfigError, fingerprint, override
+from kforcing.modeling import PushForwardLM, read_config
+from pipelines.config.fingerprint import fingerprint
+from pipelines.config.recipes import RECIPES, recipe
+from pipelines.config.schema import Config, ConfigError, override
+from pipelines.data.tokenise import prepare
 from pipelines.evaluation.config import EvaluationConfig
-from pipelines.prepare import prepare
-from pipelines.recipes import RECIPES, recipe
-from pipelines.stages import write_json
-from pipelines.tracking import LOG, Registered, made_by, registered_student
+from pipelines.runs.cluster import with_lasting_root
+from pipelines.runs.stages import write_json
+from pipelines.tracking.registry import Registered, registered_student
+from pipelines.tracking.tracker import LOG, made_by
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,63 @@
+"""Access to the parts of a Hugging Face causal LM, and how one is built or loaded."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+)
+
+
+def embeddings(backbone: PreTrainedModel) -> nn.Embedding:
+    """The token embedding of a backbone."""
+    return cast(nn.Embedding, backbone.get_input_embeddings())
+
+
+def head(backbone: PreTrainedModel) -> nn.Linear:
+    """The LM head of a backbone, shared by context and hints."""
+    return cast(nn.Linear, backbone.get_output_embeddings())
+
+
+def key_heads(backbone: PreTrainedModel) -> tuple[int, int]:
+    """Heads of keys of a backbone, and their width."""
+    config: Any = backbone.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def lm_head(backbone: PreTrainedModel, states: Tensor) -> Tensor:
+    """Logits of hidden states: (..., D) → (..., V)."""
+    return head(backbone)(states)
+
+
+def build_backbone(config: dict[str, Any]) -> PreTrainedModel:
+    """A randomly initialised causal LM from its config dictionary, in the config's dtype, with sdpa attention."""
+    hf_config = AutoConfig.for_model(**config)
+    return AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa")
+
+
+def load_ar(folder: str, **extra: Any) -> Any:
+    """A causal LM in float32 with sdpa attention."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa", **extra).eval()
+
+
+def random_llama(positions: int = 4096) -> Any:
+    """A 110 M-parameter model of Llama's kind (12 × 768, vocabulary 32,000), untrained: what benchmarks measure."""
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        intermediate_size=2048,
+        max_position_embeddings=positions,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()

@@ -1,0 +1,85 @@
+"""Medusa: heads on the AR model's last state guess the tokens after the next, and the next pass verifies the guesses.
+
+    pass      reads [ last token | k guesses ]    the AR model's own tokens after each, under the rows' noise
+              keeps them as long as the guesses before were right, and at least one
+
+Heads as in Cai et al. (2024, arXiv 2401.10774): a residual SiLU layer each, here with the LM head shared and the trunk frozen
+(Medusa-1), a chain of guesses and no tree. Verification compares the guess with what the AR model makes of the same noise, so
+the text is the AR model's, token for token: lossless, and simpler to prove than rejection sampling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kforcing.backbone import embeddings, head, lm_head
+from kforcing.baselines.inversion import silent_heads
+from kforcing.baselines.rows import Decoded, Readers, Rows, TextWindows, packed, run, verify
+from kforcing.coupling import Coupling
+from kforcing.distillation.losses import LossSums, hard_target_loss
+
+
+class MedusaHeads(nn.Module):
+    """k heads: head j looks j tokens beyond the next one."""
+
+    def __init__(self, backbone: PreTrainedModel, k: int):
+        super().__init__()
+        width = embeddings(backbone).weight.shape[1]
+        self.heads = silent_heads(width, k)
+
+    def forward(self, state: Tensor) -> Tensor:
+        """(..., D) → (..., k, D) states to give to the LM head."""
+        return torch.stack([state + nn.functional.silu(part(state)) for part in self.heads], dim=-2)
+
+
+class MedusaStep(nn.Module):
+    """The loss of k heads on windows of k + 1 tokens of real text, above a frozen AR model."""
+
+    def __init__(self, backbone: PreTrainedModel, heads: MedusaHeads):
+        super().__init__()
+        self.heads = heads
+        self._backbone = (backbone.requires_grad_(False),)  # in a tuple: it is not trained here
+
+    def forward(self, batch: TextWindows) -> LossSums:
+        """−log p_j(real token) of the tokens after the next, summed over windows."""
+        backbone = self._backbone[0]
+        with torch.no_grad():
+            states_BND = backbone.base_model(input_ids=batch.tokens_BN, use_cache=False).last_hidden_state
+        at = batch.anchors_BW[..., None].expand(-1, -1, states_BND.shape[-1])
+        return hard_target_loss(head(backbone), self.heads(states_BND.gather(1, at)), batch.following_BWK[..., 1:])
+
+
+class MedusaDecoder:
+    """See the module's text."""
+
+    def __init__(self, backbone: PreTrainedModel, heads: MedusaHeads, coupling: Coupling):
+        self.backbone: Any = packed(backbone)
+        self.heads, self.coupling, self.readers = heads.eval(), coupling, Readers(self.backbone)
+
+    @torch.inference_mode()
+    def decode(self, prompts_RN: Tensor, new_tokens: int, seeds: list[int]) -> Decoded:
+        """See `Decoder`. Raises ValueError for prompts of one token."""
+        R, N = prompts_RN.shape
+        if N < 2:
+            raise ValueError(f"prompts of {N} token: the heads need a state before the last one; give at least 2")
+        k = len(self.heads.heads)
+        rows = Rows(prompts_RN, seeds, new_tokens, spare=k + 1)
+        reader = self.readers(rows)
+        state_RD = reader.tokens(prompts_RN[:, :-1])[:, -1]
+
+        def step() -> None:
+            nonlocal state_RD
+            z_RL = rows.noise(rows.length_R, k + 1)
+            guesses = self.coupling(lm_head(self.backbone, self.heads(state_RD)).float(), z_RL[:, :-1], 1.0)
+            last = rows.length_R - 1
+            states_RLD = reader.at(last).tokens(torch.cat([rows.tokens(last, 1), guesses], dim=1))
+            sure = self.coupling(lm_head(self.backbone, states_RLD).float(), z_RL, 1.0)
+            keep_R = verify(guesses, sure)
+            rows.append(sure, keep_R)
+            state_RD = states_RLD[torch.arange(R, device=keep_R.device), keep_R - 1]
+
+        return run(rows, new_tokens, step, passes_a_step=1)

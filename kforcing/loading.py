@@ -1,0 +1,50 @@
+"""A model for the engine from a directory, whatever kind it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from kforcing.modeling import PushForwardLM
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load_model(
+    path: str | Path, device: str | None = None, dtype: str | None = None
+) -> PushForwardLM | PreTrainedModel:
+    """A student that `save_pretrained` wrote, or any causal LM of transformers, ready to decode.
+
+    Args:
+        device: torch's name of one; none for a GPU where there is one.
+        dtype: `fp32` or `bf16`; none for the one it was saved in.
+    Raises:
+        FileNotFoundError: when the directory holds no model.
+        ValueError: for an unknown dtype.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype}: choose one of {', '.join(DTYPES)}")
+    config = Path(path) / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"no config.json in {path}; expected a student's or a transformers model's directory")
+    model: Any
+    if json.loads(config.read_text()).get("model_type") == "kforcing":
+        model = PushForwardLM.from_pretrained(path)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", dtype="auto")
+    model.to(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return (model.to(dtype=DTYPES[dtype]) if dtype else model).eval()
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer beside a model. Raises FileNotFoundError when there is none."""
+    if not any(Path(path).glob("tokenizer*")) and not any(Path(path).glob("vocab*")):
+        raise FileNotFoundError(f"no tokenizer in {path}; put tokenizer.json and tokenizer_config.json there")
+    # Whole in itself, where AutoTokenizer would stumble over a student's config.
+    if (Path(path) / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path)

@@ -1,0 +1,57 @@
+"""Fidelity of a student to its AR teacher under the same noise, with honest intervals.
+
+match_j       share of windows whose j-th student token equals the AR teacher's coupled token
+block_match   share of windows with all k equal
+student_nll   the AR teacher's −log p of the student's tokens; teacher_nll: of the teacher's own. Two-sided: a student
+              that is *likelier* under the teacher than the teacher itself has collapsed towards modes
+target_nll    −log p_j of the teacher's coupled token under the student: the training loss on held-out data
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kforcing.attention.reader import Windows, ar_block_states, read_context
+from kforcing.backbone import head
+from kforcing.coupling import COUPLINGS
+from kforcing.distillation.losses import token_nll
+from kforcing.distillation.teachers import ARTeacher
+from kforcing.modeling import PushForwardLM
+
+
+@dataclass(frozen=True)
+class WindowScores:
+    """Per window and offset, all (B, W, K)."""
+
+    match: Tensor
+    student_nll: Tensor
+    teacher_nll: Tensor
+    target_nll: Tensor
+
+
+@torch.inference_mode()
+def window_scores(student: PushForwardLM, teacher: PreTrainedModel, windows: Windows) -> WindowScores:
+    """Run student and AR teacher on the same windows and noise, under the student's coupling.
+
+    Args:
+        student: of k ≥ windows.k.
+        teacher: the AR model.
+    """
+    mine = student.draw(windows).tokens_BWK
+    theirs = ARTeacher(teacher, COUPLINGS[student.config.design.coupling]).rollout(windows)
+    context = read_context(teacher, windows.context_BN)
+    scores = student.scores(windows, theirs)
+
+    def teacher_nll(tokens_BWK: Tensor) -> Tensor:
+        return token_nll(head(teacher), ar_block_states(teacher, context, windows.anchors_BW, tokens_BWK), tokens_BWK)
+
+    return WindowScores(
+        match=mine == theirs,
+        student_nll=teacher_nll(mine),
+        teacher_nll=teacher_nll(theirs),
+        target_nll=token_nll(scores.head, scores.states_BWKD, theirs),
+    )

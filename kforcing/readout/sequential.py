@@ -1,0 +1,238 @@
+"""The sequential read-out: an exact AR trunk, parallel hints for depth, a small head for dependence.
+
+    trunk     the AR model; reads context and committed tokens only; its own head gives token 1, exactly
+    hints     K−1 learned queries at positions t+1 … t+K−1, through layers that see the trunk's keys and values and the
+              earlier hints of their window: what can be known of the block before its tokens are
+    head      one transformer block over [trunk state, then for each token made (trunk state, hint state, embedding)]:
+              it corrects the hint's logits for the tokens before, K−1 times
+
+A coupling draws each token from its distribution outside the network, so temperature and log-probabilities mean what
+they say. The step is still a push-forward map: k noise variables in, k tokens out.
+
+Shapes: B batch, W windows, K tokens of a block, H = K − 1 hints, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kforcing.attention.reader import Context, Reader, Windows
+from kforcing.backbone import embeddings, head, lm_head
+from kforcing.chunking import CHUNK, in_chunks
+from kforcing.coupling import Coupling
+from kforcing.design import SequentialConfig
+from kforcing.readout.base import BlockScores, Pick, Readout, Turn, open_windows
+from kforcing.readout.head_block import HeadBlock, Past
+from kforcing.readout.hint_layers import hint_stack
+
+
+class SequentialReadout(Readout):
+    """See the module's text."""
+
+    def __init__(self, backbone: PreTrainedModel, k: int, config: SequentialConfig, coupling: Coupling):
+        super().__init__()
+        self.config, self.coupling = config, coupling
+        width = embeddings(backbone).weight.shape[1]
+        if head(backbone).weight.shape[1] != width:
+            raise ValueError(
+                f"{type(backbone).__name__} has embeddings and a head of different widths; they must agree"
+            )
+        if config.hints != "none":
+            self.layers = hint_stack(backbone.base_model, config)
+            self.queries = nn.Embedding(max(k - 1, 1), width)
+            nn.init.normal_(self.queries.weight, std=embeddings(backbone).weight.std().item())
+        if config.draft == "bigram":
+            self.bigram = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
+        self.token_norm = nn.LayerNorm(width)
+        self.entry = nn.Linear(3 * width, width)
+        self.positions = nn.Embedding(k, width)
+        nn.init.normal_(self.positions.weight, std=0.02)
+        self.block = HeadBlock(width, math.gcd(width, backbone.config.num_attention_heads))
+        self.norm = nn.LayerNorm(width)
+        self.correct = nn.Linear(width, width)
+
+    def start(self, backbone: PreTrainedModel) -> None:
+        """Begin as the parallel hints alone: the head corrects nothing yet."""
+        nn.init.zeros_(self.correct.weight)
+        nn.init.zeros_(self.correct.bias)
+
+    def grow(self, k: int) -> None:
+        """New hints and places in the block begin as the last known ones."""
+        self.positions = _extended(self.positions, k)
+        if self.config.hints != "none":
+            self.queries = _extended(self.queries, max(k - 1, 1))
+
+    def pick(self, logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
+        """The coupled draw."""
+        return self.coupling(logits.float(), z, temperature)
+
+    def scores(
+        self, backbone: PreTrainedModel, windows: Windows, tokens_BWK: Tensor, context: Context | None = None
+    ) -> BlockScores:
+        """p(· | context, tokens before) over the whole vocabulary, for every token of the given blocks."""
+        context, reader = open_windows(backbone, windows, context)
+        trunk_BWD = self._trunk(backbone, windows, reader, context.at(windows.anchors_BW))
+        first_BW1D = trunk_BWD[:, :, None]
+        if windows.k == 1:
+            return BlockScores(first_BW1D, head(backbone))
+        drafts, side = self._drafts(backbone, windows, tokens_BWK)
+        hints_BWHD = self._hints(backbone, trunk_BWD, reader, drafts, windows.k)
+        before_BWHD = embeddings(backbone)(tokens_BWK[..., :-1])
+        corrections_BWHD, _ = self._head(trunk_BWD, hints_BWHD, before_BWHD, 1, self._first_entry(trunk_BWD))
+        side = (*side, hints_BWHD) if self.config.shortlist else side
+        return BlockScores(torch.cat([first_BW1D, hints_BWHD + corrections_BWHD], dim=2), head(backbone), side)
+
+    def turns(
+        self, backbone: PreTrainedModel, windows: Windows, reader: Reader, known_BWD: Tensor | None, pick: Pick
+    ) -> Iterator[Turn]:
+        """Token 1 from the trunk, then K−1 turns of the head."""
+        trunk_BWD = self._trunk(backbone, windows, reader, known_BWD)
+        hints_BWHD = parallel_BWHV = None
+        if windows.k > 1 and self.config.shortlist and self.config.draft == "none":
+            # Nothing waits for token 1: one pass of the LM head scores it and all hints.
+            hints_BWHD = self._hints(backbone, trunk_BWD, reader, [], windows.k)
+            logits_BWKV = lm_head(backbone, torch.cat([trunk_BWD[:, :, None], hints_BWHD], dim=2))
+            logits_BWV, parallel_BWHV = logits_BWKV[:, :, 0], logits_BWKV[:, :, 1:]
+        else:
+            logits_BWV = lm_head(backbone, trunk_BWD)
+        token_BW = pick(logits_BWV, 0)
+        yield logits_BWV, token_BW
+        if windows.k == 1:
+            return
+        if hints_BWHD is None:
+            drafts, _ = self._drafts(backbone, windows, token_BW[..., None])
+            hints_BWHD = self._hints(backbone, trunk_BWD, reader, drafts, windows.k)
+        yield from self._later_turns(backbone, trunk_BWD, hints_BWHD, parallel_BWHV, token_BW, pick)
+
+    def tokens(self, backbone: PreTrainedModel, windows: Windows, context: Context | None = None) -> Tensor:
+        """See `Readout.tokens`: the head takes its turns on some windows after the other."""
+        context, reader = open_windows(backbone, windows, context)
+        trunk_BWD = self._trunk(backbone, windows, reader, context.at(windows.anchors_BW))
+        trunk_RD, noise_RK = trunk_BWD.flatten(0, 1), windows.noise_BWK.flatten(0, 1)
+        temperature_R, shape = windows.temperature_BW.flatten(), windows.noise_BWK.shape
+        guess = partial(self._guess, backbone, trunk_RD, noise_RK[:, 0], temperature_R)
+        (first_R,) = in_chunks(guess, len(trunk_RD), CHUNK)
+        if windows.k == 1:
+            return first_R.view(shape)
+        drafts, _ = self._drafts(backbone, windows, first_R.view(shape[:2])[..., None])
+        hints_RHD = self._hints(backbone, trunk_BWD, reader, drafts, windows.k).flatten(0, 1)
+
+        def later(rows: slice) -> tuple[Tensor, ...]:
+            def pick(logits_1RV: Tensor, offset: int) -> Tensor:
+                return self.pick(logits_1RV, noise_RK[None, rows, offset], temperature_R[None, rows])
+
+            hints = hints_RHD[None, rows]
+            turns = self._later_turns(backbone, trunk_RD[None, rows], hints, None, first_R[None, rows], pick)
+            return (torch.cat([token for _, token in turns]).T,)
+
+        (later_RH,) = in_chunks(later, len(trunk_RD), max(1, CHUNK // windows.k))
+        return torch.cat([first_R[:, None], later_RH], dim=1).view(shape)
+
+    def _later_turns(
+        self,
+        backbone: PreTrainedModel,
+        trunk_BWD: Tensor,
+        hints_BWHD: Tensor,
+        parallel_BWHV: Tensor | None,
+        token_BW: Tensor,
+        pick: Pick,
+    ) -> Iterator[Turn]:
+        """The turns of the head, after token 1; `parallel_BWHV` are the hints' own logits, when they are made already."""
+        if parallel_BWHV is None and self.config.shortlist:
+            parallel_BWHV = lm_head(backbone, hints_BWHD)
+        past = self._first_entry(trunk_BWD)
+        for j in range(hints_BWHD.shape[2]):
+            hint_BW1D = hints_BWHD[:, :, j : j + 1]
+            before_BW1D = embeddings(backbone)(token_BW)[:, :, None]
+            correction_BW1D, past = self._head(trunk_BWD, hint_BW1D, before_BW1D, j + 1, past)
+            if parallel_BWHV is None:
+                logits_BWV = lm_head(backbone, hint_BW1D + correction_BW1D)[:, :, 0]
+            else:
+                logits_BWV = self._shortlisted(backbone, parallel_BWHV[:, :, j], correction_BW1D[:, :, 0])
+            token_BW = pick(logits_BWV, j + 1)
+            yield logits_BWV, token_BW
+
+    def _trunk(self, backbone: PreTrainedModel, windows: Windows, reader: Reader, known_BWD: Tensor | None) -> Tensor:
+        """The trunk's state at the last known token of each window."""
+        if windows.prefix_BWP is None:
+            assert known_BWD is not None
+            return known_BWD
+        return reader.read(embeddings(backbone)(windows.prefix_BWP))[:, :, -1]
+
+    def _drafts(
+        self, backbone: PreTrainedModel, windows: Windows, tokens_BWK: Tensor
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """Guesses (B, W) of tokens 1, 2, … for the hints to see, of which the first is known; bigram states to train."""
+        if self.config.draft == "none":
+            return [], ()
+        drafts = [tokens_BWK[..., 0]]
+        if self.config.draft == "first":
+            return drafts, ()
+
+        def bigram(tokens: Tensor) -> Tensor:
+            return self.bigram(embeddings(backbone)(tokens))
+
+        temperature_R, shape = windows.temperature_BW.flatten(), windows.anchors_BW.shape
+        with torch.no_grad():
+            for j in range(1, windows.k - 1):
+                states_RD, noise_R = bigram(drafts[-1]).flatten(0, 1), windows.noise_BWK[..., j].flatten()
+                guess = partial(self._guess, backbone, states_RD, noise_R, temperature_R)
+                drafts.append(in_chunks(guess, shape.numel(), CHUNK)[0].view(shape))
+        return drafts, (bigram(tokens_BWK[..., :-1]),) if torch.is_grad_enabled() else ()
+
+    def _guess(
+        self, backbone: PreTrainedModel, states_RD: Tensor, noise_R: Tensor, temperature_R: Tensor, rows: slice
+    ) -> tuple[Tensor, ...]:
+        return (self.pick(lm_head(backbone, states_RD[rows]), noise_R[rows], temperature_R[rows]),)
+
+    def _hints(
+        self, backbone: PreTrainedModel, trunk_BWD: Tensor, reader: Reader, drafts: list[Tensor], k: int
+    ) -> Tensor:
+        """States (B, W, H, D) that stand for the block before its tokens are known."""
+        if self.config.hints == "none":
+            return trunk_BWD[:, :, None].expand(-1, -1, k - 1, -1)
+        numbers_H = torch.arange(k - 1, device=trunk_BWD.device)
+        inputs = self.queries(numbers_H).expand(*trunk_BWD.shape[:2], -1, -1)
+        if drafts:
+            seen = embeddings(backbone)(torch.stack(drafts, dim=2))
+            inputs = inputs + nn.functional.pad(seen, (0, 0, 0, k - 1 - len(drafts)))
+        return reader.fork(self.layers, self.layers.config.num_hidden_layers).read(inputs)
+
+    def _first_entry(self, trunk_BWD: Tensor) -> Past:
+        """The head's memory of the trunk state alone."""
+        nothing = torch.zeros_like(trunk_BWD[:, :, None])
+        return self.block.remember(self._entries(trunk_BWD, nothing, nothing, 0))
+
+    def _head(
+        self, trunk_BWD: Tensor, hints_BWLD: Tensor, before_BWLD: Tensor, place: int, past: Past
+    ) -> tuple[Tensor, Past]:
+        """What the head adds to the hint states from `place` on, once the tokens before are known."""
+        x_TLD, past = self.block(self._entries(trunk_BWD, hints_BWLD, self.token_norm(before_BWLD), place), past)
+        return self.correct(self.norm(x_TLD)).view(hints_BWLD.shape), past
+
+    def _entries(self, trunk_BWD: Tensor, hints_BWLD: Tensor, before_BWLD: Tensor, place: int) -> Tensor:
+        """What the head reads at the places from `place` on: (B·W, L, D)."""
+        L = hints_BWLD.shape[2]
+        trunk_BWLD = trunk_BWD[:, :, None].expand(-1, -1, L, -1)
+        x = self.entry(torch.cat([trunk_BWLD, hints_BWLD, before_BWLD], dim=-1))
+        return (x + self.positions(torch.arange(place, place + L, device=x.device))).flatten(0, 1)
+
+    def _shortlisted(self, backbone: PreTrainedModel, parallel: Tensor, corrections: Tensor) -> Tensor:
+        """Parallel logits, corrected on the shortlist of their best tokens and −inf elsewhere: (..., V)."""
+        best, ids = parallel.topk(min(self.config.shortlist, parallel.shape[-1]), dim=-1)
+        rows = head(backbone).weight[ids]
+        corrected = best + (rows @ corrections[..., None]).squeeze(-1)
+        return torch.full_like(parallel, -torch.inf).scatter(-1, ids, corrected)
+
+
+def _extended(table: nn.Embedding, n: int) -> nn.Embedding:
+    """The first n rows, with the last repeated as often as rows are missing."""
+    rows = table.weight.detach()
+    rows = torch.cat([rows, rows[-1:].expand(max(0, n - len(rows)), -1)])[:n]
+    return nn.Embedding.from_pretrained(rows.clone(), freeze=False)

@@ -1,0 +1,231 @@
+"""Corpus → content-addressed token blocks: tokenise, pack into N-token blocks, split by document.
+
+    documents (Ray Data, streaming) ─► tokenise + pack + shuffle a shard of documents ─► Parquet shards ─► manifest
+
+A prepared corpus lives in a folder named by the hash of everything it was made from, and is found again by it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from pipelines.config.fingerprint import fingerprint
+from pipelines.config.schema import Config, ConfigError, DataConfig, TokenizerConfig
+from pipelines.data.corpus import documents, is_heldout, source_digest
+from pipelines.data.token_store import MANIFEST, fixed_list, write_manifest, write_shard
+from pipelines.runs.stages import exclusive
+
+_SAY_EVERY_S = 2.0
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A finished corpus on disk."""
+
+    folder: Path
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder of the tokenizer."""
+        return self.folder / "tokenizer"
+
+    def split(self, name: str) -> Path:
+        """Folder of the `train` or `heldout` store."""
+        return self.folder / name
+
+    @property
+    def id(self) -> str:
+        """The fingerprint of its inputs."""
+        return self.folder.name
+
+    def facts(self) -> dict[str, Any]:
+        """Rows, tokens, documents and tokens/s of both splits."""
+        keep = ("rows", "tokens", "documents", "seconds")
+        records = {s: json.loads((self.split(s) / MANIFEST).read_text()) for s in ("train", "heldout")}
+        return {name: {key: record[key] for key in keep} for name, record in records.items()}
+
+
+def load_tokenizer(path: str | Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer from a local folder or hub id."""
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    return AutoTokenizer.from_pretrained(str(path), **extra)
+
+
+def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that ends a document: EOS, or the separator of BERT-style vocabularies."""
+    for token_id in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        if token_id is not None:
+            return token_id
+    raise ConfigError(f"tokenizer {tokenizer.name_or_path} has neither an EOS nor a separator token; add one to it")
+
+
+def tokenizer_source(config: Config) -> tuple[str | None, str | None]:
+    """(path, gguf file) of a given tokenizer, or (None, None) when one is to be trained."""
+    if config.tokenizer.path or not config.teacher.path:
+        return config.tokenizer.path, None
+    return config.teacher.path, config.teacher.gguf_file
+
+
+def _tokenizer_digest(config: Config) -> Any:
+    path, gguf_file = tokenizer_source(config)
+    if path is None:
+        return {"vocab": config.tokenizer.vocab_size, "sample": config.tokenizer.sample_chars}
+    files = sorted(Path(path).glob("tokenizer*")) + sorted(Path(path).glob("vocab*"))
+    contents = [hashlib.blake2b(f.read_bytes(), digest_size=16).hexdigest() for f in files if f.is_file()]
+    return {"path": None if contents else path, "gguf": gguf_file, "files": contents}
+
+
+def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
+    """Make the token blocks of a run, or find them made."""
+    name = fingerprint(config.data, source_digest(config.data), _tokenizer_digest(config))
+    cache = Path(config.data.cache_dir) if config.data.cache_dir else config.root.parent / "data"
+    prepared = Prepared(cache.absolute() / name)
+    if (prepared.split("heldout") / MANIFEST).is_file():
+        say(f"corpus  {prepared.folder} is up to date")
+        return prepared
+    prepared.folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(prepared.folder / ".lock", wait=True):
+        _make(config, prepared, say)
+    return prepared
+
+
+def _make(config: Config, prepared: Prepared, say: Callable[[str], None]) -> None:
+    """Whatever of the tokenizer and the two splits is not there yet."""
+    ray.data.DataContext.get_current().execution_options.preserve_order = True  # the same shards every time
+    documents(config.data)  # a source that cannot be read is an error here, not in a remote task
+    path, gguf_file = tokenizer_source(config)
+    if not prepared.tokenizer.is_dir():
+        partial = prepared.folder / ".tokenizer.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        if path:
+            load_tokenizer(path, gguf_file).save_pretrained(partial)
+        else:
+            say(f"corpus  training a byte-level BPE of {config.tokenizer.vocab_size} tokens")
+            ray.get(_train_tokenizer.remote(config.data, config.tokenizer, str(partial)))
+        partial.rename(prepared.tokenizer)
+    for split in ("train", "heldout"):
+        _write_split(config.data, prepared, split, say)
+
+
+@ray.remote(num_cpus=0)
+def _train_tokenizer(data: DataConfig, config: TokenizerConfig, folder: str) -> None:
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+
+    def texts() -> Iterator[str]:
+        left = config.sample_chars
+        for batch in documents(data).iter_batches(batch_size=16, batch_format="pyarrow"):
+            train = ~is_heldout(batch["doc"].to_numpy(), data.heldout_fraction)
+            for text in batch["text"].filter(pa.array(train)).to_pylist():
+                yield text[:left]
+                left -= len(text)
+                if left <= 0:
+                    return
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
+    fast.save_pretrained(folder)
+
+
+@functools.lru_cache(maxsize=1)
+def _worker_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    return load_tokenizer(folder)
+
+
+def pack(ids: list[list[int]], docs: np.ndarray, block: int, eos: int) -> tuple[np.ndarray, np.ndarray]:
+    """Concatenate documents, each followed by EOS, and cut blocks of `block` tokens; the short tail is dropped.
+
+    Returns:
+        blocks (n, block) int32, and for each block the id of the document its first token belongs to.
+    """
+    stream = np.concatenate([np.append(np.asarray(x, np.int32), np.int32(eos)) for x in ids]).astype(np.int32)
+    ends = np.cumsum([len(x) + 1 for x in ids])
+    n = len(stream) // block
+    owners = np.searchsorted(ends, np.arange(n) * block, side="right")
+    return stream[: n * block].reshape(n, block), docs[owners]
+
+
+def sequence_ids(blocks: np.ndarray) -> np.ndarray:
+    """63-bit content hash of each block: the sequence id of its noise and its place in the shuffle."""
+    digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in blocks]
+    return (np.frombuffer(b"".join(digests), "<u8") >> np.uint64(1)).astype(np.int64)
+
+
+def _pack_shard(table: pa.Table, data: DataConfig, prepared: Prepared, split: str) -> pa.Table:
+    docs = table["doc"].to_numpy()
+    chosen = is_heldout(docs, data.heldout_fraction) == (split == "heldout")
+    texts = table["text"].filter(pa.array(chosen)).to_pylist()
+    tokenizer = _worker_tokenizer(str(prepared.tokenizer))
+    ids = (
+        tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        if texts
+        else []
+    )
+    entry: dict[str, Any] = {"file": "", "rows": 0}
+    if sum(map(len, ids)) + len(ids) >= data.block:
+        blocks, owners = pack(ids, docs[chosen], data.block, eos_id(tokenizer))
+        seq = sequence_ids(blocks)
+        order = np.argsort(seq, kind="stable")
+        rows = pa.table({"seq": seq[order], "doc": owners[order], "tokens": fixed_list(blocks[order])})
+        name = hashlib.blake2b(seq[order].tobytes(), digest_size=8).hexdigest()
+        entry = write_shard(prepared.split(split), name, rows)
+    return pa.Table.from_pylist([{**entry, "documents": len(texts), "tokens": entry["rows"] * data.block}])
+
+
+def _write_split(data: DataConfig, prepared: Prepared, split: str, say: Callable[[str], None]) -> None:
+    folder = prepared.split(split)
+    if (folder / MANIFEST).is_file():
+        return
+    folder.mkdir(exist_ok=True)
+    started = said = time.monotonic()
+    shards = (
+        documents(data)
+        .repartition(target_num_rows_per_block=data.docs_per_shard)
+        .map_batches(
+            _pack_shard,
+            fn_kwargs={"data": data, "prepared": prepared, "split": split},
+            batch_format="pyarrow",
+            batch_size=data.docs_per_shard,
+        )
+    )
+    entries: list[dict[str, Any]] = []
+    count = tokens = 0
+    for row in shards.iter_rows():
+        count, tokens = count + row.pop("documents"), tokens + row.pop("tokens")
+        if row["rows"]:
+            entries.append(row)
+        if time.monotonic() > said + _SAY_EVERY_S:
+            said = time.monotonic()
+            say(f"corpus  {split}  {count} documents  {tokens:,} tokens  {tokens / (said - started):,.0f} tokens/s")
+    if not entries:
+        raise ConfigError(
+            f"the {split} split of {data.source} has {count} documents and not one block of {data.block} tokens; use a "
+            "larger corpus, a smaller data.block, or another data.heldout_fraction"
+        )
+    seconds = time.monotonic() - started
+    say(f"corpus  {split}  {count} documents  {tokens:,} tokens  {tokens / seconds:,.0f} tokens/s, done")
+    write_manifest(folder, entries, tokens=tokens, documents=count, seconds=round(seconds, 2))

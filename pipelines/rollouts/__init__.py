@@ -1,0 +1,1 @@
+"""Teacher rollouts on their own actors: which rows, who makes them, how they are streamed or cached."""

@@ -1,0 +1,151 @@
+"""Rollouts: the frozen teacher of a stage turns token blocks into training targets, on its own actors.
+
+    chunk numbers ─► read rows (tasks) ─► RolloutActor pool (teacher) ─► train workers, or Parquet when cached
+          (Ray Data: every arrow is bounded; a slow consumer stops the producer)
+
+A *chunk* is the rows that one train worker consumes in a few optimiser steps. Which rows those are is a function of
+the step numbers alone (`StepPlan`), so a stage is one streaming execution whatever its number of epochs, and
+resuming at step s is starting the plan at s.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from transformers import PreTrainedModel
+
+from kforcing.attention.reader import Windows
+from kforcing.backbone import key_heads, load_ar
+from kforcing.coupling import COUPLINGS
+from kforcing.design import Design
+from kforcing.device import peak_gpu_mb, peak_rss_mb, pick_device
+from kforcing.distillation.teachers import ARTeacher, StudentTeacher
+from kforcing.modeling import PushForwardLM
+from kforcing.noise import derive_key, sample_anchors, uniform, window_noise
+from pipelines.config.schema import NoiseConfig
+from pipelines.data.token_store import (
+    fixed_list,
+    to_numpy,
+)
+
+# Sequences in one forward on a CPU, where nothing is gained by more.
+CPU_BATCH = 16
+
+
+@dataclass(frozen=True)
+class RolloutJob:
+    """What a rollout actor needs to know: all of it, so that any actor anywhere makes the same rows."""
+
+    teacher: str
+    """Folder of the teacher: a `PushForwardLM`, or a Hugging Face causal LM when `ar`."""
+    ar: bool
+    k: int
+    """Target tokens of a window."""
+    windows: int
+    seed: int
+    stage: str
+    """Names the noise stream, with the epoch."""
+    design: Design
+    """The student's: its coupling and temperatures."""
+    top_m: int | None
+    """How many of the teacher's likeliest tokens label each target; none for tokens alone."""
+    batch: int | None
+    """Sequences in one forward; none for as many as the device has room for."""
+    threads: int
+    draws: int = 1
+    """Windows of each anchor, with independent noise."""
+
+
+class RolloutActor:
+    """Holds the frozen teacher; called by Ray Data with rows of tokens, returns them with anchors and targets."""
+
+    def __init__(self, job: RolloutJob):
+        torch.set_num_threads(job.threads)
+        self.job = job
+        self.device = pick_device()
+        self.teacher: ARTeacher | StudentTeacher
+        if job.ar:
+            self.teacher = ARTeacher(load_ar(job.teacher).to(self.device), COUPLINGS[job.design.coupling])
+        else:
+            self.teacher = StudentTeacher(PushForwardLM.from_pretrained(job.teacher).to(self.device))
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Rows of tokens → the same rows with anchors, targets, noise key, temperature and the cost of making them."""
+        started = time.monotonic()
+        batch = self.job.batch or self._fitting(len(table["tokens"][0]))
+        parts = [self._roll_out(table.slice(i, batch)) for i in range(0, len(table), batch)]
+        rolled = pa.concat_tables(parts)
+        seconds = (time.monotonic() - started) / len(rolled)
+        cost = {"rollout_s": seconds, "rollout_rss_mb": peak_rss_mb(), "rollout_gpu_mb": peak_gpu_mb()}
+        for name, value in cost.items():
+            rolled = rolled.append_column(name, pa.array(np.full(len(rolled), value)))
+        return rolled
+
+    def _fitting(self, context: int) -> int:
+        if self.device.type != "cuda":
+            return CPU_BATCH
+        backbone = self.teacher.backbone if isinstance(self.teacher, ARTeacher) else self.teacher.student.backbone
+        # With what torch has reserved and does not use, so that the answer does not shrink from call to call.
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        entries = self.job.windows * self.job.draws * self.job.k
+        return fitting_batch(free, pass_bytes(backbone, context, entries))
+
+    def _roll_out(self, rows: pa.Table) -> pa.Table:
+        job = self.job
+        epochs = rows["epoch"].to_numpy()
+        keys = np.array([derive_key(job.seed, job.stage, "noise", e) for e in epochs])
+        anchor_keys = np.array([derive_key(job.seed, job.stage, "anchors", e) for e in epochs])
+        seq = torch.from_numpy(rows["seq"].to_numpy().copy())
+        tokens = torch.from_numpy(to_numpy(rows["tokens"]).astype(np.int64))
+        anchors = sample_anchors(torch.from_numpy(anchor_keys), seq, tokens.shape[1], job.windows)
+        anchors = anchors.repeat_interleave(job.draws, dim=1)
+        noise = window_noise(torch.from_numpy(keys), seq, anchors, job.k)
+        temperature = draw_temperature(torch.from_numpy(anchor_keys), seq, job.design.noise)
+        windows = Windows(*(x.to(self.device) for x in (tokens, anchors, noise, temperature)))
+        labels: dict[str, torch.Tensor] = {}
+        if job.top_m:
+            assert isinstance(self.teacher, ARTeacher), "labels come from the AR teacher"
+            targets, soft = self.teacher.labelled_rollout(windows, job.top_m)
+            assert soft.ids_BWKM is not None
+            labels = {"soft_ids": soft.ids_BWKM.int(), "soft_logp": soft.logp_BWKM}
+        else:
+            targets = self.teacher.rollout(windows)
+        columns = {
+            "anchors": fixed_list(anchors.numpy().astype(np.int32)),
+            "targets": fixed_list(targets.cpu().numpy().reshape(len(seq), -1).astype(np.int32)),
+            "noise_key": pa.array(keys),
+            "temperature": pa.array(temperature.numpy()),
+            **{name: fixed_list(label.cpu().numpy().reshape(len(seq), -1)) for name, label in labels.items()},
+        }
+        for name, column in columns.items():
+            rows = rows.append_column(name, column)
+        return rows
+
+
+def pass_bytes(backbone: PreTrainedModel, context: int, entries: int) -> int:
+    """Memory that one sequence of a rollout needs at most, about: `context` tokens and the `entries` of its blocks.
+
+    Keys and values of all layers, and what one layer works on: a dozen vectors of the model's width for each token that is
+    read at once. Logits are made in chunks and left out.
+    """
+    config: Any = backbone.config
+    size = next(backbone.parameters()).element_size()
+    heads, width = key_heads(backbone)
+    tokens = context + entries
+    return size * tokens * (2 * config.num_hidden_layers * heads * width + 12 * config.hidden_size)
+
+
+def fitting_batch(free: int, sequence: int) -> int:
+    """Sequences that fit in half of so many free bytes: a power of two from 1 to 1024."""
+    return 2 ** min(10, max(1, free // 2 // sequence).bit_length() - 1)
+
+
+def draw_temperature(keys_B: torch.Tensor, seq_B: torch.Tensor, noise: NoiseConfig) -> torch.Tensor:
+    """One temperature a sequence, uniform in the student's range: (B,) float32."""
+    u = uniform(keys_B, seq_B, 0xFFFFFFFE, torch.zeros_like(seq_B)).float()
+    return noise.temperature_min + u * (noise.temperature_max - noise.temperature_min)

@@ -1,0 +1,1 @@
+"""Tracking: a JSONL log that is always written, and MLflow runs and registered models."""

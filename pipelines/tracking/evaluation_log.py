@@ -1,0 +1,73 @@
+"""The MLflow runs of an evaluation: one for the report, one below it for each row."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipelines.config.schema import leaves
+from pipelines.runs.stages import write_json
+from pipelines.tracking.mlflow_client import _log_values, _numbers, mlflow_client, open_experiment
+from pipelines.tracking.tracker import Record, made_by
+
+
+def log_evaluation(uri: str, experiment: str, parent: str | None, folder: Path, report: Record) -> None:
+    """A run for the evaluation, below the run that made the models, and one below it for each row: rows compare in the UI.
+
+    It takes the place of the one that the same folder was logged to before. A server that is down costs a warning: the
+    report is on disk.
+    """
+    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+    try:
+        client = mlflow_client(uri)
+        if parent is not None:
+            try:
+                place = client.get_run(parent).info.experiment_id
+            except Exception:  # made under another server
+                parent = None
+        if parent is None:
+            place = open_experiment(client, uri, experiment, folder.parent)
+        _forget(client, uri, folder)
+        tags = {"evaluation": report["name"], **({MLFLOW_PARENT_RUN_ID: parent} if parent else {})}
+        top = client.create_run(place, run_name=f"evaluation {report['name']}", tags=tags).info.run_id
+        _log_values(client, top, leaves(report["config"]), _numbers({k: report[k] for k in MEASURED}))
+        for file in sorted(f for f in folder.iterdir() if f.suffix in (".md", ".json", ".png", ".html")):
+            client.log_artifact(top, str(file))
+        for row in report["rows"]:
+            run = client.create_run(place, run_name=row["name"], tags={MLFLOW_PARENT_RUN_ID: top}).info.run_id
+            params = [("k", row["k"]), ("method", row["method"])]
+            _log_values(
+                client, run, params, _numbers({k: v for k, v in row.items() if k not in ("name", "k", "method")})
+            )
+            client.set_terminated(run)
+        client.set_terminated(top)
+        write_json(folder / "mlflow.json", {"uri": uri, "run": top})
+    except Exception as error:
+        print(f"warning  tracking to {uri} failed, the report is in {folder} ({error})", file=sys.stderr, flush=True)
+
+
+MEASURED = (
+    "windows",
+    "joint",
+    "free",
+    "determinism",
+    "mauve",
+    "frontier",
+    "batch_invariant",
+    "cost",
+    "references",
+    "gen_ppl_again",
+)
+
+
+def _forget(client: Any, uri: str, folder: Path) -> None:
+    """Delete the run that a folder was logged to before, and those below it."""
+    state = made_by(folder)
+    if state.get("uri") != uri:
+        return
+    run = client.get_run(state["run"]).info
+    below = client.search_runs([run.experiment_id], f"tags.mlflow.parentRunId = '{run.run_id}'", max_results=1000)
+    for old in (run.run_id, *(child.info.run_id for child in below)):
+        client.delete_run(old)

@@ -1,0 +1,69 @@
+"""MLflow clients, experiments, and batches of parameters and metrics."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+
+def mlflow_client(uri: str) -> Any:
+    """A client that is quiet and does not try for minutes to reach a server that is down."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return MlflowClient(uri, registry_uri=uri)
+
+
+def open_experiment(client: Any, uri: str, name: str, beside: Path) -> str:
+    """The id of an experiment, made when it is not there yet."""
+    found = client.get_experiment_by_name(name)
+    if found:
+        return str(found.experiment_id)
+    # A server places artifacts itself; sqlite would put them into the current directory.
+    place = (beside / "mlartifacts").absolute().as_uri() if uri.startswith("sqlite") else None
+    return str(client.create_experiment(name, artifact_location=place))
+
+
+def log_report(
+    uri: str | None, experiment: str, folder: Path, params: dict[str, Any], metrics: dict[str, float]
+) -> str:
+    """A run of its own for a benchmark or a comparison, with the files of its folder; returns where it went."""
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.parent.absolute()}/mlflow.db"
+    client = mlflow_client(uri)
+    run = client.create_run(open_experiment(client, uri, experiment, folder.parent), run_name=folder.name).info.run_id
+    _log_values(client, run, list(params.items()), metrics)
+    for file in sorted(f for f in folder.iterdir() if f.is_file()):
+        client.log_artifact(run, str(file))
+    client.set_terminated(run)
+    return uri
+
+
+def _log_values(client: Any, run: str, params: list[tuple[str, Any]], metrics: dict[str, float]) -> None:
+    from mlflow.entities import Metric, Param
+
+    now = int(time.time() * 1000)
+    client.log_batch(run, params=[Param(name, str(value)[:500]) for name, value in params])
+    values = [Metric(name, value, now, 0) for name, value in metrics.items()]
+    for start in range(0, len(values), 500):
+        client.log_batch(run, metrics=values[start : start + 500])
+
+
+def _numbers(tree: Any, name: str = "eval") -> dict[str, float]:
+    """The numbers of nested dictionaries and lists by path; of a figure with an interval its value, lo and hi."""
+    if isinstance(tree, dict):
+        parts = [(f"{name}/{key}" if key != "value" else name, item) for key, item in tree.items()]
+    elif isinstance(tree, list):
+        parts = [(f"{name}_{j + 1}", item) for j, item in enumerate(tree)]
+    else:
+        plain = isinstance(tree, int | float) and not isinstance(tree, bool)
+        return {re.sub(r"[^A-Za-z0-9_\-./ ]", "_", name): float(tree)} if plain else {}
+    return {path: number for part, item in parts for path, number in _numbers(item, part).items()}

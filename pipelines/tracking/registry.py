@@ -1,0 +1,69 @@
+"""Registered students in the MLflow model registry."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.config.schema import ConfigError
+from pipelines.tracking.mlflow_client import mlflow_client
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version of a registered student, and the run that made it."""
+
+    name: str
+    version: str
+    source: str
+    uri: str
+    run: str
+    """Id of the pipeline's run."""
+    params: dict[str, str]
+    """Its config, field by field."""
+
+    def download(self, folder: Path) -> None:
+        """Copy the model's files to a new folder."""
+        from mlflow.artifacts import download_artifacts
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        place = Path(download_artifacts(artifact_uri=self.source, dst_path=str(folder.parent), tracking_uri=self.uri))
+        place.rename(folder)
+
+
+def registered_student(name: str, uri: str | None) -> Registered:
+    """`models:/NAME@ALIAS` or `models:/NAME/VERSION` in the registry. Raises ConfigError when it is not there."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd()}/runs/mlflow.db"
+    found = re.fullmatch(r"models:/([^@/]+)(?:@([^@/]+)|/(\d+))", name)
+    if not found:
+        raise ConfigError(f"{name}: write models:/NAME@ALIAS or models:/NAME/VERSION")
+    client = mlflow_client(uri)
+    try:
+        model, alias, number = found.groups()
+        version = (
+            client.get_model_version_by_alias(model, alias) if alias else client.get_model_version(model, str(number))
+        )
+        child = client.get_run(version.run_id)
+        parent = client.get_run(child.data.tags.get(MLFLOW_PARENT_RUN_ID, version.run_id))
+    except MlflowException as error:
+        raise ConfigError(f"{name} in {uri}: {str(error).splitlines()[0]}") from None
+    return Registered(model, version.version, version.source, uri, parent.info.run_id, dict(parent.data.params))
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a saved model in a stage's folder: weights, configs and tokenizer, not its working files."""
+    names = (
+        "config.json",
+        "generation_config.json",
+        "model*.safetensors*",
+        "tokenizer*",
+        "special_tokens_map.json",
+        "vocab*",
+        "merges*",
+    )
+    return sorted({f for pattern in names for f in folder.glob(pattern)})

@@ -1,0 +1,229 @@
+"""DeepSpeed, and nothing else of the pipeline: engine, moving average, checkpoints, whole weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from pipelines.config.schema import TrainConfig
+from pipelines.runs.stages import StageError, write_json
+
+LATEST = "latest.json"
+
+
+def _import_deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if not torch.cuda.is_available():
+        # The shared-memory collective is compiled at first use; gloo alone needs neither compiler nor ninja.
+        from deepspeed import ops
+
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("ERROR")
+    return deepspeed
+
+
+def engine_config(train: TrainConfig, world_size: int, universal: bool) -> dict[str, Any]:
+    """The DeepSpeed config of a stage; `universal` loads checkpoints of another world size."""
+    return {
+        "train_batch_size": train.batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": train.batch // (train.micro_batch * world_size),
+        "gradient_clipping": train.clip,
+        "zero_optimization": {"stage": train.zero_stage},
+        "bf16": {"enabled": train.precision == "bf16"},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": train.lr,
+                "betas": [train.beta1, train.beta2],
+                "eps": train.eps,
+                "weight_decay": train.weight_decay,
+                "torch_adam": True,
+            },
+        },
+        "checkpoint": {"load_universal": universal},
+        "steps_per_print": 10**9,
+    }
+
+
+def build_engine(module: nn.Module, train: TrainConfig, checkpoints: Path) -> Any:
+    """Wrap a module in a DeepSpeed engine on the process group that is already up.
+
+    `checkpoints` is where `load_checkpoint` will look: a ZeRO checkpoint of another world size has to be announced here.
+    """
+    deepspeed = _import_deepspeed()
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    latest, world = latest_checkpoint(checkpoints), dist.get_world_size()
+    universal = latest is not None and latest["world_size"] != world
+    config = engine_config(train, world, universal)
+    if train.zero_stage == 3:
+        for part in module.modules():
+            if type(part) is nn.Linear and not part.weight.requires_grad:
+                part.__class__ = FrozenLinear
+    trained = [p for p in module.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=config)
+    return engine
+
+
+class FrozenLinear(nn.Linear):
+    """A linear map that is not trained, whose weights autograd keeps by an alias.
+
+    ZeRO 3 empties parameters as soon as their module has run. A pass that is computed again in a backward pass
+    (`kforcing.recompute`) needs them a little longer; torch sees to that for trained parameters alone.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) → (..., out)."""
+        return linear(x, self.weight.detach(), None if self.bias is None else self.bias.detach())
+
+
+def set_lr(engine: Any, lr: float) -> None:
+    """Set the learning rate of the next update."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def trained_parameters(engine: Any) -> list[tuple[str, Any]]:
+    """(name, parameter) of all that is not frozen, in the same order on every rank."""
+    return [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
+
+
+def _partition(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter: its ZeRO-3 partition, or the whole of it."""
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+class MovingAverage:
+    """Exponential moving average of the weights in float32, sharded over ranks.
+
+    Under ZeRO 3 each rank averages its own partitions; below that, parameters are dealt out to ranks round-robin.
+    """
+
+    def __init__(self, engine: Any, decay: float):
+        self.decay = decay
+        named = trained_parameters(engine)
+        sharded = any(hasattr(p, "ds_tensor") for _, p in named)
+        rank, world = dist.get_rank(), dist.get_world_size()
+        self.parameters = {n: p for i, (n, p) in enumerate(named) if sharded or i % world == rank}
+        self.average = {n: _partition(p).detach().float().clone() for n, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the current weights; early steps move faster, by min(decay, (1 + step) / (10 + step))."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in self.parameters.items():
+            self.average[name].lerp_(_partition(parameter).float(), weight)
+
+    def load(self, folder: Path, world_size: int) -> None:
+        """Read the average from a checkpoint that `world_size` ranks wrote."""
+        files = [load_file(folder / f"average-{rank}.safetensors") for rank in range(world_size)]
+        for name, parameter in self.parameters.items():
+            whole = torch.cat([file[name].flatten() for file in files if name in file])
+            mine = self.average[name].view(-1)
+            first = dist.get_rank() * mine.numel() if hasattr(parameter, "ds_tensor") else 0
+            part = whole[first : first + mine.numel()]  # the last partition may be padded
+            mine[: part.numel()].copy_(part)
+
+
+def save_checkpoint(engine: Any, average: MovingAverage | None, folder: Path, step: int) -> None:
+    """Write a checkpoint from all ranks; `latest.json` then names it atomically, and older ones go."""
+    tag = f"step-{step:08d}"
+    # Frozen weights are those the stage begins with: a checkpoint need not hold them, and resuming does not ask.
+    engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+    if average:
+        save_file(average.average, folder / tag / f"average-{dist.get_rank()}.safetensors")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        write_json(folder / LATEST, {"tag": tag, "step": step, "world_size": dist.get_world_size()})
+        for old in folder.glob("step-*"):
+            if old.name != tag:
+                shutil.rmtree(old)
+    dist.barrier()
+
+
+def latest_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """`{"tag", "step", "world_size"}` of the newest complete checkpoint, or None."""
+    file = folder / LATEST
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def load_checkpoint(engine: Any, average: MovingAverage | None, folder: Path) -> int:
+    """Resume weights, optimiser and average from the newest checkpoint; returns the step to continue at."""
+    latest = latest_checkpoint(folder)
+    if latest is None:
+        return 0
+    tag = latest["tag"]
+    if latest["world_size"] != dist.get_world_size():
+        tag = _universal(folder, tag)
+    loaded, _ = engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=_load_trained)
+    assert loaded is not None, f"DeepSpeed found no checkpoint {tag} in {folder}"
+    if average:
+        average.load(folder / latest["tag"], latest["world_size"])
+    return latest["step"]
+
+
+def _load_trained(src: dict[str, Any], dst: nn.Module) -> None:
+    """Load a state dictionary that may lack frozen weights, and nothing else."""
+    result = dst.load_state_dict(src, strict=False)
+    frozen = {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
+    wrong = [*(name for name in result.missing_keys if name not in frozen), *result.unexpected_keys]
+    if wrong:
+        raise RuntimeError(f"a checkpoint and the model of its stage disagree on {', '.join(sorted(wrong))}")
+
+
+def _universal(folder: Path, tag: str) -> str:
+    """Convert a checkpoint of another world size; returns the tag of the result."""
+    if dist.get_rank() == 0 and not (folder / f"{tag}-universal").exists():
+        partial = folder / f".{tag}-universal.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        script = "deepspeed.checkpoint.ds_to_universal"
+        places = ["--input_folder", str(folder / tag), "--output_folder", str(partial)]
+        line = [sys.executable, "-m", script, *places, "--inject_missing_state", "--num_extract_workers", "1"]
+        done = subprocess.run([*line, "--num_merge_workers", "1"], capture_output=True, text=True)
+        if done.returncode:
+            raise StageError(
+                f"cannot convert checkpoint {folder / tag} to another number of workers:\n{done.stderr[-2000:]}"
+            )
+        partial.rename(folder / f"{tag}-universal")
+    dist.barrier()
+    return f"{tag}-universal"
+
+
+@torch.no_grad()
+def whole_weights(engine: Any, average: MovingAverage | None) -> dict[str, Tensor]:
+    """All trained weights in float32 on rank 0's CPU (the average's when there is one), gathered one at a time.
+
+    Collective: every rank must call it. Ranks other than 0 get an empty dictionary.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    weights = {}
+    for index, (name, parameter) in enumerate(trained_parameters(engine)):
+        part: Tensor | None = average.average.get(name) if average else _partition(parameter).float()
+        if hasattr(parameter, "ds_tensor"):
+            assert part is not None
+            parts = [torch.empty_like(part) for _ in range(world)]
+            dist.all_gather(parts, part)
+            whole = torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
+        elif average:
+            whole = torch.empty(parameter.shape, device=parameter.device) if part is None else part
+            dist.broadcast(whole, src=index % world)
+        else:
+            assert part is not None
+            whole = part
+        if rank == 0:
+            weights[name] = whole.cpu().clone()
+    return weights

@@ -1,0 +1,74 @@
+"""The model that a stage begins with: a new AR model, a wrapped teacher, or the previous student with a larger k."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from kforcing.backbone import load_ar
+from kforcing.chunking import CHUNK
+from kforcing.design import Design
+from kforcing.modeling import PushForwardLM
+from pipelines.config.schema import TeacherConfig
+from pipelines.training.step import ARStep, StudentStep
+
+
+@dataclass(frozen=True)
+class AR:
+    """A Llama-style model from scratch."""
+
+    config: TeacherConfig
+    vocab_size: int
+    eos: int
+    seed: int
+
+    def build(self, chunk: int = CHUNK) -> nn.Module:
+        """A new causal LM, the same on every worker."""
+        torch.manual_seed(self.seed)
+        config = LlamaConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.config.hidden,
+            num_hidden_layers=self.config.layers,
+            num_attention_heads=self.config.heads,
+            intermediate_size=self.config.mlp,
+            max_position_embeddings=self.config.max_positions,
+            bos_token_id=self.eos,
+            eos_token_id=self.eos,
+        )
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        return ARStep(model, chunk)
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """A student with an AR model's weights and a new read-out."""
+
+    teacher: str
+    k: int
+    design: Design
+    loss: str
+    seed: int
+
+    def build(self, chunk: int = CHUNK) -> nn.Module:
+        """The wrapped teacher, the same on every worker."""
+        torch.manual_seed(self.seed)
+        student = PushForwardLM.from_backbone(load_ar(self.teacher), self.k, self.design)
+        return StudentStep(student, self.loss, chunk)
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A student with another student's weights and a larger k."""
+
+    previous: str
+    k: int
+    loss: str
+
+    def build(self, chunk: int = CHUNK) -> nn.Module:
+        """The previous student, told its new k."""
+        student = PushForwardLM.from_pretrained(self.previous)
+        student.set_k(self.k)
+        return StudentStep(student, self.loss, chunk)

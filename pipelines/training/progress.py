@@ -1,0 +1,87 @@
+"""Metrics of a train worker on their way to the driver."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from kforcing.device import peak_gpu_mb, peak_rss_mb
+from pipelines.training.job import TrainJob
+from pipelines.training.step import largest, reduce_sums
+
+
+class Relay:
+    """A mailbox between train workers and the driver; runs as an actor."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def put(self, record: dict[str, Any]) -> None:
+        """Leave a record."""
+        self.records.append(record)
+
+    def drain(self) -> list[dict[str, Any]]:
+        """Take all records."""
+        taken, self.records = self.records, []
+        return taken
+
+
+class Progress:
+    """What a rank has done since the last report, and the report."""
+
+    def __init__(self, job: TrainJob, start: int, relay: Any | None):
+        self.job, self.relay, self.step = job, relay, start
+        self.first, self.began = start, time.monotonic()
+        self.wait = 0.0
+        self.mark, self.tokens = self.began, 0
+
+    def waits(self, batches: Iterator[tuple[int, pa.Table]]) -> Iterator[tuple[int, pa.Table]]:
+        """The same batches, with the time spent waiting for each counted."""
+        iterator = iter(batches)
+        while True:
+            asked = time.monotonic()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            if self.step == self.first:  # the pipeline is starting: report it apart from steady waiting
+                self.began = self.mark = time.monotonic()
+            else:
+                self.wait += time.monotonic() - asked
+            yield batch
+
+    def stepped(self, step: int, rows: pa.Table, sums: Any) -> None:
+        """Count a finished step; every `log_every` steps reduce over ranks and report."""
+        self.step = step + 1
+        self.tokens += sums.tokens * self.job.train.workers
+        if self.step % self.job.train.log_every and self.step != self.job.train.steps:
+            return
+        # Chunks come to one rank after the other, and who has its rows waits inside the step for who does not.
+        means, wait = reduce_sums(sums), largest(self.wait, sums.loss.device)
+        now = time.monotonic()
+        if self.relay is None:
+            self.wait, self.mark, self.tokens = 0.0, now, 0
+            return
+        record = {
+            "stage": self.job.stage,
+            "step": self.step,
+            "steps": self.job.train.steps,
+            **means,
+            "seconds": now - self.mark,
+            "tokens_per_s": self.tokens / (now - self.mark),
+            "tokens_seen": self.step * means["tokens"],
+            "data_wait": wait / (now - self.mark),
+            "eta_s": (now - self.began) / (self.step - self.first) * (self.job.train.steps - self.step),
+            "train_rss_mb": peak_rss_mb(),
+            "train_gpu_mb": peak_gpu_mb(),
+        }
+        if self.job.rollout_job is not None:
+            record["actors"] = self.job.rollout.actors
+        for name in ("rollout_s", "rollout_rss_mb", "rollout_gpu_mb"):
+            if name in rows.column_names:
+                record[name] = rows[name][0].as_py()
+        self.relay.put.remote(record)
+        self.wait, self.mark, self.tokens = 0.0, now, 0

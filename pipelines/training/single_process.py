@@ -1,0 +1,257 @@
+"""Training in one process: the pipeline's steps without its distribution, for models small enough to be compared.
+
+What is trained here has spent a counted number of FLOPs, so that methods can be given the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kforcing.device import pick_device
+from kforcing.metrics.flops import flop_counter
+from kforcing.noise import derive_key
+from pipelines.config.schema import Config, TrainConfig
+from pipelines.data.token_store import TokenStore
+from pipelines.rollouts.actor import RolloutActor, RolloutJob
+from pipelines.rollouts.plan import StepPlan
+from pipelines.runs.stages import write_json
+from pipelines.training.initial_model import Grown, Wrapped
+from pipelines.training.step import StudentStep, learning_rate, to_batch
+from pipelines.training.worker import own_share
+
+KEEP_EVERY_S = 30.0
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of one optimiser step."""
+
+    batch: float
+    """Making the batch: rollouts, or whatever the teacher does."""
+    train: float
+    """Forward and backward of what is trained."""
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.batch + self.train
+
+    def times(self, n: float) -> StepFlops:
+        """Of n such steps."""
+        return StepFlops(n * self.batch, n * self.train)
+
+
+Batches = Callable[[int, int], list[Any]]
+"""(step, steps) → the micro-batches of a step."""
+
+
+def count_step(module: nn.Module, batches: Batches) -> StepFlops:
+    """Count the first step, on the device of the module."""
+    module.to(pick_device())
+    with flop_counter() as making:
+        micro = batches(0, 1)
+    with flop_counter() as training:
+        for batch in micro:
+            module(batch).loss.backward()
+    module.zero_grad()
+    return StepFlops(making.get_total_flops(), training.get_total_flops())
+
+
+def train_here(
+    module: nn.Module, batches: Batches, train: TrainConfig, name: str, checkpoint: Path | None = None
+) -> float:
+    """`train.steps` optimiser steps; the module ends with its moving average. Returns the seconds they took.
+
+    Args:
+        module: batch → `LossSums`; moved to the device this process was given.
+        batches: what a step learns from.
+        name: for progress lines.
+        checkpoint: file that a killed training continues from; removed at the end.
+    """
+    module.to(pick_device())
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay
+    )
+    average = [p.detach().clone() for p in trained]
+    first, earlier = _resume(checkpoint, trained, optimizer, average)
+    started = kept = time.monotonic()
+    for step in range(first, train.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, train.steps, train.lr, train.warmup, train.schedule)
+        optimizer.zero_grad()
+        loss, tokens = 0.0, 0
+        for batch in batches(step, train.steps):
+            sums = module(batch)
+            sums.loss.backward()
+            loss, tokens = loss + sums.loss.item(), tokens + sums.tokens
+        for parameter in trained:
+            if parameter.grad is not None:
+                parameter.grad.div_(tokens)
+        if train.clip:
+            torch.nn.utils.clip_grad_norm_(trained, train.clip)
+        optimizer.step()
+        _follow(average, trained, min(train.ema, (1 + step) / (10 + step)))
+        if step % 200 == 199:
+            print(f"{name}  {step + 1}/{train.steps}  loss {loss / tokens:.3f}", flush=True)
+        if checkpoint and time.monotonic() - kept > KEEP_EVERY_S:
+            kept = time.monotonic()
+            _keep(checkpoint, step + 1, earlier + kept - started, trained, optimizer, average)
+    _follow(trained, average, 0.0)
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
+    return earlier + time.monotonic() - started
+
+
+def shortened(train: TrainConfig, steps: int) -> TrainConfig:
+    """So many steps, of which warm-up takes the share that it takes of the config's own."""
+    return dataclasses.replace(train, steps=steps, warmup=round(train.warmup * min(1.0, steps / train.steps)))
+
+
+@torch.no_grad()
+def _follow(means: list[Any], values: list[Any], decay: float) -> None:
+    for mean, value in zip(means, values, strict=True):
+        mean.lerp_(value, 1 - decay)
+
+
+def _keep(file: Path, step: int, seconds: float, trained: Any, optimizer: Any, average: Any) -> None:
+    state = {"step": step, "seconds": seconds, "optimizer": optimizer.state_dict(), "average": average}
+    partial = file.with_suffix(".partial")
+    torch.save({**state, "trained": [p.detach() for p in trained]}, partial)
+    partial.rename(file)
+
+
+def _resume(file: Path | None, trained: Any, optimizer: Any, average: Any) -> tuple[int, float]:
+    if file is None or not file.is_file():
+        return 0, 0.0
+    state = torch.load(file)
+    optimizer.load_state_dict(state["optimizer"])
+    _follow(trained, state["trained"], 0.0)
+    _follow(average, state["average"], 0.0)
+    return state["step"], state["seconds"]
+
+
+class LocalStudent:
+    """Trains the stages of a student, rollouts included, one after the other.
+
+    Args:
+        config: of the run; stages' exceptions are applied.
+        teacher: folder of the AR model.
+        store: folder of the training tokens.
+        folder: where each stage's student goes.
+        name: for progress lines.
+    """
+
+    def __init__(self, config: Config, teacher: str, store: str, folder: str, name: str):
+        self.config, self.teacher, self.folder, self.name = config, teacher, Path(folder), name
+        self.store = TokenStore(store, config.seed)
+        self.spent = 0.0
+
+    def stage(self, k: int, steps: int | None, budget: float | None, previous: Path | None) -> dict[str, Any]:
+        """Train PFLM(k) for so many steps, or until a FLOP budget is spent; returns what it cost. Kept once it is done."""
+        record = self.folder / f"k{k}.json"
+        if record.is_file():
+            cost = json.loads(record.read_text())
+            self.spent += cost["flops"]
+            return cost
+        config = self.config.stage(f"k{k}")
+        module = self._module(config, k, previous)
+        cost = {"flops": 0.0, "step_flops": 0.0, "batch_flops": 0.0, "steps": 0, "seconds": 0.0}
+        if config.student.design.learns(k):
+            cost = self._train(module, config, k, steps, budget, previous)
+        module.model.save_pretrained(self.folder / f"k{k}")
+        write_json(record, cost)
+        return cost
+
+    def count(self, k: int, previous: Path | None) -> StepFlops:
+        """FLOPs of one step of a stage, of which own windows count by their share."""
+        config = self.config.stage(f"k{k}")
+        return self._count(self._module(config, k, previous), config, k, previous)
+
+    def untrained(self, k: int, previous: Path | None) -> Path:
+        """The student that a stage begins with, in a folder."""
+        module = self._module(self.config.stage(f"k{k}"), k, previous)
+        module.model.save_pretrained(self.folder / f"untrained-k{k}")
+        return self.folder / f"untrained-k{k}"
+
+    def _module(self, config: Config, k: int, previous: Path | None) -> StudentStep:
+        init: Any = Grown(str(previous), k, config.loss)
+        if previous is None or config.train.warm_start == "teacher":
+            init = Wrapped(self.teacher, k, config.student.design, config.loss, config.seed)
+        return init.build().eval()
+
+    def _train(
+        self,
+        module: StudentStep,
+        config: Config,
+        k: int,
+        steps: int | None,
+        budget: float | None,
+        previous: Path | None,
+    ) -> dict[str, Any]:
+        flops = self._count(module, config, k, previous)
+        if steps is None:
+            assert budget is not None
+            steps = max(1, round((budget - self.spent) / flops.total))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        train = shortened(config.train, steps)
+        rolled_out = self._rolled_out(config, k, previous, train.batch)
+
+        def batches(step: int, steps: int) -> list[Any]:
+            return rolled_out(step, own_share(step, train))
+
+        seconds = train_here(module, batches, train, f"{self.name}  k{k}", self.folder / f"k{k}.pt")
+        self.spent += steps * flops.total
+        return {
+            "flops": steps * flops.total,
+            "step_flops": flops.total,
+            "batch_flops": steps * flops.batch,
+            "steps": steps,
+            "seconds": seconds,
+            "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        }
+
+    def _rolled_out(
+        self, config: Config, k: int, previous: Path | None, batch: int
+    ) -> Callable[[int, float], list[Any]]:
+        """(step, share of own windows) → a step's rolled-out rows in micro-batches."""
+        ar = config.targets == "ar" or previous is None or k == 1
+        job = RolloutJob(
+            self.teacher if ar else str(previous),
+            ar,
+            k,
+            config.rollout.windows,
+            config.seed,
+            f"k{k}",
+            config.student.design,
+            config.rollout.top_m if config.loss == "soft" else None,
+            config.rollout.batch,
+            threads=1,
+            draws=config.rollout.draws,
+        )
+        actor, key, micro = RolloutActor(job), derive_key(config.seed, k, "own"), min(batch, config.train.micro_batch)
+
+        def step_of(step: int, own: float) -> list[Any]:
+            rows = actor(self.store.read(StepPlan(batch, 1, step + 1, step, 1).positions(0)))
+            return [to_batch(rows.slice(i, micro), pick_device(), key, own) for i in range(0, batch, micro)]
+
+        return step_of
+
+    def _count(self, module: StudentStep, config: Config, k: int, previous: Path | None) -> StepFlops:
+        """From one micro-batch."""
+        train = config.train
+        rolled_out = self._rolled_out(config, k, previous, train.micro_batch)
+        flops = count_step(module, lambda *_: rolled_out(0, 0.0))
+        if train.own_windows:
+            own = count_step(module, lambda *_: rolled_out(0, train.own_windows))
+            flops = StepFlops(flops.batch, train.own_from * flops.train + (1 - train.own_from) * own.train)
+        return flops.times(train.batch / train.micro_batch)

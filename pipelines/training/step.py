@@ -1,0 +1,281 @@
+"""One optimiser step: what a batch is, what each kind of stage computes from it, and how its loss is normalised.
+
+Global-token normalisation. Every rank sums its loss over its own tokens; the gradient we want is that of
+(sum over all ranks) / (tokens of all ranks). DeepSpeed divides a micro-batch's loss by the number of accumulated
+micro-batches and averages gradients over ranks, so each local sum is multiplied by
+
+    world size × micro-batches / tokens of the whole step on all ranks.
+
+Then neither the number of ranks, nor accumulation, nor ranks with different numbers of tokens change the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kforcing.attention.reader import Context, Windows, ar_block_states, read_context
+from kforcing.backbone import lm_head
+from kforcing.chunking import CHUNK, loss_in_chunks
+from kforcing.distillation.losses import LossSums, SoftTargets, block_sums, next_token_loss, soft_target_kl, target_nll
+from kforcing.modeling import PushForwardLM
+from kforcing.noise import uniform, window_noise
+from kforcing.readout.base import BlockScores
+from pipelines.data.token_store import to_numpy
+
+# Training's match is measured on every so-many-th window, since couplings over the whole vocabulary are not free.
+MATCH_STRIDE = 4
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Token blocks of a micro-batch, for AR training."""
+
+    tokens_BN: Tensor
+
+    @property
+    def target_tokens(self) -> int:
+        """Tokens the loss is summed over."""
+        return self.tokens_BN.shape[0] * (self.tokens_BN.shape[1] - 1)
+
+
+@dataclass(frozen=True)
+class WindowBatch:
+    """Rolled-out windows of a micro-batch, for student training."""
+
+    windows: Windows
+    targets_BWK: Tensor
+    """int64 tokens the teacher made."""
+    soft: SoftTargets | None = None
+    """The teacher's distributions along the targets, when rollouts ship them."""
+    own_B: Tensor | None = None
+    """bool, sequences whose windows the student itself rolls out anew; none when there are none."""
+
+    @property
+    def target_tokens(self) -> int:
+        """Tokens the loss is summed over."""
+        return self.targets_BWK.numel()
+
+
+def to_batch(table: pa.Table, device: torch.device | str, own_key: int = 0, own_share: float = 0.0) -> Any:
+    """Rows of a token store or of rollouts, as a `TokenBatch` or `WindowBatch`; the noise is recomputed from its key.
+
+    `own_share` of the sequences, chosen by their row position under `own_key`, are marked for the student to roll out.
+    """
+
+    def column(name: str, dtype: Any = np.int64) -> Tensor:
+        return torch.from_numpy(to_numpy(table[name]).astype(dtype)).to(device)
+
+    tokens = column("tokens")
+    if "targets" not in table.column_names:
+        return TokenBatch(tokens)
+    anchors = column("anchors")
+    targets = column("targets").unflatten(1, (anchors.shape[1], -1))
+    noise = window_noise(column("noise_key"), column("seq"), anchors, targets.shape[2])
+    windows = Windows(tokens, anchors, noise, column("temperature", np.float32))
+    soft = None
+    if "soft_ids" in table.column_names:
+        logp, ids = column("soft_logp", np.float32), column("soft_ids")
+        soft = SoftTargets(*(x.view(*targets.shape, -1) for x in (logp, ids)))
+    own = uniform(own_key, column("position"), 0, torch.zeros_like(tokens[:, 0])) < own_share if own_share else None
+    return WindowBatch(windows, targets, soft, own)
+
+
+class StudentStep(nn.Module):
+    """The push-forward loss of a micro-batch of rolled-out windows: `hard` or `soft` targets.
+
+    Args:
+        model: the student.
+        loss: `hard` or `soft`.
+        chunk: tokens whose logits exist at a time.
+    """
+
+    def __init__(self, model: PushForwardLM, loss: str = "hard", chunk: int = CHUNK):
+        super().__init__()
+        self.model, self.loss, self.chunk = model, loss, chunk
+
+    def forward(self, batch: WindowBatch) -> LossSums:
+        """Sums of the loss over the windows."""
+        windows, targets = batch.windows, self._own_windows(batch)
+        context = read_context(self.model.backbone, windows.context_BN)
+        scores = self.model.scores(windows, targets, context)
+        labels = None if self.loss == "hard" else self._labels(batch.soft, windows, context, targets)
+        rows, measured = targets[..., 0].numel(), measured_windows(targets.shape[1])
+        part = ChunkLoss(self.model, scores, windows, targets, labels, measured)
+        size = max(1, self.chunk // windows.k)
+        loss, nll_RK, right_RK = loss_in_chunks(part, part.states, scores.head, size)
+        if batch.own_B is not None and not batch.own_B.all():  # a student's own tokens always match its noise
+            given_B = ~batch.own_B
+            right_RK = right_RK[given_B.repeat_interleave(len(measured))]
+            nll_RK = nll_RK[given_B.repeat_interleave(targets.shape[1])]
+        return block_sums(loss, rows, right_RK, nll_RK)
+
+    def _own_windows(self, batch: WindowBatch) -> Tensor:
+        if batch.own_B is None:
+            return batch.targets_BWK
+        with torch.no_grad():  # all sequences, so that every rank gathers the same parameters under ZeRO 3
+            own = self.model.tokens(batch.windows)
+        return torch.where(batch.own_B[:, None, None], own, batch.targets_BWK)
+
+    def _labels(self, soft: SoftTargets | None, windows: Windows, context: Context, targets_BWK: Tensor) -> Labels:
+        """The labels that rollouts ship, or whole distributions from the AR model inside the student."""
+        if soft is not None:
+            return soft.rows
+        assert self.model.config.design.exact_trunk, "no labels in the rollouts, and no AR model in the student"
+        backbone = self.model.backbone
+        with torch.no_grad():
+            states_RKD = ar_block_states(backbone, context, windows.anchors_BW, targets_BWK).flatten(0, 1)
+
+        def local(rows: slice) -> SoftTargets:
+            with torch.no_grad():
+                return SoftTargets(lm_head(backbone, states_RKD[rows]).float().log_softmax(dim=-1)[None])
+
+        return local
+
+
+Labels = Callable[[slice], SoftTargets]
+"""Some windows, those of all sequences in a line → the teacher's distributions along their targets."""
+
+
+def measured_windows(windows: int) -> range:
+    """The windows of each sequence that match is measured on."""
+    return range(min(MATCH_STRIDE, windows) // 2, windows, MATCH_STRIDE)
+
+
+class ChunkLoss:
+    """Loss, NLL and matches of some windows, from their states: what `loss_in_chunks` calls.
+
+    Args:
+        model: the student.
+        scores: of all windows.
+        windows: B · W of them, taken as R rows here.
+        targets_BWK: int64 tokens.
+        labels: soft targets; none when the tokens are the targets.
+        measured: windows of each sequence that match is measured on.
+    """
+
+    def __init__(
+        self,
+        model: PushForwardLM,
+        scores: BlockScores,
+        windows: Windows,
+        targets_BWK: Tensor,
+        labels: Labels | None,
+        measured: range,
+    ):
+        self.model, self.head, self.labels, self.measured = model, scores.head, labels, measured
+        self.states = [states.flatten(0, 1) for states in (scores.states_BWKD, *scores.side_states)]
+        """What `loss_in_chunks` cuts: (R, K, D), and (R, K − 1, D) of each side."""
+        self.targets_RK = targets_BWK.flatten(0, 1)
+        self.noise_RK = windows.noise_BWK.flatten(0, 1)
+        self.temperature_R = windows.temperature_BW.flatten()
+        self.width = targets_BWK.shape[1]
+        rows = torch.arange(len(self.targets_RK), device=targets_BWK.device).view(-1, self.width)
+        self.measured_rows = rows[:, measured.start :: measured.step].flatten()
+
+    def __call__(self, rows: slice, states_RKD: Tensor, *side_states: Tensor) -> tuple[Tensor, ...]:
+        """(r,) loss with gradient, (r, K) NLL, and (s, K) whether tokens of the measured windows are the targets."""
+        targets, logits = self.targets_RK[rows], self.head(states_RKD).float()
+        soft = None if self.labels is None else self.labels(rows)
+        token_loss_RK = _token_loss(logits, targets, soft)
+        loss_R = token_loss_RK.sum(dim=-1)
+        later = None if soft is None else soft.after_first()
+        for states in side_states:
+            side_RK = _token_loss(self.head(states), targets[:, 1:], later)
+            loss_R = loss_R + self.model.config.design.sequential.side_weight * side_RK.sum(dim=-1)
+        with torch.no_grad():  # last, so that recomputing the loss stops before it
+            nll_RK = token_loss_RK.detach() if soft is None else target_nll(logits, targets)
+            return loss_R, nll_RK, self._right(logits, rows)
+
+    def _right(self, logits_RKV: Tensor, rows: slice) -> Tensor:
+        here = self.measured_rows[self._measured_before(rows.start) : self._measured_before(rows.stop)]
+        noise = self.noise_RK[here]
+        temperature = self.temperature_R[here, None].expand_as(noise)
+        return self.model.readout.pick(logits_RKV[here - rows.start], noise, temperature) == self.targets_RK[here]
+
+    def _measured_before(self, row: int) -> int:
+        """How many measured windows lie before a row: known without asking the device."""
+        sequences, window = divmod(row, self.width)
+        return sequences * len(self.measured) + len(range(self.measured.start, window, self.measured.step))
+
+
+def _token_loss(logits_RKV: Tensor, targets_RK: Tensor, soft: SoftTargets | None) -> Tensor:
+    return target_nll(logits_RKV, targets_RK) if soft is None else soft_target_kl(logits_RKV[None], soft)[0]
+
+
+class ARStep(nn.Module):
+    """The next-token loss of a micro-batch of token blocks; `chunk` tokens' logits exist at a time."""
+
+    def __init__(self, model: PreTrainedModel, chunk: int = CHUNK):
+        super().__init__()
+        self.model, self.chunk = model, chunk
+
+    def forward(self, batch: TokenBatch) -> LossSums:
+        """Sums of the next-token loss over the blocks."""
+        return next_token_loss(self.model, batch.tokens_BN, self.chunk)
+
+
+def optimizer_step(engine: Any, micro_batches: Sequence[TokenBatch | WindowBatch]) -> LossSums:
+    """Forward, backward and update over accumulated micro-batches; returns this rank's sums.
+
+    Ranks may have different numbers of tokens below ZeRO 3. There weights are gathered for each call of a module, and
+    ranks with other numbers of tokens would make other numbers of calls.
+    """
+    tokens = torch.tensor([b.target_tokens for b in micro_batches], device=engine.device)
+    every = [torch.empty_like(tokens) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, tokens)
+    counts = torch.stack(every).tolist()  # the host waits once
+    assert engine.zero_optimization_stage() < 3 or all(count == counts[0] for count in counts), (
+        f"ranks have micro-batches of {counts} target tokens: ZeRO 3 needs equal ones, or ranks wait for each other for ever"
+    )
+    scale = len(counts) * len(micro_batches) / sum(map(sum, counts))
+    total: LossSums | None = None
+    for batch in micro_batches:
+        sums = engine(batch)
+        engine.backward(sums.loss * scale)
+        engine.step()
+        sums.loss = sums.loss.detach()
+        total = sums if total is None else total + sums
+    assert total is not None
+    return total
+
+
+def reduce_sums(sums: LossSums) -> dict[str, Any]:
+    """Means over all ranks: loss, per-offset NLL and match, block match, target tokens."""
+    K = len(sums.nll_K)
+    scalars = torch.stack([sums.block, sums.loss.detach(), torch.full_like(sums.block, float(sums.windows))])
+    packed = torch.cat([sums.nll_K, sums.match_K, scalars]).double()
+    dist.all_reduce(packed)
+    *values, loss, windows = packed.tolist()
+    return {
+        "loss": loss / (windows * K),
+        "nll": [v / windows for v in values[:K]],
+        "match": [v / windows for v in values[K : 2 * K]],
+        "block_match": values[2 * K] / windows,
+        "tokens": int(windows * K),
+    }
+
+
+def largest(value: float, device: torch.device) -> float:
+    """The largest of all ranks' numbers."""
+    packed = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(packed, dist.ReduceOp.MAX)
+    return packed.item()
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+    """Linear warm-up, then constant or cosine down to a tenth of the peak; a pure function of the step."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * progress)))

