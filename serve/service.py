@@ -12,9 +12,9 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from kforcing.detokenizer import TextStream
 from kforcing.engine import Request, SamplingParams
 from kforcing.noise import derive_key
-from serve.detokenizer import TextStream
 from serve.engine_thread import EngineFailed, Overloaded, Ticket, Worker
 from serve.metrics import Metrics
 from serve.models import ServedModel, load_all, loading

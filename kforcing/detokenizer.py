@@ -1,4 +1,4 @@
-"""Token ids → text as they come, cut at the first stop string, with the tokens counted that the text needed."""
+"""Incremental detokenizer: token ids come k at a time, text goes out, and the first stop string ends it."""
 
 from __future__ import annotations
 
@@ -7,35 +7,42 @@ from typing import Any, NamedTuple
 
 
 class Piece(NamedTuple):
-    """What some tokens added."""
+    """The text that some tokens added."""
 
     text: str
-    """May be less than the tokens say: characters that are not whole yet, or that may begin a stop string, wait."""
+    """It may be shorter than what the tokens decode to: an incomplete character, or text that may be the beginning of a
+    stop string, is held back until later tokens decide."""
     tokens: int
-    """How many of the tokens count: those after the one that completes a stop string do not."""
+    """How many of the tokens count. Tokens after the one that completes a stop string do not."""
     stopped: bool
-    """Whether a stop string came; nothing may follow."""
+    """Whether a stop string was found. No more tokens may be pushed then."""
 
 
 class TextStream:
-    """Text of one continuation. Keeps what it holds back until `push` can tell, or `flush` says that no more comes."""
+    """The text of one continuation. `push` adds tokens; `flush` returns what is still held back at the end.
+
+    Args:
+        tokenizer: a tokenizer of transformers; only its `decode` is called.
+        stops: stop strings. The text ends before the first that is completed.
+    """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
         self.tokenizer, self.stops = tokenizer, tuple(stops)
         self.ids: list[int] = []
         self.read = self.prefix = 0
-        """Ids before `read` are in the text; decoding starts at `prefix`, so that spacing comes out as in one piece."""
+        """The text of `ids[:read]` has been returned. Decoding starts at `prefix`, a little before `read`, because
+        tokenizers drop the space of the first token that they decode."""
         self.held = ""
         self.stop: str | None = None
-        """The stop string that came."""
+        """The stop string that was found."""
 
     def push(self, ids: list[int]) -> Piece:
-        """Add tokens."""
+        """Add tokens and return the new text."""
         if not self.stops:
             self.ids += ids
             return Piece(self._new_text(), len(ids), False)
         text = ""
-        # One by one: the count has to be that of the token that completes a stop.
+        # One token at a time, because the piece must say which token completed the stop string.
         for count, id in enumerate(ids, start=1):
             self.ids.append(id)
             self.held += self._new_text()
@@ -48,12 +55,12 @@ class TextStream:
         return Piece(text, len(ids), False)
 
     def flush(self) -> str:
-        """What was held back, once no more tokens come."""
+        """Return the text that was held back. Call it when no more tokens follow."""
         text, self.held = self.held + self._new_text(final=True), ""
         return text
 
     def _new_text(self, final: bool = False) -> str:
-        """Text of the ids since the last call, but for a character whose bytes have not all come."""
+        """The text of the ids since the last call, without a character whose bytes are still incomplete."""
         before = self.tokenizer.decode(self.ids[self.prefix : self.read], skip_special_tokens=True)
         now = self.tokenizer.decode(self.ids[self.prefix :], skip_special_tokens=True)
         if len(now) <= len(before) or (now.endswith("\ufffd") and not final):
@@ -62,7 +69,7 @@ class TextStream:
         return now[len(before) :]
 
     def _may_begin_a_stop(self) -> int:
-        """Length of the longest end of the held text that is the beginning of a stop string."""
+        """Length of the longest suffix of the held text that is a prefix of a stop string."""
         longest = max(map(len, self.stops)) - 1
         for n in range(min(longest, len(self.held)), 0, -1):
             if any(stop.startswith(self.held[-n:]) for stop in self.stops):

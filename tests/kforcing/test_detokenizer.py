@@ -1,4 +1,4 @@
-"""Text from tokens that come k at a time."""
+"""The detokenizer returns the text of tokens that come k at a time."""
 
 import pytest
 from hypothesis import given
@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from serve.detokenizer import TextStream
+from kforcing.detokenizer import TextStream
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +46,14 @@ sizes = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
 
 @given(text=texts, sizes=sizes)
-def test_pieces_make_the_whole_text_whatever_their_size(tokenizer, text, sizes):
+def test_pieces_of_any_size_add_up_to_the_whole_text(tokenizer, text, sizes):
     assert run(tokenizer, text, sizes)[0] == text
 
 
 @given(
     text=texts, sizes=sizes, stops=st.lists(st.text(alphabet="ab é😀", min_size=1, max_size=4), min_size=1, max_size=3)
 )
-def test_text_ends_before_the_first_stop_string_and_counts_the_tokens_up_to_its_end(tokenizer, text, sizes, stops):
+def test_text_ends_before_the_first_stop_string_and_tokens_count_up_to_its_end(tokenizer, text, sizes, stops):
     got, count, stop = run(tokenizer, text, sizes, stops)
     ends = {text.find(s) + len(s): s for s in stops if s in text}
     if not ends:
@@ -69,7 +69,7 @@ def test_text_ends_before_the_first_stop_string_and_counts_the_tokens_up_to_its_
 @given(
     text=texts, sizes=sizes, stops=st.lists(st.text(alphabet="ab é😀", min_size=1, max_size=4), min_size=1, max_size=3)
 )
-def test_no_piece_holds_what_a_later_stop_takes_back(tokenizer, text, sizes, stops):
+def test_no_piece_contains_text_that_a_later_stop_string_removes(tokenizer, text, sizes, stops):
     ids = tokenizer(text).input_ids
     stream, out = TextStream(tokenizer, stops), ""
     for block in blocks(ids, sizes):
@@ -81,13 +81,13 @@ def test_no_piece_holds_what_a_later_stop_takes_back(tokenizer, text, sizes, sto
     assert text.startswith(out)
 
 
-def test_a_character_of_several_tokens_waits_for_its_last(tokenizer):
+def test_a_character_of_several_tokens_is_returned_with_its_last_token(tokenizer):
     stream = TextStream(tokenizer)
     ids = tokenizer("😀").input_ids
     assert [stream.push([i]).text for i in ids] == ["", "", "", "😀"]
 
 
-def test_bytes_that_never_become_a_character_are_shown_at_the_end(tokenizer):
+def test_an_incomplete_character_is_returned_at_the_end(tokenizer):
     stream = TextStream(tokenizer)
     assert stream.push(tokenizer("a").input_ids).text == "a"
     assert stream.push(tokenizer("😀").input_ids[:-1]).text == ""
