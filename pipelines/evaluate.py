@@ -18,8 +18,6 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,7 @@ from pipelines.evaluation.report import write_evaluation  # noqa: E402
 from pipelines.evaluation.subject import Subject, open_subject, subject_of  # noqa: E402
 from pipelines.runs.cluster import Work, connected  # noqa: E402
 from pipelines.runs.pipeline import say  # noqa: E402
-from pipelines.runs.stages import StageError, exclusive, open_stage  # noqa: E402
+from pipelines.runs.stages import StageError, hold, open_stage  # noqa: E402
 from pipelines.tracking.evaluation_log import log_evaluation  # noqa: E402
 from pipelines.tracking.tracker import default_uri  # noqa: E402
 
@@ -47,7 +45,8 @@ def evaluate(target: str, config: EvaluationConfig) -> dict[str, Any]:
     run, root = open_subject(target, config)
     plan = plan_of(run, config)
     placed = dataclasses.replace(run, output_dir=str(root))  # what every node must see
-    with held(root), connected(placed, work_of(config)):
+    busy = f"{root} is in use by another evaluation; wait for it or choose another output_dir"
+    with hold(root, busy), connected(placed, work_of(config)):
         subject = subject_of(target, run, root, config, say)
         windows = same_noise(subject, config)
         results = run_parts(plan(subject), root, say, config.cpus, config.gpus, alone_cpus(config))
@@ -57,20 +56,6 @@ def evaluate(target: str, config: EvaluationConfig) -> dict[str, Any]:
     if uri != "off":
         log_evaluation(uri, config.tracking.experiment, subject.parent, root, report)
     return {"path": str(root / "report.json"), "parts": len(results), "seconds": round(time.monotonic() - started, 1)}
-
-
-@contextmanager
-def held(root: Path) -> Iterator[None]:
-    """Hold the evaluation's folder. Raises ConfigError while another evaluation holds it."""
-    root.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(exclusive(root / ".lock", wait=False))
-        except BlockingIOError:
-            raise ConfigError(
-                f"{root} is in use by another evaluation; wait for it or choose another output_dir"
-            ) from None
-        yield
 
 
 def same_noise(subject: Subject, config: EvaluationConfig) -> dict[str, Any]:

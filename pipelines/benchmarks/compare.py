@@ -52,9 +52,10 @@ from pipelines.config.recipes import recipe
 from pipelines.config.schema import Config, ConfigError, apply, override
 from pipelines.config.validation import validate
 from pipelines.data.token_store import TokenStore, to_numpy
+from pipelines.files import atomic_file, write_json
 from pipelines.runs.cluster import connected, with_lasting_root
 from pipelines.runs.pipeline import Pipeline, say
-from pipelines.runs.stages import StageError, locked, write_json
+from pipelines.runs.stages import StageError, locked
 from pipelines.training.single_process import LocalStudent
 
 BUCKETS = {2: 24, 4: 6, 8: 2}
@@ -220,9 +221,8 @@ def teacher_samples(trial: Trial) -> list[dict[str, torch.Tensor]]:
             {name: sample_blocks(teacher.rollout, context, longest, trial.samples, key) for name, key in keys.items()}
             for context in joint_contexts(trial)
         ]
-        partial = file.with_suffix(".partial")
-        torch.save(made, partial)
-        partial.rename(file)
+        with atomic_file(file) as partial:
+            torch.save(made, partial)
     return torch.load(file)
 
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kforcing.noise import derive_key
+from pipelines.files import atomic_file, write_json
 
 ROWS_PER_GROUP = 64
 LANES = 16
@@ -40,18 +41,15 @@ def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
 def write_shard(folder: Path, name: str, table: pa.Table) -> dict[str, Any]:
     """Write one shard atomically; the returned entry goes into the store's manifest."""
     final = folder / f"{name}.parquet"
-    partial = folder / f".{name}.partial"
-    pq.write_table(table, partial, row_group_size=ROWS_PER_GROUP, compression="zstd")
-    partial.rename(final)
+    with atomic_file(final) as partial:
+        pq.write_table(table, partial, row_group_size=ROWS_PER_GROUP, compression="zstd")
     return {"file": final.name, "rows": len(table)}
 
 
 def write_manifest(folder: Path, shards: list[dict[str, Any]], **facts: Any) -> None:
     """Mark a store as complete. Shards are listed by name: file names are content hashes, so the order is stable."""
     record = {"rows": sum(s["rows"] for s in shards), **facts, "shards": sorted(shards, key=lambda s: s["file"])}
-    partial = folder / f".{MANIFEST}.partial"
-    partial.write_text(json.dumps(record, indent=1))
-    partial.rename(folder / MANIFEST)
+    write_json(folder / MANIFEST, record)
 
 
 class TokenStore:

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -28,7 +29,6 @@ from pipelines.config.fingerprint import fingerprint
 from pipelines.config.schema import Config, ConfigError, DataConfig, TokenizerConfig
 from pipelines.data.corpus import documents, is_heldout, source_digest
 from pipelines.data.token_store import MANIFEST, fixed_list, write_manifest, write_shard
-from pipelines.runs.stages import exclusive
 
 _SAY_EVERY_S = 2.0
 END_OF_TEXT = "<|endoftext|>"
@@ -100,7 +100,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
         say(f"corpus  {prepared.folder} is up to date")
         return prepared
     prepared.folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(prepared.folder / ".lock", wait=True):
+    with FileLock(prepared.folder / ".lock"):
         _make(config, prepared, say)
     return prepared
 

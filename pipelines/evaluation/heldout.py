@@ -24,8 +24,9 @@ from kforcing.noise import derive_key, sample_anchors, window_noise
 from pipelines.config.schema import EvalConfig
 from pipelines.data.token_store import TokenStore, fixed_list, to_numpy
 from pipelines.data.tokenise import Prepared, load_tokenizer
+from pipelines.files import write_json
 from pipelines.rollouts.plan import ReadChunk, StepPlan
-from pipelines.runs.stages import Stage, write_json
+from pipelines.runs.stages import Stage
 
 FIGURES = ("match", "student_nll", "teacher_nll", "target_nll")
 

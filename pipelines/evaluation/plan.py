@@ -27,7 +27,7 @@ from pipelines.evaluation.determinism import determinism
 from pipelines.evaluation.measure import Job, slug
 from pipelines.evaluation.parts import Part
 from pipelines.evaluation.subject import Student, Subject, block_sizes
-from pipelines.runs.stages import write_json
+from pipelines.files import write_json
 
 
 def methods_of(config: EvaluationConfig) -> list[str]:

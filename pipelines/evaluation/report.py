@@ -20,8 +20,8 @@ from pipelines.evaluation.config import GPT2_LARGE, EvaluationConfig
 from pipelines.evaluation.measure import rows_in, slug
 from pipelines.evaluation.page import write_page
 from pipelines.evaluation.subject import Subject
+from pipelines.files import write_json
 from pipelines.runs.report import bars, ratio
-from pipelines.runs.stages import write_json
 from pipelines.tracking.tracker import made_by
 
 Record = dict[str, Any]

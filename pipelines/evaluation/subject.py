@@ -18,8 +18,8 @@ from pipelines.config.recipes import RECIPES, recipe
 from pipelines.config.schema import Config, ConfigError, override
 from pipelines.data.tokenise import prepare
 from pipelines.evaluation.config import EvaluationConfig
+from pipelines.files import write_json
 from pipelines.runs.cluster import with_lasting_root
-from pipelines.runs.stages import write_json
 from pipelines.tracking.registry import Registered, registered_student
 from pipelines.tracking.tracker import LOG, made_by
 

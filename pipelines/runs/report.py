@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from pipelines.runs.stages import write_json
+from pipelines.files import atomic_write, write_json
 from pipelines.tracking.tracker import LOG
 
 Record = dict[str, Any]
@@ -23,7 +23,7 @@ def write_report(root: Path, report: Record, training: dict[str, list[Record]]) 
     write_json(root / "report.json", report)
     plot_match(report["stages"], root / "match.png")
     plot_training(training, root / "training.png")
-    (root / "report.md").write_text(markdown(report))
+    atomic_write(root / "report.md", markdown(report))
     return root / "report.md"
 
 

@@ -9,27 +9,21 @@ another fingerprint is moved to `archive/` and comes back from there if the conf
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from pipelines.config.schema import Config, ConfigError
+from pipelines.files import write_json
 
 
 class StageError(RuntimeError):
     """A stage failed for good; what it finished is kept."""
-
-
-def write_json(path: Path, record: Any) -> None:
-    """Write JSON atomically."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(record, indent=2))
-    partial.rename(path)
 
 
 @dataclass(frozen=True)
@@ -87,24 +81,21 @@ def claim(config: Config) -> None:
         raise ConfigError(f"output_dir={root} exists and is not a run directory; choose an empty or new one")
 
 
-@contextmanager
-def exclusive(file: Path, wait: bool) -> Iterator[None]:
-    """Hold a lock file for this process. Without `wait`, raises BlockingIOError when another process holds it."""
-    with open(file, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+def hold(folder: Path, busy: str) -> AbstractContextManager[Any]:
+    """Take a folder's lock and make the folder if it is not there; leaving the context releases the lock.
+
+    Raises ConfigError with the text `busy` while another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(busy) from None
 
 
 @contextmanager
 def locked(config: Config) -> Iterator[None]:
     """Hold the run directory for this process. Raises ConfigError while another run holds it."""
-    config.root.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(exclusive(config.root / ".lock", wait=False))
-        except BlockingIOError:
-            raise ConfigError(
-                f"output_dir={config.root} is in use by another run; wait for it or choose another"
-            ) from None
+    with hold(config.root, f"output_dir={config.root} is in use by another run; wait for it or choose another"):
         write_json(config.root / "run.json", {"recipe": config.recipe})
         yield

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config.schema import leaves
-from pipelines.runs.stages import write_json
+from pipelines.files import write_json
 from pipelines.tracking.mlflow_client import _log_values, _numbers, mlflow_client, open_experiment
 from pipelines.tracking.tracker import Record, made_by
 

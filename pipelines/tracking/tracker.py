@@ -20,7 +20,7 @@ from typing import Any
 
 from pipelines.config.schema import Config, leaves
 from pipelines.data.tokenise import Prepared
-from pipelines.runs.stages import write_json
+from pipelines.files import write_json
 from pipelines.tracking.mlflow_client import mlflow_client, open_experiment
 from pipelines.tracking.registry import model_files
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from pipelines.config.schema import TrainConfig
-from pipelines.runs.stages import StageError, write_json
+from pipelines.files import write_json
+from pipelines.runs.stages import StageError
 
 LATEST = "latest.json"
 

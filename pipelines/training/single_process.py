@@ -21,9 +21,9 @@ from kforcing.metrics.flops import flop_counter
 from kforcing.noise import derive_key
 from pipelines.config.schema import Config, TrainConfig
 from pipelines.data.token_store import TokenStore
+from pipelines.files import atomic_file, write_json
 from pipelines.rollouts.actor import RolloutActor, RolloutJob
 from pipelines.rollouts.plan import StepPlan
-from pipelines.runs.stages import write_json
 from pipelines.training.initial_model import Grown, Wrapped
 from pipelines.training.step import StudentStep, learning_rate, to_batch
 from pipelines.training.worker import own_share
@@ -125,9 +125,8 @@ def _follow(means: list[Any], values: list[Any], decay: float) -> None:
 
 def _keep(file: Path, step: int, seconds: float, trained: Any, optimizer: Any, average: Any) -> None:
     state = {"step": step, "seconds": seconds, "optimizer": optimizer.state_dict(), "average": average}
-    partial = file.with_suffix(".partial")
-    torch.save({**state, "trained": [p.detach() for p in trained]}, partial)
-    partial.rename(file)
+    with atomic_file(file) as partial:
+        torch.save({**state, "trained": [p.detach() for p in trained]}, partial)
 
 
 def _resume(file: Path | None, trained: Any, optimizer: Any, average: Any) -> tuple[int, float]:

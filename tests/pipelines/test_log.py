@@ -1,0 +1,22 @@
+import logging
+
+import pytest
+
+from pipelines.log import log, show_progress
+
+
+@pytest.fixture(autouse=True)
+def restore():
+    before = log.handlers, log.level, log.propagate
+    yield
+    log.handlers, log.level, log.propagate = before
+
+
+def test_progress_goes_to_stdout_as_it_is_and_warnings_to_stderr(capsys):
+    show_progress()
+    show_progress()  # a second call does not print lines twice
+    logging.getLogger("kforcing").info("k2  finished before, skipped")
+    log.warning("train.own_windows is now train.on_policy_fraction")
+    out, err = capsys.readouterr()
+    assert out == "k2  finished before, skipped\n"
+    assert err == "warning  train.own_windows is now train.on_policy_fraction\n"
