@@ -12,7 +12,8 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kforcing.attention.reader import Context, Windows, check_backbone
+from kforcing.attention.reader import check_backbone
+from kforcing.attention.windows import Context, Windows
 from kforcing.backbone import build_backbone
 from kforcing.coupling import COUPLINGS
 from kforcing.design import Design, NoiseConfig, PushForwardConfig, SequentialConfig

@@ -1,16 +1,17 @@
-"""The staircase: one pass over N context tokens serves W windows at once.
+"""Reading the blocks of all windows of a sequence after one pass over their shared context.
 
     context        c0 c1 c2 c3 ...            causal, read once
     window w       [ y1 .. yP | h1 .. hK ]    sees c0..c_anchor(w), then itself causally; no other window
 
-A window's block holds tokens already committed and hints, read together or a few entries at a time. Block entry l sits
-at position anchor + 1 + l, so a token committed to the block stands where it belongs, and so does the paper's hint, which
-stands at the position of the token it predicts. Context and blocks are two passes: the first leaves keys and values, the
-second reads them where they lie, through an attention function of its own (`kforcing.attention`) which transformers calls
-like any other. Nothing of the context is computed, copied or masked again for the blocks.
+The block of a window holds committed tokens and hints. A reader takes all entries of the blocks together, or a few at a
+time. Entry l of a block has position anchor + 1 + l: a committed token has the position that it would have in the
+sequence, and the paper's hint has the position of the token that it predicts.
 
-Shapes: B batch, N context, W windows, P committed tokens, K hints, L block entries, D width, V vocabulary; J heads of keys,
-E their width.
+The context pass (`kforcing.attention.windows`) leaves keys and values. A read uses them where they lie, through an attention
+function that transformers calls like any other (`attend`), so nothing of the context is computed, copied or masked again.
+
+Shapes: B batch, N context, W windows, K tokens of a block, L block entries of one read, T block entries so far, D width,
+V vocabulary; J heads of keys, E width of a head, S = W · L.
 """
 
 from __future__ import annotations
@@ -22,118 +23,33 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kforcing.attention.staircase import Staircase, has_causal_kernel, staircase_attention
+from kforcing.attention.windows import Context, PassLayer, read_context
 from kforcing.backbone import embeddings, head, lm_head
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Windows of a batch of sequences, with the noise that turns each into a block of tokens."""
-
-    context_BN: Tensor
-    """int64 token ids."""
-    anchors_BW: Tensor
-    """int64, position of the last context token each window sees."""
-    noise_BWK: Tensor
-    """One uniform in (0, 1) for each token to make."""
-    temperature_B: Tensor
-    """SamplingParams temperature of each sequence."""
-    prefix_BWP: Tensor | None = None
-    """int64 tokens already committed in each window, between context and the tokens to make."""
-
-    @property
-    def k(self) -> int:
-        """Tokens to make in each window."""
-        return self.noise_BWK.shape[2]
-
-    def rows(self, index_R: Tensor) -> Windows:
-        """The windows of some sequences of the batch."""
-        context, anchors, noise = self.context_BN[index_R], self.anchors_BW[index_R], self.noise_BWK[index_R]
-        prefix = None if self.prefix_BWP is None else self.prefix_BWP[index_R]
-        return Windows(context, anchors, noise, self.temperature_B[index_R], prefix)
-
-    @property
-    def temperature_BW(self) -> Tensor:
-        """The temperature of each window, as a coupling wants it."""
-        return self.temperature_B[:, None].expand_as(self.anchors_BW)
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a causal pass over the context leaves for the windows."""
-
-    states_BND: Tensor
-    """Final hidden states."""
-    layers: list[tuple[Tensor, Tensor]]
-    """Keys and values of each layer, (B, heads, N, width of a head)."""
-
-    def at(self, anchors_BW: Tensor) -> Tensor:
-        """Final hidden states at the anchors: (B, W, D)."""
-        return self.states_BND.gather(1, anchors_BW[..., None].expand(-1, -1, self.states_BND.shape[-1]))
-
-
-def read_context(backbone: PreTrainedModel, context_BN: Tensor) -> Context:
-    """A plain causal pass over (B, N) int64 token ids."""
-    config: Any = backbone.config
-    layers = [PassLayer() for _ in range(config.num_hidden_layers)]
-    out = backbone.base_model(input_ids=context_BN, past_key_values=Cache(layers=[*layers]), use_cache=True)
-    return Context(out.last_hidden_state, [layer.kept for layer in layers])
-
-
-class PassLayer(CacheLayerMixin):
-    """Keys and values of one layer in one pass, as transformers wants them.
-
-    What is written replaces what was there, so a layer that is computed a second time for its gradients changes nothing.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_initialized = True
-
-    @property
-    def kept(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the pass."""
-        assert self.keys is not None
-        assert self.values is not None
-        return self.keys, self.values
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep (B, J, S, E) keys and values."""
-        self.keys, self.values = key_states, value_states
-        return key_states, value_states
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do."""
-
-    def get_seq_length(self) -> int:
-        """Tokens before the pass: none."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys to make a mask for, and the position of the first."""
-        return query_length, 0
-
-    def get_max_length(self) -> int:
-        """No limit."""
-        return -1
-
-
 class WindowLayer(PassLayer):
-    """Keys and values of the windows' entries in one layer: those of earlier reads, and those of the read in progress."""
+    """Keys and values of all block entries in one layer: those of earlier reads, followed by those of the current read.
+
+    Args:
+        context: keys and values of the context, (B, J, N, E) each.
+        before: keys and values of earlier reads, (B, J, W, T, E) each; None for the first read.
+        windows: W.
+    """
 
     def __init__(self, context: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor] | None, windows: int):
         super().__init__()
         self.context, self.before, self.windows = context, before, windows
         self.attended = False
         self.done = False
-        """Whether the read is over: a layer that is computed again writes its keys and values for itself alone."""
+        """Whether the read is over. A layer that runs again after that, for its gradients, lets its keys and values go."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep (B, J, W·L, E) keys and values behind those of earlier reads, as (B, J, W, T, E)."""
+        """Append (B, J, W·L, E) keys and values to those of earlier reads, as (B, J, W, T, E); return them as given."""
         now = [x.unflatten(2, (self.windows, -1)) for x in (key_states, value_states)]
         if self.before is not None:
             now = [torch.cat([old, new], dim=3) for old, new in zip(self.before, now, strict=True)]
@@ -141,21 +57,21 @@ class WindowLayer(PassLayer):
         return key_states, value_states
 
     def forget(self) -> None:
-        """Let keys and values go: whoever computes the layer again holds on to this object until then."""
+        """Drop the keys and values. Activation checkpointing keeps this object until it runs the layer again."""
         self.keys = self.values = None
         self.done = True
 
 
 @dataclass(frozen=True)
 class Passage:
-    """What travels with a read down to the attention function of every layer."""
+    """The arguments of a read that the attention function of every layer needs."""
 
     staircase: Staircase
     layers: list[WindowLayer]
 
 
 ATTENTION = "staircase"
-# Settings of an attention that the kernels here do not know; anything else a model passes has no effect on blocks.
+# Settings of an attention that the kernels here do not support. Other arguments that a model passes have no effect on blocks.
 UNKNOWN = ("softcap", "s_aux", "position_bias")
 
 
@@ -170,9 +86,12 @@ def attend(
     staircase: Passage | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function `staircase`: for reads of blocks; any other pass is sdpa's.
+    """The attention function `staircase` of transformers: reads of blocks come with a `Passage`, other passes use sdpa.
 
-    Raises ValueError for dropout, soft-capping, sinks or position biases in blocks.
+    Returns:
+        (B, S, H, E) output, and None in place of attention weights.
+    Raises:
+        ValueError: a read comes with dropout, soft-capping, attention sinks or position biases.
     """
     if staircase is None:
         return sdpa_attention_forward(
@@ -181,7 +100,7 @@ def attend(
     unknown = [name for name in UNKNOWN if kwargs.get(name) is not None] + ["dropout"] * (dropout > 0)
     if unknown:
         raise ValueError(
-            f"the attention of {type(module).__name__} has {', '.join(unknown)}, which blocks cannot be read with; "
+            f"the attention of {type(module).__name__} has {', '.join(unknown)}, which reads of blocks do not support; "
             "call eval() to switch dropout off, or choose a backbone like Llama, Qwen or GPT-2"
         )
     layer = staircase.layers[cast(int, module.layer_idx)]
@@ -198,25 +117,29 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 class Reader(Protocol):
-    """Reads entries of blocks that follow a context which was read before."""
+    """Reads the entries of blocks after a context that has been read before."""
 
     def read(self, block_BWLD: Tensor) -> Tensor:
-        """The next L entries of every window, as input embeddings → their final hidden states (B, W, L, D)."""
+        """Read the next L entries of every window: (B, W, L, D) input embeddings → (B, W, L, D) final hidden states."""
         ...
 
     def fork(self, stack: nn.Module, depth: int) -> Reader:
-        """A reader that goes on from here through a stack of its own, above the keys and values of the last layers."""
+        """A reader that continues from here through another stack of `depth` layers.
+
+        The layers of that stack see the keys and values of the last `depth` layers of this reader.
+        """
         ...
 
 
 class BlockReader:
-    """Reads entries of the windows' blocks through a stack of transformer layers, a few at a time.
+    """Reads the entries of the windows' blocks through a stack of transformer layers, a few entries at a time.
 
     Args:
-        stack: base model that takes `inputs_embeds`, `position_ids` and a cache and calls its attention through
-            transformers' `AttentionInterface`; it is set to the one registered here, which leaves other passes as they are.
-        layers: the context's keys and values for each layer of the stack.
-        anchors_BW: int64, position of the last context token each window sees.
+        stack: base model that takes `inputs_embeds`, `position_ids` and a cache, and calls its attention through the
+            `AttentionInterface` of transformers. The first read sets its attention to `staircase`, which computes all other
+            passes as sdpa does.
+        layers: keys and values of the context for each layer of the stack, (B, J, N, E) each.
+        anchors_BW: int64, the position of the last context token that each window sees.
     """
 
     def __init__(self, stack: nn.Module, layers: list[tuple[Tensor, Tensor]], anchors_BW: Tensor):
@@ -227,15 +150,15 @@ class BlockReader:
         self.length = 0
 
     def fork(self, stack: nn.Module, depth: int) -> BlockReader:
-        """See `Reader.fork`."""
+        """Implements `Reader.fork`."""
         other = copy.copy(self)
         other.stack, other.contexts, other.own = stack, self.contexts[-depth:], self.own[-depth:]
         return other
 
     def read(self, block_BWLD: Tensor) -> Tensor:
-        """The next L entries of every window, as input embeddings → their final hidden states (B, W, L, D).
+        """Read the next L entries of every window: (B, W, L, D) input embeddings → (B, W, L, D) final hidden states.
 
-        Raises ValueError for a stack that does not call its attention through transformers' `AttentionInterface`.
+        Raises ValueError when the stack does not call its attention through the `AttentionInterface` of transformers.
         """
         B, W, L, D = block_BWLD.shape
         offsets_L = self.length + torch.arange(L, device=block_BWLD.device)
@@ -246,9 +169,8 @@ class BlockReader:
         out = stack(
             inputs_embeds=block_BWLD.reshape(B, W * L, D),
             position_ids=(self.anchors_BW[..., None] + 1 + offsets_L).view(B, W * L),
-            attention_mask=torch.ones(
-                1, 1, 1, 1, dtype=torch.bool, device=block_BWLD.device
-            ),  # a made one is left alone
+            # transformers builds no mask of its own when it is given one of four dimensions; `attend` ignores it.
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=block_BWLD.device),
             past_key_values=Cache(layers=[*layers]),
             use_cache=True,
             staircase=Passage(self.staircase, layers),
@@ -266,7 +188,10 @@ class BlockReader:
 
 
 def ar_block_states(backbone: PreTrainedModel, context: Context, anchors_BW: Tensor, tokens_BWK: Tensor) -> Tensor:
-    """The AR model's states from which every token of given blocks is read, teacher-forced in one pass: (B, W, K, D)."""
+    """The AR model's final states that predict each token of given blocks, teacher-forced in one pass: (B, W, K, D).
+
+    State 0 is the context's at the anchor; state j follows tokens 0 … j − 1 of the block.
+    """
     states_BWKD = context.at(anchors_BW)[:, :, None]
     if tokens_BWK.shape[2] == 1:
         return states_BWKD
@@ -275,14 +200,16 @@ def ar_block_states(backbone: PreTrainedModel, context: Context, anchors_BW: Ten
 
 
 def ar_block_logits(backbone: PreTrainedModel, context: Context, anchors_BW: Tensor, tokens_BWK: Tensor) -> Tensor:
-    """The AR model's logits for every token of given blocks, teacher-forced in one pass: (B, W, K, V) float32."""
+    """The AR model's logits for each token of given blocks, teacher-forced in one pass: (B, W, K, V) float32."""
     return lm_head(backbone, ar_block_states(backbone, context, anchors_BW, tokens_BWK)).float()
 
 
 def check_backbone(backbone: PreTrainedModel) -> None:
-    """Raise ValueError unless blocks can be read, and logits are the LM head applied to the base model's states.
+    """Check that blocks can be read, and that logits are the LM head applied to the final states of the base model.
 
-    Soft-capped or scaled logits would silently be lost by the shared head of the hints.
+    Hints share the LM head but not what a model does with logits after it, such as scaling or soft-capping.
+
+    Raises ValueError when one of the two does not hold.
     """
     vocabulary = head(backbone).weight.shape[0]
     ids = torch.linspace(0, vocabulary - 1, 8, device=next(backbone.parameters()).device).long()[None]

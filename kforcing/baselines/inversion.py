@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kforcing.attention.reader import BlockReader, Context, Reader, Windows, ar_block_logits, read_context
+from kforcing.attention.reader import BlockReader, Reader, ar_block_logits
+from kforcing.attention.windows import Context, Windows, read_context
 from kforcing.backbone import embeddings, head, lm_head
 from kforcing.baselines.rows import TextWindows
 from kforcing.design import NoiseConfig

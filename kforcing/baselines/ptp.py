@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kforcing.attention.reader import Windows
+from kforcing.attention.windows import Windows
 from kforcing.backbone import lm_head
 from kforcing.baselines.rows import Decoded, Readers, RowReader, Rows, packed, run, verify
 from kforcing.coupling import inverse_cdf

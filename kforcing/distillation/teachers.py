@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kforcing.attention.reader import BlockReader, Windows, read_context
+from kforcing.attention.reader import BlockReader
+from kforcing.attention.windows import Windows, read_context
 from kforcing.backbone import embeddings, lm_head
 from kforcing.chunking import CHUNK, in_chunks
 from kforcing.coupling import Coupling

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kforcing.attention.reader import Reader, Windows
+from kforcing.attention.reader import Reader
+from kforcing.attention.windows import Windows
 from kforcing.backbone import embeddings, head, key_heads, lm_head
 from kforcing.coupling import Coupling
 from kforcing.engine.cache import SlotCache

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kforcing.attention.reader import Windows, ar_block_states, read_context
+from kforcing.attention.reader import ar_block_states
+from kforcing.attention.windows import Windows, read_context
 from kforcing.backbone import head
 from kforcing.coupling import COUPLINGS
 from kforcing.distillation.losses import token_nll

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedModel
 
-from kforcing.attention.reader import Windows, read_context
+from kforcing.attention.windows import Windows, read_context
 from kforcing.backbone import embeddings, head, key_heads
 from kforcing.modeling import PushForwardLM
 from kforcing.readout.argmax import ArgmaxReadout

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kforcing.attention.reader import Windows, ar_block_logits, read_context
+from kforcing.attention.reader import ar_block_logits
+from kforcing.attention.windows import Windows, read_context
 from kforcing.modeling import PushForwardLM
 from kforcing.noise import uniform
 

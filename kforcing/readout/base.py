@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kforcing.attention.reader import BlockReader, Context, Reader, Windows, read_context
+from kforcing.attention.reader import BlockReader, Reader
+from kforcing.attention.windows import Context, Windows, read_context
 from kforcing.design import Design
 
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kforcing.attention.reader import Context, Reader, Windows
+from kforcing.attention.reader import Reader
+from kforcing.attention.windows import Context, Windows
 from kforcing.backbone import embeddings, head, lm_head
 from kforcing.chunking import CHUNK, in_chunks
 from kforcing.coupling import Coupling

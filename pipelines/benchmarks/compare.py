@@ -37,7 +37,8 @@ import torch
 from matplotlib import pyplot as plt
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from kforcing.attention.reader import Windows, ar_block_logits, read_context
+from kforcing.attention.reader import ar_block_logits
+from kforcing.attention.windows import Windows, read_context
 from kforcing.backbone import load_ar
 from kforcing.coupling import COUPLINGS
 from kforcing.design import Design

@@ -40,7 +40,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kforcing import PushForwardLM
-from kforcing.attention.reader import Windows
+from kforcing.attention.windows import Windows
 from kforcing.backbone import embeddings, lm_head
 from kforcing.chunking import checkpoint_layers
 from kforcing.device import peak_gpu_mb, peak_rss_mb

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kforcing.attention.reader import Windows
+from kforcing.attention.windows import Windows
 from kforcing.backbone import load_ar
 from kforcing.coupling import COUPLINGS
 from kforcing.device import pick_device

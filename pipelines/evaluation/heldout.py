@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from kforcing.attention.reader import Windows
+from kforcing.attention.windows import Windows
 from kforcing.backbone import load_ar
 from kforcing.device import pick_device
 from kforcing.engine import Engine, EngineConfig, Request, SamplingParams

@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from kforcing.attention.reader import Windows
+from kforcing.attention.windows import Windows
 from kforcing.backbone import key_heads, load_ar
 from kforcing.coupling import COUPLINGS
 from kforcing.design import Design

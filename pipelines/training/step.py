@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kforcing.attention.reader import Context, Windows, ar_block_states, read_context
+from kforcing.attention.reader import ar_block_states
+from kforcing.attention.windows import Context, Windows, read_context
 from kforcing.backbone import lm_head
 from kforcing.chunking import CHUNK, loss_in_chunks
 from kforcing.distillation.losses import LossSums, SoftTargets, block_sums, next_token_loss, soft_target_kl, target_nll

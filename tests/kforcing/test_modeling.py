@@ -6,7 +6,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from kforcing import Design, NoiseConfig, PushForwardConfig, PushForwardLM
-from kforcing.attention.reader import Windows, check_backbone
+from kforcing.attention.reader import check_backbone
+from kforcing.attention.windows import Windows
 from kforcing.distillation.teachers import StudentTeacher
 from tests.conftest import VOCAB, make_backbone
 

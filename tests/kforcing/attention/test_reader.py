@@ -4,7 +4,8 @@ from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig
 
 from kforcing import PushForwardLM
 from kforcing.attention import staircase as attention
-from kforcing.attention.reader import ATTENTION, BlockReader, Windows, ar_block_logits, read_context
+from kforcing.attention.reader import ATTENTION, BlockReader, ar_block_logits
+from kforcing.attention.windows import Windows, read_context
 from kforcing.backbone import embeddings, lm_head
 from kforcing.reference import dense_states, staircase_mask
 from tests.conftest import VOCAB, make_backbone
@@ -143,7 +144,7 @@ def test_a_backbone_with_an_attention_of_its_own_is_refused():
 
 def test_blocks_are_not_read_with_dropout():
     backbone = make_backbone("gpt2")
-    with pytest.raises(ValueError, match="dropout, which blocks cannot be read with; call eval"):
+    with pytest.raises(ValueError, match="dropout, which reads of blocks do not support; call eval"):
         two_pass_states(backbone.train(), *windows())
 
 

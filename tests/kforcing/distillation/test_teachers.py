@@ -4,7 +4,8 @@ import pytest
 import torch
 from scipy import stats
 
-from kforcing.attention.reader import Windows, ar_block_logits, read_context
+from kforcing.attention.reader import ar_block_logits
+from kforcing.attention.windows import Windows, read_context
 from kforcing.coupling import gumbel_max, inverse_cdf
 from kforcing.distillation.teachers import ARTeacher
 from kforcing.noise import derive_key, uniform

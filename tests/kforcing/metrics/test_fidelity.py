@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from kforcing import Design
-from kforcing.attention.reader import Windows
+from kforcing.attention.windows import Windows
 from kforcing.coupling import inverse_cdf
 from kforcing.distillation.teachers import ARTeacher
 from kforcing.metrics.fidelity import window_scores

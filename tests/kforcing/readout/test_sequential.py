@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from kforcing import Design, PushForwardLM, SequentialConfig
-from kforcing.attention.reader import BlockReader, Windows, ar_block_logits, read_context
+from kforcing.attention.reader import BlockReader, ar_block_logits
+from kforcing.attention.windows import Windows, read_context
 from kforcing.backbone import embeddings
 from kforcing.coupling import COUPLINGS
 from kforcing.distillation.losses import SoftTargets, soft_target_kl

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kforcing import Design
-from kforcing.attention.reader import Windows
+from kforcing.attention.windows import Windows
 from kforcing.coupling import inverse_cdf
 from kforcing.design import NoiseConfig
 from kforcing.distillation.teachers import ARTeacher

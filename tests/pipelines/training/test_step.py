@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kforcing import Design, NoiseConfig, PushForwardLM
-from kforcing.attention.reader import BlockReader, Windows
+from kforcing.attention.reader import BlockReader
+from kforcing.attention.windows import Windows
 from kforcing.chunking import checkpoint_layers, in_chunks, loss_in_chunks
 from kforcing.coupling import COUPLINGS
 from kforcing.distillation import teachers as rollout

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.multiprocessing import ProcessRaisedException
 
 from kforcing import Design, NoiseConfig, PushForwardLM
-from kforcing.attention.reader import Windows
+from kforcing.attention.windows import Windows
 from kforcing.chunking import checkpoint_layers
 from kforcing.distillation.losses import LossSums, hard_target_loss
 from pipelines.config.schema import TrainConfig
