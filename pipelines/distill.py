@@ -19,7 +19,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from pipelines.config.schema import Config, ConfigError  # noqa: E402
 from pipelines.config.validation import read_command_line  # noqa: E402
-from pipelines.runs.cluster import connected  # noqa: E402
+from pipelines.log import show_progress  # noqa: E402
+from pipelines.runs.cluster import connected, work_of_run  # noqa: E402
 from pipelines.runs.pipeline import Pipeline  # noqa: E402
 from pipelines.runs.stages import StageError, locked  # noqa: E402
 
@@ -27,17 +28,18 @@ from pipelines.runs.stages import StageError, locked  # noqa: E402
 def distill(config: Config) -> Path:
     """Run the whole pipeline and return the path of its report."""
     started = time.monotonic()
-    with locked(config), connected(config), Pipeline(config) as pipeline:
+    with locked(config.root, config.recipe), connected(config.root, work_of_run(config)), Pipeline(config) as pipeline:
         prepared = pipeline.prepare()
         teacher = pipeline.teacher(prepared)
         student = None
-        for k in config.ks():
-            student = pipeline.student(k, prepared, teacher, previous=student)
+        for stage in pipeline.student_stages:
+            student = pipeline.student(stage, prepared, teacher, previous=student)
         return pipeline.report(prepared, teacher, seconds=time.monotonic() - started)
 
 
 def main() -> None:
     """Read the command line, run, and turn mistakes into one clear line."""
+    show_progress()
     try:
         report = distill(read_command_line(__doc__ or ""))
     except (ConfigError, StageError) as error:

@@ -32,8 +32,8 @@ from pipelines.evaluation.parts import run_parts  # noqa: E402
 from pipelines.evaluation.plan import plan_of  # noqa: E402
 from pipelines.evaluation.report import write_evaluation  # noqa: E402
 from pipelines.evaluation.subject import Subject, open_subject, subject_of  # noqa: E402
-from pipelines.runs.cluster import Work, connected  # noqa: E402
-from pipelines.runs.pipeline import say  # noqa: E402
+from pipelines.log import log, show_progress  # noqa: E402
+from pipelines.runs.cluster import READING, Pool, Work, connected  # noqa: E402
 from pipelines.runs.stages import StageError, hold, open_stage  # noqa: E402
 from pipelines.tracking.evaluation_log import log_evaluation  # noqa: E402
 from pipelines.tracking.tracker import default_uri  # noqa: E402
@@ -44,12 +44,11 @@ def evaluate(target: str, config: EvaluationConfig) -> dict[str, Any]:
     started = time.monotonic()
     run, root = open_subject(target, config)
     plan = plan_of(run, config)
-    placed = dataclasses.replace(run, output_dir=str(root))  # what every node must see
     busy = f"{root} is in use by another evaluation; wait for it or choose another output_dir"
-    with hold(root, busy), connected(placed, work_of(config)):
-        subject = subject_of(target, run, root, config, say)
+    with hold(root, busy), connected(root, work_of(config)):
+        subject = subject_of(target, run, root, config, log.info)
         windows = same_noise(subject, config)
-        results = run_parts(plan(subject), root, say, config.cpus, config.gpus, alone_cpus(config))
+        results = run_parts(plan(subject), root, log.info, config.cpus, config.gpus, alone_cpus(config))
     results["windows"] = windows
     report = write_evaluation(subject, config, results, time.monotonic() - started)
     uri = config.tracking.uri or subject.tracking or default_uri(run)
@@ -76,7 +75,7 @@ def same_noise(subject: Subject, config: EvaluationConfig) -> dict[str, Any]:
         stage = open_stage(
             Path(subject.root), name, fingerprint(subject.id, name, config.fidelity, config.bootstrap, config.seed)
         )
-        say(f"{name:<36}{'finished before' if stage.manifest else 'scoring'}")
+        log.info(f"{name:<36}{'finished before' if stage.manifest else 'scoring'}")
         found[f"{student.name} at k={k}"] = evaluate_student(
             stage, Prepared(Path(subject.heldout).parent), job, settings
         )
@@ -85,8 +84,8 @@ def same_noise(subject: Subject, config: EvaluationConfig) -> dict[str, Any]:
 
 def work_of(config: EvaluationConfig) -> Work:
     """What the cluster must have room for."""
-    scoring = {"a scoring actor": (1, config.cpus, config.gpus), "1 reading task": (1, 1.0, 0.0)}
-    return {"held-out scoring": scoring, "a measurement of speed": {"it": (1, config.speed.cpus, config.gpus)}}
+    scoring = {"a scoring actor": Pool(1, config.cpus, config.gpus)} | READING
+    return {"held-out scoring": scoring, "a measurement of speed": {"it": Pool(1, config.speed.cpus, config.gpus)}}
 
 
 def alone_cpus(config: EvaluationConfig) -> float:
@@ -106,6 +105,7 @@ def main() -> None:
     )
     parser.add_argument("words", nargs="*", metavar="RUN | models:/NAME@ALIAS | section.field=value")
     words = parser.parse_args().words
+    show_progress()
     targets = [word for word in words if "=" not in word]
     try:
         if len(targets) > 1:

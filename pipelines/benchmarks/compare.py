@@ -51,11 +51,13 @@ from kforcing.noise import derive_key, sample_anchors, window_noise
 from pipelines.config.fingerprint import fingerprint
 from pipelines.config.recipes import recipe
 from pipelines.config.schema import Config, ConfigError, apply, override
+from pipelines.config.stages import resolve, stage_spec
 from pipelines.config.validation import validate
 from pipelines.data.token_store import TokenStore, to_numpy
 from pipelines.files import atomic_file, write_json
-from pipelines.runs.cluster import connected, with_lasting_root
-from pipelines.runs.pipeline import Pipeline, say
+from pipelines.log import log, show_progress
+from pipelines.runs.cluster import connected, with_lasting_root, work_of_run
+from pipelines.runs.pipeline import Pipeline
 from pipelines.runs.stages import StageError, locked
 from pipelines.training.single_process import LocalStudent
 
@@ -128,7 +130,7 @@ class Trial:
 
 def student_of(trial: Trial) -> LocalStudent:
     """What trains a trial's stages in this process."""
-    return LocalStudent(trial.config, trial.teacher, trial.train, trial.folder, trial.variant.name)
+    return LocalStudent(resolve(trial.config), trial.teacher, trial.train, trial.folder, trial.variant.name)
 
 
 def run_trial(trial: Trial) -> dict[str, Any]:
@@ -142,7 +144,7 @@ def run_trial(trial: Trial) -> dict[str, Any]:
     previous: Path | None = None
     result: dict[str, Any] = {"variant": trial.variant.name, "seed": trial.config.seed, "k": {}}
     for k in trial.config.ks():
-        fixed = trial.config.stage(f"k{k}").train.steps if not trial.budgets else None
+        fixed = student.stages[k].train.steps if not trial.budgets else None
         cost = student.stage(k, fixed, trial.budgets.get(k), previous)
         previous = Path(trial.folder, f"k{k}")
         figures = {"cost": cost, "spent": student.spent}
@@ -253,7 +255,7 @@ def config_of(variant: Variant, seed: int, options: Options) -> Config:
     config = dataclasses.replace(config, stages=stages)
     if variant.recipe == "paper":
         for k in config.ks():
-            steps = config.stage(f"k{k}").train.steps
+            steps = stage_spec(config, k).train.steps
             config = override(config, f"stages.k{k}.train.steps", max(1, round(options.share * steps)))
     with tempfile.TemporaryDirectory() as folder:
         validate(dataclasses.replace(config, output_dir=f"{folder}/none"))
@@ -286,9 +288,10 @@ def budgets_of(trial: Trial) -> dict[int, float]:
     with tempfile.TemporaryDirectory() as folder:
         student = student_of(dataclasses.replace(trial, folder=folder))
         for k in trial.config.ks():
-            cost = student.stage(k, 0, None, previous)
-            previous = Path(folder, f"k{k}")
-            spent[k] = max(spent.values()) + trial.config.stage(f"k{k}").train.steps * cost["step_flops"]
+            spec = student.stages[k]
+            flops = student.count(k, previous).total if spec.learns else 0.0
+            previous = student.untrained(k, previous)
+            spent[k] = max(spent.values()) + spec.train.steps * flops
     return spent
 
 
@@ -311,7 +314,7 @@ def run_all(trials: list[Trial]) -> list[dict[str, Any]]:
         done, _ = ray.wait(list(waiting))
         trial = waiting.pop(done[0])
         results[done[0]] = ray.get(done[0])
-        say(f"{trial.variant.name}, seed {trial.config.seed}: done, {len(waiting)} to go")
+        log.info(f"{trial.variant.name}, seed {trial.config.seed}: done, {len(waiting)} to go")
     return [results[ref] for ref in order]
 
 
@@ -427,7 +430,7 @@ def run(options: Options) -> dict[str, Any]:
     chosen = [v for v in variants() if options.only is None or v.name in options.only or v.name == "paper"]
     for variant in chosen:
         config_of(variant, 0, options)
-    with locked(config), connected(config):
+    with locked(config.root, config.recipe), connected(config.root, work_of_run(config)):
         with Pipeline(config) as pipeline:
             prepared = pipeline.prepare()
             teacher = pipeline.teacher(prepared)
@@ -525,6 +528,7 @@ def main() -> None:
         print(text)
         print(json.dumps(record))
         return
+    show_progress()
     try:
         only = given.only.split(";") if given.only else None
         record = run(Options(only, given.seeds, given.share, given.samples, given.words))

@@ -25,9 +25,10 @@ import torch
 
 from pipelines.config.schema import Config, ConfigError, override
 from pipelines.config.validation import read_command_line
-from pipelines.runs.cluster import connected
+from pipelines.log import show_progress
+from pipelines.runs.cluster import connected, work_of_run
+from pipelines.runs.costs import training_log
 from pipelines.runs.pipeline import Pipeline
-from pipelines.runs.report import training_log
 from pipelines.runs.stages import StageError, locked
 
 DEFAULTS = [
@@ -46,15 +47,15 @@ def run(config: Config) -> dict[str, Any]:
     if not config.student.design.learns(config.student.k):
         raise ConfigError(f"student.k={config.student.k} has nothing to train under this recipe; choose 2 or more")
     modes: dict[str, Any] = {}
-    with locked(config), connected(config):
+    with locked(config.root, config.recipe), connected(config.root, work_of_run(config)):
         for mode in ("streaming", "cached"):
             chosen = override(config, f"stages.{name}.rollout.cache", mode == "cached")
             with Pipeline(chosen) as pipeline:
                 prepared = pipeline.prepare()
                 teacher = pipeline.teacher(prepared)
                 student = None
-                for k in chosen.ks():
-                    student = pipeline.student(k, prepared, teacher, previous=student)
+                for stage in pipeline.student_stages:
+                    student = pipeline.student(stage, prepared, teacher, previous=student)
                 if student is not None:
                     modes[mode] = measure(chosen, name, student.fingerprint)
     return {
@@ -111,6 +112,7 @@ def print_table(record: dict[str, Any]) -> None:
 
 def main() -> None:
     """Read the command line, run, print."""
+    show_progress()
     try:
         record = run(read_command_line(__doc__ or "", defaults=DEFAULTS))
     except (ConfigError, StageError) as error:

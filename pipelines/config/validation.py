@@ -12,8 +12,9 @@ from transformers import AutoConfig
 
 from pipelines.config.recipes import RECIPES, recipe
 from pipelines.config.schema import Config, ConfigError, TrainConfig, apply, describe_fields, load_file, node_selector
+from pipelines.config.stages import StageSpec, corpus_spec, resolve
 from pipelines.data.corpus import check_source, is_remote
-from pipelines.data.tokenise import eos_id, load_tokenizer, tokenizer_source
+from pipelines.data.tokenise import eos_id, load_tokenizer
 from pipelines.runs.cluster import with_lasting_root
 from pipelines.runs.stages import claim
 
@@ -46,7 +47,7 @@ def read_command_line(description: str, words: list[str] | None = None, defaults
 
 def validate(config: Config) -> None:
     """Raise ConfigError for anything that cannot work, with the value, the reason and the remedy."""
-    claim(config)
+    claim(config.root, config.recipe)
     try:
         config.student.design.check()
     except ValueError as error:
@@ -67,23 +68,25 @@ def validate(config: Config) -> None:
             )
     if config.teacher.path is None:
         _check_train("teacher.train", config.teacher.train)
-    for name in known:
-        stage = config.stage(name)
-        if not config.student.design.learns(int(name[1:])):
-            continue
-        _check_train(f"{name}: train", stage.train)
-        check_targets(name, stage)
-        if not 1 <= stage.rollout.windows <= config.data.block:
-            raise ConfigError(
-                f"rollout.windows={stage.rollout.windows}: a block of data.block={config.data.block} tokens has 1 to "
-                f"{config.data.block} windows"
-            )
-        node_selector(stage.rollout.label)
-        for field in ("actors", "batch", "cache_epochs", "steps_per_chunk", "draws"):
-            if getattr(stage.rollout, field) is not None:
-                _check_positive(f"rollout.{field}", getattr(stage.rollout, field))
+    for spec in resolve(config):
+        if spec.learns:
+            _check_stage(spec, config.data.block)
     _check_data(config)
     _check_teacher(config)
+
+
+def _check_stage(spec: StageSpec, block: int) -> None:
+    _check_train(f"{spec.name}: train", spec.train)
+    check_targets(spec)
+    rollout = spec.rollout
+    if not 1 <= rollout.windows <= block:
+        raise ConfigError(
+            f"rollout.windows={rollout.windows}: a block of data.block={block} tokens has 1 to {block} windows"
+        )
+    node_selector(rollout.label)
+    for field in ("actors", "batch", "cache_epochs", "steps_per_chunk", "draws"):
+        if getattr(rollout, field) is not None:
+            _check_positive(f"rollout.{field}", getattr(rollout, field))
 
 
 def _check_choices(name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -113,11 +116,12 @@ def _check_train(section: str, train: TrainConfig) -> None:
         )
 
 
-def check_targets(name: str, stage: Config) -> None:
+def check_targets(stage: StageSpec) -> None:
     """Targets, labels and loss of a stage that learns must fit each other and the student's read-out."""
+    name = stage.name
     _check_choices(f"{name}: targets", stage.targets, ("self", "ar"))
     _check_choices(f"{name}: loss", stage.loss, ("hard", "soft"))
-    design, train, top_m = stage.student.design, stage.train, stage.rollout.top_m
+    design, train, top_m = stage.design, stage.train, stage.rollout.top_m
     if top_m is not None:
         _check_positive(f"{name}: rollout.top_m", top_m)
     for field in ("own_windows", "own_from"):
@@ -200,7 +204,8 @@ def _check_teacher(config: Config) -> None:
             f"student.design.sequential.hint_layers={wanted}: the teacher has {layers} layers; choose 1 to {layers}, or 0 "
             "for all"
         )
-    path, gguf_file = tokenizer_source(config)
+    corpus = corpus_spec(config)
+    path, gguf_file = corpus.given_tokenizer, corpus.gguf_file
     if path is not None:
         try:
             tokenizer = load_tokenizer(path, gguf_file)

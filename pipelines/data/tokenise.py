@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipelines.config.fingerprint import fingerprint
-from pipelines.config.schema import Config, ConfigError, DataConfig, TokenizerConfig
+from pipelines.config.schema import ConfigError, DataConfig, TokenizerConfig
+from pipelines.config.stages import CorpusSpec
 from pipelines.data.corpus import documents, is_heldout, source_digest
 from pipelines.data.token_store import MANIFEST, fixed_list, write_manifest, write_shard
+from pipelines.log import log
 
 _SAY_EVERY_S = 2.0
 END_OF_TEXT = "<|endoftext|>"
@@ -75,52 +77,43 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     raise ConfigError(f"tokenizer {tokenizer.name_or_path} has neither an EOS nor a separator token; add one to it")
 
 
-def tokenizer_source(config: Config) -> tuple[str | None, str | None]:
-    """(path, gguf file) of a given tokenizer, or (None, None) when one is to be trained."""
-    if config.tokenizer.path or not config.teacher.path:
-        return config.tokenizer.path, None
-    return config.teacher.path, config.teacher.gguf_file
-
-
-def _tokenizer_digest(config: Config) -> Any:
-    path, gguf_file = tokenizer_source(config)
+def _tokenizer_digest(spec: CorpusSpec) -> Any:
+    path = spec.given_tokenizer
     if path is None:
-        return {"vocab": config.tokenizer.vocab_size, "sample": config.tokenizer.sample_chars}
+        return {"vocab": spec.tokenizer.vocab_size, "sample": spec.tokenizer.sample_chars}
     files = sorted(Path(path).glob("tokenizer*")) + sorted(Path(path).glob("vocab*"))
     contents = [hashlib.blake2b(f.read_bytes(), digest_size=16).hexdigest() for f in files if f.is_file()]
-    return {"path": None if contents else path, "gguf": gguf_file, "files": contents}
+    return {"path": None if contents else path, "gguf": spec.gguf_file, "files": contents}
 
 
-def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
+def prepare(spec: CorpusSpec) -> Prepared:
     """Make the token blocks of a run, or find them made."""
-    name = fingerprint(config.data, source_digest(config.data), _tokenizer_digest(config))
-    cache = Path(config.data.cache_dir) if config.data.cache_dir else config.root.parent / "data"
-    prepared = Prepared(cache.absolute() / name)
+    name = fingerprint(spec.data, source_digest(spec.data), _tokenizer_digest(spec))
+    prepared = Prepared(spec.cache / name)
     if (prepared.split("heldout") / MANIFEST).is_file():
-        say(f"corpus  {prepared.folder} is up to date")
+        log.info(f"corpus  {prepared.folder} is up to date")
         return prepared
     prepared.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(prepared.folder / ".lock"):
-        _make(config, prepared, say)
+        _make(spec, prepared)
     return prepared
 
 
-def _make(config: Config, prepared: Prepared, say: Callable[[str], None]) -> None:
+def _make(spec: CorpusSpec, prepared: Prepared) -> None:
     """Whatever of the tokenizer and the two splits is not there yet."""
     ray.data.DataContext.get_current().execution_options.preserve_order = True  # the same shards every time
-    documents(config.data)  # a source that cannot be read is an error here, not in a remote task
-    path, gguf_file = tokenizer_source(config)
+    documents(spec.data)  # a source that cannot be read is an error here, not in a remote task
     if not prepared.tokenizer.is_dir():
         partial = prepared.folder / ".tokenizer.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        if path:
-            load_tokenizer(path, gguf_file).save_pretrained(partial)
+        if spec.given_tokenizer:
+            load_tokenizer(spec.given_tokenizer, spec.gguf_file).save_pretrained(partial)
         else:
-            say(f"corpus  training a byte-level BPE of {config.tokenizer.vocab_size} tokens")
-            ray.get(_train_tokenizer.remote(config.data, config.tokenizer, str(partial)))
+            log.info(f"corpus  training a byte-level BPE of {spec.tokenizer.vocab_size} tokens")
+            ray.get(_train_tokenizer.remote(spec.data, spec.tokenizer, str(partial)))
         partial.rename(prepared.tokenizer)
     for split in ("train", "heldout"):
-        _write_split(config.data, prepared, split, say)
+        _write_split(spec.data, prepared, split)
 
 
 @ray.remote(num_cpus=0)
@@ -196,7 +189,7 @@ def _pack_shard(table: pa.Table, data: DataConfig, prepared: Prepared, split: st
     return pa.Table.from_pylist([{**entry, "documents": len(texts), "tokens": entry["rows"] * data.block}])
 
 
-def _write_split(data: DataConfig, prepared: Prepared, split: str, say: Callable[[str], None]) -> None:
+def _write_split(data: DataConfig, prepared: Prepared, split: str) -> None:
     folder = prepared.split(split)
     if (folder / MANIFEST).is_file():
         return
@@ -220,12 +213,14 @@ def _write_split(data: DataConfig, prepared: Prepared, split: str, say: Callable
             entries.append(row)
         if time.monotonic() > said + _SAY_EVERY_S:
             said = time.monotonic()
-            say(f"corpus  {split}  {count} documents  {tokens:,} tokens  {tokens / (said - started):,.0f} tokens/s")
+            log.info(
+                f"corpus  {split}  {count} documents  {tokens:,} tokens  {tokens / (said - started):,.0f} tokens/s"
+            )
     if not entries:
         raise ConfigError(
             f"the {split} split of {data.source} has {count} documents and not one block of {data.block} tokens; use a "
             "larger corpus, a smaller data.block, or another data.heldout_fraction"
         )
     seconds = time.monotonic() - started
-    say(f"corpus  {split}  {count} documents  {tokens:,} tokens  {tokens / seconds:,.0f} tokens/s, done")
+    log.info(f"corpus  {split}  {count} documents  {tokens:,} tokens  {tokens / seconds:,.0f} tokens/s, done")
     write_manifest(folder, entries, tokens=tokens, documents=count, seconds=round(seconds, 2))

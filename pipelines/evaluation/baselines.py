@@ -31,6 +31,7 @@ from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
 from kforcing.modeling import NoiseConfig, PushForwardLM, SequentialConfig
 from kforcing.noise import derive_key, sample_anchors, uniform
 from pipelines.config.schema import Config, TrainConfig
+from pipelines.config.stages import resolve
 from pipelines.data.token_store import TokenStore, to_numpy
 from pipelines.rollouts.plan import StepPlan
 from pipelines.training.single_process import Batches, LocalStudent, count_step, shortened, train_here
@@ -188,7 +189,7 @@ def train_rival(folder: Path, trial: Trial, given: dict[str, Any]) -> dict[str, 
 
 def _train_stages(folder: Path, trial: Trial, budget: float) -> dict[str, Any]:
     config = method_config(trial.method, trial.config, trial.k, trial.seed)
-    student = LocalStudent(config, trial.teacher, trial.store, str(folder), trial.method)
+    student = LocalStudent(resolve(config), trial.teacher, trial.store, str(folder), trial.method)
     previous, costs = None, []
     for k, share in spent_by(trial.method, config.ks()).items():
         costs.append(student.stage(k, None, share * budget, previous))

@@ -45,6 +45,7 @@ from kforcing.metrics.joint import (
 from kforcing.metrics.mauve import features, mauve
 from kforcing.modeling import PushForwardLM
 from kforcing.noise import derive_key
+from pipelines.config.stages import resolve
 from pipelines.data.token_store import TokenStore, to_numpy
 from pipelines.data.tokenise import eos_id, load_tokenizer
 from pipelines.evaluation.baselines import EngineDecoder, Row, decoder_of, noise_of
@@ -154,7 +155,7 @@ def cost(folder: Path, job: Job, given: Any) -> dict[str, Any]:
     stages = []
     if config.teacher.path is None:
         stages.append(_teacher_cost(subject))
-    local, previous = LocalStudent(config, subject.teacher, subject.train, str(folder), "count"), None
+    local, previous = LocalStudent(resolve(config), subject.teacher, subject.train, str(folder), "count"), None
     have = {student.k: Path(student.path) for student in subject.students}
     for k in config.ks():
         stage = config.stage(f"k{k}")

@@ -16,6 +16,7 @@ from kforcing.modeling import PushForwardLM, read_config
 from pipelines.config.fingerprint import fingerprint
 from pipelines.config.recipes import RECIPES, recipe
 from pipelines.config.schema import Config, ConfigError, override
+from pipelines.config.stages import corpus_spec
 from pipelines.data.tokenise import prepare
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.files import write_json
@@ -115,7 +116,7 @@ def lasting(path: str) -> Path:
 
 def subject_of(target: str, config: Config, root: Path, options: EvaluationConfig, say: Any) -> Subject:
     """Models and data of an opened target; corpus and registered models are fetched or made if they are not there."""
-    prepared = prepare(config, say)
+    prepared = prepare(corpus_spec(config))
     parent: str | None
     tracking: str | None
     if target.startswith("models:/"):

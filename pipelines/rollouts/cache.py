@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from pipelines.data.token_store import (
     write_manifest,
     write_shard,
 )
+from pipelines.log import log
 from pipelines.rollouts.actor import RolloutJob
 from pipelines.rollouts.plan import ReadChunk, StepPlan
 from pipelines.rollouts.stream import _rolled_out
@@ -24,7 +24,7 @@ from pipelines.runs.stages import Stage
 
 
 def cache_rollouts(
-    stage: Stage, store: str, seed: int, train: TrainConfig, rollout: RolloutConfig, job: RolloutJob, say: Callable
+    stage: Stage, store: str, seed: int, train: TrainConfig, rollout: RolloutConfig, job: RolloutJob
 ) -> str:
     """Write the rollouts of `steps · batch / cache_epochs` rows to Parquet, once; returns the store's folder.
 
@@ -39,7 +39,7 @@ def cache_rollouts(
     rows = min(per_epoch, -(-train.steps * train.batch // rollout.cache_epochs))
     epochs = train.steps * train.batch / rows
     if epochs > rollout.cache_epochs:
-        say(f"{stage.name}  the corpus has {rows} rows: cached rollouts will be trained on {epochs:.1f} times")
+        log.info(f"{stage.name}  the corpus has {rows} rows: cached rollouts will be trained on {epochs:.1f} times")
     # One shard for every `batch` rows: a plan of one worker and one step a chunk numbers them.
     plan = StepPlan(train.batch, 1, -(-rows // train.batch), 0, 1)
     entries = [{"file": f.name, "rows": pq.ParquetFile(f).metadata.num_rows} for f in folder.glob("*.parquet")]
@@ -48,7 +48,7 @@ def cache_rollouts(
     started = time.monotonic()
     for entry in _write_shards(missing, folder, ReadChunk(store, seed, plan), job, rollout) if missing else ():
         entries.append(entry)
-        say(f"{stage.name}  cached rollouts  {len(entries)}/{plan.chunks} shards")
+        log.info(f"{stage.name}  cached rollouts  {len(entries)}/{plan.chunks} shards")
     write_manifest(folder, entries, seconds=round(time.monotonic() - started, 2), written=len(missing))
     return str(folder)
 

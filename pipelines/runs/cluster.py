@@ -7,12 +7,14 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.config.schema import Config, ConfigError, node_selector
+from pipelines.config.schema import Config, ConfigError, EvalConfig, TrainConfig, node_selector
+from pipelines.config.stages import StageSpec, TeacherSpec, resolve, teacher_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS_ROOT = Path.home() / "kforcing"
@@ -45,48 +47,42 @@ def with_lasting_root(config: Config) -> Config:
     return dataclasses.replace(config, output_dir=str(base / config.relative_root))
 
 
-Pool = tuple[int, float, float]
-"""(count, CPUs each, GPUs each)."""
+@dataclass(frozen=True)
+class Pool:
+    """Workers or actors that run at the same time, and what each of them reserves."""
+
+    count: int
+    cpus: float
+    gpus: float
+    label: str | None = None
+    """`key=value` label of the nodes that they may use."""
+
 
 Work = dict[str, dict[str, Pool]]
-"""What runs side by side: name of the work → name of a pool → its size."""
+"""What runs side by side: name of the work → name of a pool → the pool."""
 
 
 @contextmanager
-def connected(config: Config, work: Work | None = None) -> Iterator[None]:
+def connected(root: Path, work: Work) -> Iterator[None]:
     """Start the embedded Ray, or attach to the cluster in `RAY_ADDRESS`, after checking that the work fits.
 
-    `work` is that of a whole run when it is left out.
-
-    Raises ConfigError when the pools do not fit, or those of a run not on the nodes they are tied to. SIGTERM (a stopped job)
-    becomes SystemExit, so that the run ends like any other interruption: the next start resumes it.
+    Raises ConfigError when the pools do not fit on the cluster or on the nodes that they are tied to, or when `root` is on
+    one node's own disk. SIGTERM (a stopped job) becomes SystemExit, so that the run ends like any other interruption: the
+    next start resumes it.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    needed = work_of(config) if work is None else work
     if not attached():
-        preflight(needed, {"CPU": float(os.cpu_count() or 1), "GPU": float(_local_gpus())}, "this machine")
+        preflight(work, {"CPU": float(os.cpu_count() or 1), "GPU": float(_local_gpus())}, "this machine")
     import ray
 
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if attached():
-        try:
-            ray.init(runtime_env={"env_vars": _ENVIRONMENT}, **quiet)
-        except ConnectionError as error:
-            raise ConfigError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no cluster answers there ({error})") from None
-    else:
-        ray.init(address="local", include_dashboard=False, **quiet)
+    _start_ray()
     try:
-        preflight(needed, ray.cluster_resources(), "the cluster" if attached() else "this machine")
+        preflight(work, ray.cluster_resources(), "the cluster" if attached() else "this machine")
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        if work is None:
-            check_labels(config, nodes)
-        if len(nodes) > 1 and config.root.is_relative_to(JOBS_ROOT):
-            raise ConfigError(
-                f"output_dir={config.root} is on one node's own disk, the cluster has {len(nodes)} nodes; give an absolute "
-                "path on a file system that every node sees"
-            )
+        check_labels(work, nodes)
+        _check_shared(root, len(nodes))
     except ConfigError:
         ray.shutdown()
         raise
@@ -96,6 +92,27 @@ def connected(config: Config, work: Work | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_ray() -> None:
+    import ray
+
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if not attached():
+        ray.init(address="local", include_dashboard=False, **quiet)
+        return
+    try:
+        ray.init(runtime_env={"env_vars": _ENVIRONMENT}, **quiet)
+    except ConnectionError as error:
+        raise ConfigError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no cluster answers there ({error})") from None
+
+
+def _check_shared(root: Path, nodes: int) -> None:
+    if nodes > 1 and root.is_relative_to(JOBS_ROOT):
+        raise ConfigError(
+            f"output_dir={root} is on one node's own disk, the cluster has {nodes} nodes; give an absolute "
+            "path on a file system that every node sees"
+        )
 
 
 def _quieten() -> None:
@@ -115,32 +132,35 @@ def _local_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def work_of(config: Config) -> Work:
-    """The pools of every stage of a run, and of its evaluation.
+READING = {"1 reading task": Pool(1, 1.0, 0.0)}
+"""The task that reads rows beside the other pools.
 
-    With one reading task beside them: train workers that hold every CPU starve the data they wait for, and an actor pool that
-    holds every CPU starves its own input.
-    """
-    reading = {"1 reading task": (1, 1.0, 0.0)}
-    work = {name: {pool: sizes for _, pool, sizes in pools} | reading for name, pools in _stage_pools(config).items()}
-    pool = config.eval.actors, config.eval.cpus_per_actor, config.eval.gpus_per_actor
-    work["evaluation"] = {f"eval.actors={config.eval.actors}": pool} | reading
+Train workers that hold every CPU starve the data they wait for, and an actor pool that holds every CPU starves its input.
+"""
+
+
+def work_of(teacher: TeacherSpec, students: Sequence[StageSpec], evaluation: EvalConfig) -> Work:
+    """The pools of every stage of a run, and of its evaluation. A teacher in training has no rollout actors."""
+    work: Work = {}
+    if teacher.train is not None:
+        work[f"stage {teacher.name}"] = _trainers(teacher.train) | READING
+    for spec in students:
+        r = spec.rollout
+        actors = Pool(r.actors, r.cpus_per_actor, r.gpus_per_actor, r.label)
+        work[f"stage {spec.name}"] = _trainers(spec.train) | {f"rollout.actors={r.actors}": actors} | READING
+    scorers = Pool(evaluation.actors, evaluation.cpus_per_actor, evaluation.gpus_per_actor)
+    work["evaluation"] = {f"eval.actors={evaluation.actors}": scorers} | READING
     return work
 
 
-def _stage_pools(config: Config) -> dict[str, list[tuple[str | None, str, Pool]]]:
-    """For each stage the label its pools are tied to, their name and size. A teacher that is trained has no rollouts."""
-    pools: dict[str, list[tuple[str | None, str, Pool]]] = {}
-    stages = {"teacher": config.teacher.train} if config.teacher.path is None else {}
-    stages |= {f"k{k}": config.stage(f"k{k}").train for k in config.ks()}
-    for name, t in stages.items():
-        workers = t.workers, t.cpus_per_worker, t.gpus_per_worker
-        pools[f"stage {name}"] = [(t.label, f"train.workers={t.workers}", workers)]
-        if name != "teacher":
-            r = config.stage(name).rollout
-            actors = r.actors, r.cpus_per_actor, r.gpus_per_actor
-            pools[f"stage {name}"].append((r.label, f"rollout.actors={r.actors}", actors))
-    return pools
+def work_of_run(config: Config) -> Work:
+    """`work_of` the stages that a config resolves to."""
+    return work_of(teacher_spec(config), resolve(config), config.eval)
+
+
+def _trainers(train: TrainConfig) -> dict[str, Pool]:
+    workers = Pool(train.workers, train.cpus_per_worker, train.gpus_per_worker, train.label)
+    return {f"train.workers={train.workers}": workers}
 
 
 def preflight(work: Work, have: dict[str, float], where: str) -> None:
@@ -149,17 +169,17 @@ def preflight(work: Work, have: dict[str, float], where: str) -> None:
         _check_pools(name, pools, have, where)
 
 
-def check_labels(config: Config, nodes: list[dict[str, Any]]) -> None:
-    """Raise ConfigError unless the pools of each stage fit on the nodes whose label they are tied to.
+def check_labels(work: Work, nodes: list[dict[str, Any]]) -> None:
+    """Raise ConfigError unless the pools of each work fit on the nodes whose label they are tied to.
 
     `nodes` as `ray.nodes()` describes them.
     """
-    for name, pools in _stage_pools(config).items():
-        for label in sorted({label for label, *_ in pools if label is not None}):
+    for name, pools in work.items():
+        for label in sorted({pool.label for pool in pools.values() if pool.label is not None}):
             selector = node_selector(label) or {}
             there = [node["Resources"] for node in nodes if selector.items() <= node["Labels"].items()]
             have = {kind: sum(resources.get(kind, 0.0) for resources in there) for kind in ("CPU", "GPU")}
-            tied = {pool: sizes for tie, pool, sizes in pools if tie == label}
+            tied = {key: pool for key, pool in pools.items() if pool.label == label}
             if not there:
                 raise ConfigError(
                     f"{name}, {' and '.join(tied)}: no node of the cluster has the label {label}, so Ray would wait for ever"
@@ -168,10 +188,14 @@ def check_labels(config: Config, nodes: list[dict[str, Any]]) -> None:
 
 
 def _check_pools(work: str, pools: dict[str, Pool], have: dict[str, float], where: str) -> None:
-    for kind, index in (("CPU", 1), ("GPU", 2)):
-        need = {label: pool[0] * pool[index] for label, pool in pools.items() if pool[0] * pool[index]}
+    needed = {
+        "CPU": {name: pool.count * pool.cpus for name, pool in pools.items()},
+        "GPU": {name: pool.count * pool.gpus for name, pool in pools.items()},
+    }
+    for kind, amounts in needed.items():
+        need = {name: amount for name, amount in amounts.items() if amount}
         if sum(need.values()) > have.get(kind, 0.0) + 1e-9:
-            parts = " + ".join(f"{amount:g} for {label}" for label, amount in need.items())
+            parts = " + ".join(f"{amount:g} for {name}" for name, amount in need.items())
             raise ConfigError(
                 f"{work} needs {sum(need.values()):g} {kind}s ({parts}), {where} has {have.get(kind, 0.0):g}: "
                 f"Ray would wait for ever. Ask for fewer or for fewer {kind}s each, or use a larger cluster"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from pipelines.files import atomic_write, write_json
-from pipelines.tracking.tracker import LOG
 
 Record = dict[str, Any]
 
@@ -25,19 +22,6 @@ def write_report(root: Path, report: Record, training: dict[str, list[Record]]) 
     plot_training(training, root / "training.png")
     atomic_write(root / "report.md", markdown(report))
     return root / "report.md"
-
-
-def training_log(root: Path, stage: str, fingerprint: str) -> list[Record]:
-    """The training records of one stage in order; of a step seen twice (resumed runs) the later one."""
-    steps: dict[int, Record] = {}
-    for line in (root / LOG).read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # the last line of a killed run
-            continue
-        if (record.get("event"), record.get("stage"), record.get("fingerprint")) == ("train", stage, fingerprint):
-            steps[record["step"]] = record
-    return [steps[step] for step in sorted(steps)]
 
 
 def ratio(figure: Record, digits: int = 3) -> str:
@@ -70,39 +54,6 @@ def table(stages: list[Record]) -> str:
                 f"{ratio(s['teacher_nll'][j], 2)} | {ratio(s['target_nll'][j], 2)} |"
             )
     return "\n".join(lines)
-
-
-def balance(rollout_s: float, actors: int, step_s: float, rows: int) -> Record:
-    """Which side of a streaming stage holds up the other, and how many rollout actors would make them equally fast.
-
-    More actors are taken to make more rows: that is so where they and the train workers share no device, and not on one
-    machine whose cores are all in use.
-
-    Args:
-        rollout_s: seconds that one actor takes for a row.
-        actors: rollout actors.
-        step_s: seconds of a training step, without those it waited for rows.
-        rows: rows of a step, over all workers.
-    """
-    made, used = actors / rollout_s, rows / step_s
-    return {
-        "rollout_rows_per_s": made,
-        "train_rows_per_s": used,
-        "bottleneck": "rollouts" if made < used else "training",
-        "actors": actors,
-        "balanced_actors": math.ceil(rollout_s * used),
-    }
-
-
-def balance_line(cost: Record) -> str:
-    """A stage's balance in words."""
-    b = cost["balance"]
-    actors = f"{b['actors']} rollout actors make" if b["actors"] > 1 else "1 rollout actor makes"
-    return (
-        f"{actors} {b['rollout_rows_per_s']:.1f} rows/s, training could use {b['train_rows_per_s']:.1f} and waited "
-        f"{cost['data_wait']:.0%} of its time: the bottleneck is {b['bottleneck']}, "
-        f"rollout.actors={b['balanced_actors']} would balance them, given devices of their own"
-    )
 
 
 def cost_table(costs: list[Record]) -> str:
@@ -174,6 +125,18 @@ the text is the same.
 * MLflow: `{report["mlflow"]}`
 * Load a student: `PushForwardLM.from_pretrained("{report["stages"][-1]["path"]}")`
 """
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """The result on the terminal."""
+    print(f"\n{'student':<9}{'match by offset':<28}{'block match [95%]':<26}teacher NLL of student's tokens / its own")
+    for s in report["stages"]:
+        match = " ".join(f"{m['value']:.3f}" for m in s["match"])
+        nll = " ".join(
+            f"{a['value']:.2f}/{b['value']:.2f}" for a, b in zip(s["student_nll"], s["teacher_nll"], strict=True)
+        )
+        print(f"{s['name']:<9}{match:<28}{ratio(s['block_match']):<26}{nll}")
+    print(f"\nMLflow  {report['mlflow']}")
 
 
 def quote(text: str) -> str:

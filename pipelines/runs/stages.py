@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipelines.config.schema import Config, ConfigError
+from pipelines.config.schema import ConfigError
 from pipelines.files import write_json
 
 
@@ -67,14 +67,14 @@ def _fingerprint_in(folder: Path) -> str | None:
     return json.loads(file.read_text())["fingerprint"] if file.is_file() else None
 
 
-def claim(config: Config) -> None:
+def claim(root: Path, recipe: str) -> None:
     """Check that the run directory is new or belongs to this recipe. Raises ConfigError otherwise."""
-    root, marker = config.root, config.root / "run.json"
+    marker = root / "run.json"
     if marker.is_file():
         owner = json.loads(marker.read_text())["recipe"]
-        if owner != config.recipe:
+        if owner != recipe:
             raise ConfigError(
-                f"output_dir={root} belongs to a run of recipe {owner!r}, not {config.recipe!r}; its stages would be "
+                f"output_dir={root} belongs to a run of recipe {owner!r}, not {recipe!r}; its stages would be "
                 "archived one by one. Choose another output_dir"
             )
     elif root.exists() and (not root.is_dir() or any(f.name != ".lock" for f in root.iterdir())):
@@ -94,8 +94,8 @@ def hold(folder: Path, busy: str) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def locked(config: Config) -> Iterator[None]:
+def locked(root: Path, recipe: str) -> Iterator[None]:
     """Hold the run directory for this process. Raises ConfigError while another run holds it."""
-    with hold(config.root, f"output_dir={config.root} is in use by another run; wait for it or choose another"):
-        write_json(config.root / "run.json", {"recipe": config.recipe})
+    with hold(root, f"output_dir={root} is in use by another run; wait for it or choose another"):
+        write_json(root / "run.json", {"recipe": recipe})
         yield

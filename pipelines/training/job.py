@@ -1,10 +1,11 @@
-"""What a train worker needs to know of its stage."""
+"""What a train worker needs to know of its stage, and how it follows from the stage's spec."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from pipelines.config.schema import RolloutConfig, TrainConfig
+from pipelines.config.stages import StageSpec
 from pipelines.rollouts.actor import RolloutJob
 from pipelines.training.initial_model import AR, Grown, Wrapped
 
@@ -24,3 +25,34 @@ class TrainJob:
     """None for AR training and for cached rollouts."""
     init: AR | Grown | Wrapped
     """How the model of the stage begins."""
+
+
+def stage_job(spec: StageSpec, folder: str, store: str, teacher: str, previous: str | None) -> TrainJob:
+    """The job of a student stage: the model that it begins with, and the rollouts that it is trained on.
+
+    Args:
+        folder: where the stage's student goes.
+        store: folder of the training tokens.
+        teacher: folder of the AR model.
+        previous: folder of the student of the stage before; None for the first stage.
+    """
+    init: Grown | Wrapped
+    if previous is None or spec.train.warm_start == "teacher":
+        init = Wrapped(teacher, spec.k, spec.design, spec.loss, spec.seed)
+    else:
+        init = Grown(previous, spec.k, spec.loss)
+    ar = previous is None or spec.targets == "ar"
+    rollout_job = RolloutJob(
+        teacher if ar or previous is None else previous,
+        ar,
+        spec.k,
+        spec.rollout.windows,
+        spec.seed,
+        spec.name,
+        spec.design,
+        spec.rollout.top_m,
+        spec.rollout.batch,
+        threads=max(1, int(spec.rollout.cpus_per_actor)),
+        draws=spec.rollout.draws,
+    )
+    return TrainJob(spec.name, folder, store, spec.seed, spec.train, spec.rollout, rollout_job, init)

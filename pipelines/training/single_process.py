@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from torch import nn
 from kforcing.device import pick_device
 from kforcing.metrics.flops import flop_counter
 from kforcing.noise import derive_key
-from pipelines.config.schema import Config, TrainConfig
+from pipelines.config.schema import TrainConfig
+from pipelines.config.stages import StageSpec
 from pipelines.data.token_store import TokenStore
 from pipelines.files import atomic_file, write_json
-from pipelines.rollouts.actor import RolloutActor, RolloutJob
+from pipelines.rollouts.actor import RolloutActor
 from pipelines.rollouts.plan import StepPlan
-from pipelines.training.initial_model import Grown, Wrapped
+from pipelines.training.job import TrainJob, stage_job
 from pipelines.training.step import StudentStep, learning_rate, to_batch
 from pipelines.training.worker import own_share
 
@@ -143,16 +144,17 @@ class LocalStudent:
     """Trains the stages of a student, rollouts included, one after the other.
 
     Args:
-        config: of the run; stages' exceptions are applied.
+        stages: what each stage computes.
         teacher: folder of the AR model.
         store: folder of the training tokens.
         folder: where each stage's student goes.
         name: for progress lines.
     """
 
-    def __init__(self, config: Config, teacher: str, store: str, folder: str, name: str):
-        self.config, self.teacher, self.folder, self.name = config, teacher, Path(folder), name
-        self.store = TokenStore(store, config.seed)
+    def __init__(self, stages: Sequence[StageSpec], teacher: str, store: str, folder: str, name: str):
+        self.stages = {spec.k: spec for spec in stages}
+        self.teacher, self.folder, self.name = teacher, Path(folder), name
+        self.store = TokenStore(store, stages[0].seed)
         self.spent = 0.0
 
     def stage(self, k: int, steps: int | None, budget: float | None, previous: Path | None) -> dict[str, Any]:
@@ -162,48 +164,39 @@ class LocalStudent:
             cost = json.loads(record.read_text())
             self.spent += cost["flops"]
             return cost
-        config = self.config.stage(f"k{k}")
-        module = self._module(config, k, previous)
+        job = self._job(k, previous)
+        module = _module(job)
         cost = {"flops": 0.0, "step_flops": 0.0, "batch_flops": 0.0, "steps": 0, "seconds": 0.0}
-        if config.student.design.learns(k):
-            cost = self._train(module, config, k, steps, budget, previous)
+        if self.stages[k].learns:
+            cost = self._train(module, job, k, steps, budget)
         module.model.save_pretrained(self.folder / f"k{k}")
         write_json(record, cost)
         return cost
 
     def count(self, k: int, previous: Path | None) -> StepFlops:
         """FLOPs of one step of a stage, of which own windows count by their share."""
-        config = self.config.stage(f"k{k}")
-        return self._count(self._module(config, k, previous), config, k, previous)
+        job = self._job(k, previous)
+        return self._count(_module(job), job, k)
 
     def untrained(self, k: int, previous: Path | None) -> Path:
         """The student that a stage begins with, in a folder."""
-        module = self._module(self.config.stage(f"k{k}"), k, previous)
-        module.model.save_pretrained(self.folder / f"untrained-k{k}")
+        _module(self._job(k, previous)).model.save_pretrained(self.folder / f"untrained-k{k}")
         return self.folder / f"untrained-k{k}"
 
-    def _module(self, config: Config, k: int, previous: Path | None) -> StudentStep:
-        init: Any = Grown(str(previous), k, config.loss)
-        if previous is None or config.train.warm_start == "teacher":
-            init = Wrapped(self.teacher, k, config.student.design, config.loss, config.seed)
-        return init.build().eval()
+    def _job(self, k: int, previous: Path | None) -> TrainJob:
+        before = None if previous is None else str(previous)
+        return stage_job(self.stages[k], str(self.folder / f"k{k}"), str(self.store.folder), self.teacher, before)
 
     def _train(
-        self,
-        module: StudentStep,
-        config: Config,
-        k: int,
-        steps: int | None,
-        budget: float | None,
-        previous: Path | None,
+        self, module: StudentStep, job: TrainJob, k: int, steps: int | None, budget: float | None
     ) -> dict[str, Any]:
-        flops = self._count(module, config, k, previous)
+        flops = self._count(module, job, k)
         if steps is None:
             assert budget is not None
             steps = max(1, round((budget - self.spent) / flops.total))
         self.folder.mkdir(parents=True, exist_ok=True)
-        train = shortened(config.train, steps)
-        rolled_out = self._rolled_out(config, k, previous, train.batch)
+        train = shortened(job.train, steps)
+        rolled_out = self._rolled_out(job, k, train.batch)
 
         def batches(step: int, steps: int) -> list[Any]:
             return rolled_out(step, own_share(step, train))
@@ -219,25 +212,11 @@ class LocalStudent:
             "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
         }
 
-    def _rolled_out(
-        self, config: Config, k: int, previous: Path | None, batch: int
-    ) -> Callable[[int, float], list[Any]]:
+    def _rolled_out(self, job: TrainJob, k: int, batch: int) -> Callable[[int, float], list[Any]]:
         """(step, share of own windows) → a step's rolled-out rows in micro-batches."""
-        ar = config.targets == "ar" or previous is None or k == 1
-        job = RolloutJob(
-            self.teacher if ar else str(previous),
-            ar,
-            k,
-            config.rollout.windows,
-            config.seed,
-            f"k{k}",
-            config.student.design,
-            config.rollout.top_m if config.loss == "soft" else None,
-            config.rollout.batch,
-            threads=1,
-            draws=config.rollout.draws,
-        )
-        actor, key, micro = RolloutActor(job), derive_key(config.seed, k, "own"), min(batch, config.train.micro_batch)
+        assert job.rollout_job is not None
+        actor = RolloutActor(dataclasses.replace(job.rollout_job, threads=1))
+        key, micro = derive_key(job.seed, k, "own"), min(batch, job.train.micro_batch)
 
         def step_of(step: int, own: float) -> list[Any]:
             rows = actor(self.store.read(StepPlan(batch, 1, step + 1, step, 1).positions(0)))
@@ -245,12 +224,17 @@ class LocalStudent:
 
         return step_of
 
-    def _count(self, module: StudentStep, config: Config, k: int, previous: Path | None) -> StepFlops:
+    def _count(self, module: StudentStep, job: TrainJob, k: int) -> StepFlops:
         """From one micro-batch."""
-        train = config.train
-        rolled_out = self._rolled_out(config, k, previous, train.micro_batch)
+        train = job.train
+        rolled_out = self._rolled_out(job, k, train.micro_batch)
         flops = count_step(module, lambda *_: rolled_out(0, 0.0))
         if train.own_windows:
             own = count_step(module, lambda *_: rolled_out(0, train.own_windows))
             flops = StepFlops(flops.batch, train.own_from * flops.train + (1 - train.own_from) * own.train)
         return flops.times(train.batch / train.micro_batch)
+
+
+def _module(job: TrainJob) -> StudentStep:
+    module: Any = job.init.build()
+    return module.eval()

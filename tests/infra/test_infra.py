@@ -11,7 +11,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from pipelines.config.recipes import recipe
 from pipelines.config.schema import apply
-from pipelines.runs.cluster import preflight, work_of
+from pipelines.runs.cluster import preflight, work_of_run
 from serve.app import build
 from serve.metrics import EngineMetrics, Metrics
 from serve.settings import read_settings
@@ -46,7 +46,7 @@ def test_the_jobs_pools_hold_the_run(job):
         have["CPU"] += group["replicas"] * float(limits["cpu"])
         have["GPU"] += group["replicas"] * float(limits["nvidia.com/gpu"])
         labels.add(group["rayStartParams"]["labels"])
-    preflight(work_of(config), have, "the job's cluster")
+    preflight(work_of_run(config), have, "the job's cluster")
     assert labels == {config.train.label, config.rollout.label}
 
 

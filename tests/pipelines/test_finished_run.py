@@ -13,7 +13,7 @@ import pytest
 from pipelines.config.fingerprint import fingerprint
 from pipelines.config.recipes import recipe
 from pipelines.config.schema import apply
-from pipelines.runs.pipeline import _effective
+from pipelines.config.stages import evaluation_fingerprint, resolve, teacher_spec
 from tests.pipelines.test_distill import distill, report
 
 DATA = Path(__file__).parents[1] / "data"
@@ -42,14 +42,11 @@ WORDS = [
 def names_of(config):
     """The names of all stages of a run, for a corpus whose source and tokenizer have fixed digests."""
     corpus = fingerprint(config.data, "source", {"tokenizer": "digest"})
-    given = {"id": config.teacher.path} if config.teacher.path else None
-    teacher = fingerprint(corpus, config.seed, given or config.teacher)
+    teacher = teacher_spec(config).fingerprint(corpus)
     names, previous = {"corpus": corpus, "teacher": teacher}, None
-    for k in config.ks():
-        stage = config.stage(f"k{k}")
-        previous = fingerprint(corpus, stage.seed, [teacher, previous], *_effective(k, stage))
-        measured = [config.eval.blocks, config.eval.windows, config.eval.bootstrap]
-        names |= {f"k{k}": previous, f"eval/k{k}": fingerprint(previous, measured)}
+    for stage in resolve(config):
+        previous = stage.fingerprint(corpus, teacher, previous)
+        names |= {stage.name: previous, f"eval/{stage.name}": evaluation_fingerprint(previous, config.eval)}
     return names
 
 

@@ -5,6 +5,7 @@ import pytest
 from pipelines.config.fingerprint import fingerprint
 from pipelines.config.recipes import RECIPES, recipe
 from pipelines.config.schema import ConfigError, apply, describe_fields, override
+from pipelines.config.stages import resolve
 from pipelines.config.validation import check_targets
 
 
@@ -51,13 +52,14 @@ def test_mistakes_name_the_key_and_the_nearest_one(word, message):
 
 def test_a_stage_has_its_own_exceptions():
     config = apply(recipe("smoke"), {}, ["stages.k2.train.steps=5", "stages.k2.targets=self", "train.steps=9"])
-    assert (config.stage("k2").train.steps, config.stage("k2").targets) == (5, "self")
-    assert (config.stage("k4").train.steps, config.stage("k4").targets) == (9, "ar")
+    _, two, four = resolve(config)
+    assert (two.train.steps, two.targets) == (5, "self")
+    assert (four.train.steps, four.targets) == (9, "ar")
 
 
 def test_a_config_file_may_hold_exceptions_too(tmp_path):
     config = apply(recipe("smoke"), {"stages": {"k4": {"train": {"lr": 0.5}}}}, [])
-    assert config.stage("k4").train.lr == 0.5
+    assert resolve(config)[-1].train.lr == 0.5
 
 
 def test_runtime_fields_do_not_change_fingerprints():
@@ -94,8 +96,8 @@ def test_unknown_recipes_name_the_nearest():
 def test_recipes_are_consistent(name):
     config = recipe(name)
     assert config.recipe == name
-    for k in config.ks():
-        train = config.stage(f"k{k}").train
+    for stage in resolve(config):
+        train = stage.train
         assert train.batch % (train.workers * train.micro_batch) == 0
         assert config.rollout.windows <= config.data.block
 
@@ -109,8 +111,8 @@ PAPER = ("student.design.readout=argmax", "student.design.coupling=inverse_cdf",
 def test_every_recipe_takes_the_parts_of_either(name, words):
     config = apply(recipe(name), {}, words)
     config.student.design.check()
-    for k in config.ks():
-        check_targets(f"k{k}", config.stage(f"k{k}"))
+    for stage in resolve(config):
+        check_targets(stage)
 
 
 def test_parts_a_read_out_does_not_have_do_not_name_its_stages():

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, MistralConfig
 from pipelines.config.recipes import recipe
 from pipelines.config.schema import ConfigError, apply
 from pipelines.config.validation import read_command_line
-from pipelines.runs.cluster import check_labels, preflight, work_of
+from pipelines.runs.cluster import check_labels, preflight, work_of_run
 from tests.conftest import make_backbone
 
 
@@ -175,13 +175,13 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
 def test_preflight_says_which_pool_is_too_large():
     config = apply(recipe("smoke"), {}, ["train.cpus_per_worker=1"])
     with pytest.raises(ConfigError, match=r"needs 3\.5 CPUs \(2 for train\.workers=2 \+ 0\.5 for rollout\.actors=1"):
-        preflight(work_of(config), {"CPU": 2.0}, "this machine")
-    preflight(work_of(config), {"CPU": 4.0}, "this machine")
+        preflight(work_of_run(config), {"CPU": 2.0}, "this machine")
+    preflight(work_of_run(config), {"CPU": 4.0}, "this machine")
     with pytest.raises(ConfigError, match=r"evaluation needs 3 CPUs \(2 for eval\.actors=2"):
-        preflight(work_of(apply(recipe("smoke"), {}, ["eval.actors=2"])), {"CPU": 2.0}, "this machine")
+        preflight(work_of_run(apply(recipe("smoke"), {}, ["eval.actors=2"])), {"CPU": 2.0}, "this machine")
     gpu = apply(recipe("smoke"), {}, ["rollout.gpus_per_actor=1"])
     with pytest.raises(ConfigError, match=r"needs 1 GPUs .* has 0"):
-        preflight(work_of(gpu), {"CPU": 8.0}, "the cluster")
+        preflight(work_of_run(gpu), {"CPU": 8.0}, "the cluster")
 
 
 def test_pools_must_fit_on_the_nodes_they_are_tied_to():
@@ -192,7 +192,7 @@ def test_pools_must_fit_on_the_nodes_they_are_tied_to():
     ]
 
     def check(*words):
-        check_labels(apply(recipe("smoke"), {}, words), nodes)
+        check_labels(work_of_run(apply(recipe("smoke"), {}, words)), nodes)
 
     tied = ["train.label=pool=trainer", "train.gpus_per_worker=4", "rollout.label=pool=teacher"]
     check(*tied, "rollout.gpus_per_actor=1")
@@ -209,6 +209,6 @@ def test_pools_must_fit_on_the_nodes_they_are_tied_to():
 
 
 def test_a_teacher_in_training_has_no_rollouts():
-    work = work_of(recipe("lm1b"))
+    work = work_of_run(recipe("lm1b"))
     assert not any("rollout" in pool for pool in work["stage teacher"])
     assert any("rollout" in pool for pool in work["stage k1"])

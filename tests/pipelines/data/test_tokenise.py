@@ -77,16 +77,16 @@ def write_corpus(folder, kind):
     return f"hf:{folder}"
 
 
-def config_for(tmp_path, source, *words):
+def corpus_for(tmp_path, source, *words):
     fixed = [f"output_dir={tmp_path}/run", f"data.source={source}", "data.block=16", "data.max_docs=none"]
-    return apply(recipe("smoke"), {}, [*fixed, "data.docs_per_shard=16", *words])
+    return corpus_spec(apply(recipe("smoke"), {}, [*fixed, "data.docs_per_shard=16", *words]))
 
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("kind", ["text", "json", "parquet", "hub", "saved"])
 def test_every_source_gives_the_same_blocks(ray_here, tmp_path, kind):
     source = write_corpus(tmp_path / "corpus", kind)
-    prepared = prepare(config_for(tmp_path, source), say=lambda line: None)
+    prepared = prepare(corpus_for(tmp_path, source))
     tokenizer = load_tokenizer(prepared.tokenizer)
     facts = prepared.facts()
     assert facts["train"]["documents"] + facts["heldout"]["documents"] == 120
@@ -105,15 +105,15 @@ def test_every_source_gives_the_same_blocks(ray_here, tmp_path, kind):
 
 
 @pytest.mark.cluster
-def test_preparation_is_reused_until_its_inputs_change(ray_here, tmp_path):
+def test_preparation_is_reused_until_its_inputs_change(ray_here, tmp_path, caplog):
     source = write_corpus(tmp_path / "corpus", "json")
-    said = []
-    first = prepare(config_for(tmp_path, source), said.append)
-    again = prepare(config_for(tmp_path, source, "train.lr=1"), said.append)
+    caplog.set_level("INFO", "kforcing")
+    first = prepare(corpus_for(tmp_path, source))
+    again = prepare(corpus_for(tmp_path, source, "train.lr=1"))
     assert again == first
-    assert said[-1].endswith("is up to date")
-    assert prepare(config_for(tmp_path, source, "data.block=8"), said.append) != first
-    assert prepare(config_for(tmp_path, source, "data.id_column=name"), said.append) != first
+    assert caplog.messages[-1].endswith("is up to date")
+    assert prepare(corpus_for(tmp_path, source, "data.block=8")) != first
+    assert prepare(corpus_for(tmp_path, source, "data.id_column=name")) != first
 
 
 @pytest.mark.cluster
@@ -129,4 +129,4 @@ def test_what_only_reading_shows_is_a_clear_error_too(ray_here, tmp_path, words,
     source = write_corpus(tmp_path / "corpus", "hub")
     words = [w.replace("{folder}", str(tmp_path / "corpus")) for w in words]
     with pytest.raises(ConfigError, match=message):
-        prepare(config_for(tmp_path, source, *words), say=lambda line: None)
+        prepare(corpus_for(tmp_path, source, *words))

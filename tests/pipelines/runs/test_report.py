@@ -1,7 +1,7 @@
 import pytest
 
-from pipelines.runs.pipeline import cost_of, print_table
-from pipelines.runs.report import balance, balance_line, bars, cost_table, ratio
+from pipelines.runs.costs import balance, balance_line, cost_of
+from pipelines.runs.report import bars, cost_table, print_table, ratio
 
 
 def test_the_balance_of_known_rates():

@@ -1,0 +1,164 @@
+"""What each stage of a run computes: the config, resolved once.
+
+A run calls `teacher_spec` and `resolve` when it starts. Everything below the run gets these records or single sections, and
+never the whole `Config`. The fingerprint of a stage, which names its work, is computed here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kforcing.design import Design
+from pipelines.config.fingerprint import fingerprint, material
+from pipelines.config.schema import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    RolloutConfig,
+    TeacherConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+
+
+@dataclass(frozen=True)
+class CorpusSpec:
+    """What the token blocks of a run are made from, and where they are kept."""
+
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    given_tokenizer: str | None
+    """Folder or hub id of the tokenizer, None when one is trained on the corpus."""
+    gguf_file: str | None
+    """File in that folder which holds the tokenizer, when it is GGUF."""
+    cache: Path
+    """Folder of prepared corpora."""
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """The stage that makes the AR model: it copies a given model, or trains one from scratch."""
+
+    config: TeacherConfig
+    seed: int
+    rollout: RolloutConfig
+    """How rows travel to the train workers; this stage has no rollout actors."""
+    name: str = "teacher"
+
+    def fingerprint(self, corpus: str) -> str:
+        """The name of this stage's work. A given model is named by its files; the training settings have no effect on it."""
+        given = model_digest(self.config.path) if self.config.path else None
+        return fingerprint(corpus, self.seed, given or self.config)
+
+    @property
+    def train(self) -> TrainConfig | None:
+        """How the model is trained, or None when it is given."""
+        return None if self.config.path else self.config.train
+
+    def params(self) -> dict[str, Any]:
+        """The settings of the stage, for tracking."""
+        return {"k": 0, **dataclasses.asdict(self.config)}
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """The stage that makes the student PFLM(k), with the stage's exceptions applied."""
+
+    name: str
+    k: int
+    """Tokens that the student emits a forward pass."""
+    seed: int
+    targets: str
+    """`ar` or `self`: who makes the training targets. The first stage has the AR teacher alone."""
+    loss: str
+    design: Design
+    train: TrainConfig
+    rollout: RolloutConfig
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is anything to train; a sequential student of k = 1 is its teacher."""
+        return self.design.learns(self.k)
+
+    def fingerprint(self, corpus: str, teacher: str, previous: str | None) -> str:
+        """The name of this stage's work: a hash of all that its result depends on.
+
+        Args:
+            corpus, teacher: fingerprints of the token blocks and of the AR model.
+            previous: fingerprint of the student stage before this one; None for the first one.
+        """
+        return fingerprint(corpus, self.seed, [teacher, previous], *self._material())
+
+    def _material(self) -> list[Any]:
+        """The settings that have an effect on this stage; those without one are left out or set to a fixed value.
+
+        Each read-out has parts of its own. A stage that learns nothing has no training. Only cached rollouts have epochs,
+        only a soft loss has labels, and only on-policy windows have a step from which they are used.
+        """
+        design = self.design.effective()
+        if not self.learns:
+            return [design]
+        train, rollout = material(self.train), material(self.rollout)
+        if not self.train.own_windows:
+            train["own_from"] = 0.0
+        if not self.rollout.cache:
+            rollout["cache_epochs"] = 0
+        return [design, train, rollout, self.targets, self.loss]
+
+    def params(self) -> dict[str, Any]:
+        """The settings of the stage, for tracking."""
+        sections = {name: dataclasses.asdict(getattr(self, name)) for name in ("design", "train", "rollout")}
+        return {"k": self.k, "targets": self.targets, "loss": self.loss, **sections}
+
+
+def corpus_spec(config: Config) -> CorpusSpec:
+    """The corpus of a run. A teacher that is given brings its tokenizer, unless another one is named."""
+    given: tuple[str | None, str | None] = (config.tokenizer.path, None)
+    if config.teacher.path and not config.tokenizer.path:
+        given = config.teacher.path, config.teacher.gguf_file
+    cache = Path(config.data.cache_dir) if config.data.cache_dir else config.root.parent / "data"
+    return CorpusSpec(config.data, config.tokenizer, *given, cache.absolute())
+
+
+def teacher_spec(config: Config) -> TeacherSpec:
+    """The stage of the AR model."""
+    return TeacherSpec(config.teacher, config.seed, config.rollout)
+
+
+def resolve(config: Config) -> list[StageSpec]:
+    """The student stages of a run in the order in which they run: k = 1, 2, 4, …"""
+    return [stage_spec(config, k) for k in config.ks()]
+
+
+def stage_spec(config: Config, k: int) -> StageSpec:
+    """One student stage: the sections of the run, the stage's exceptions, and what follows from k and the loss."""
+    name = f"k{k}"
+    own = config.stage(name)
+    targets, train, rollout = own.targets, own.train, own.rollout
+    if k == 1:  # there is no student before it
+        targets, train = "ar", dataclasses.replace(train, warm_start="teacher")
+    if own.loss != "soft":  # only a soft loss reads the teacher's probabilities
+        rollout = dataclasses.replace(rollout, top_m=None)
+    return StageSpec(name, k, config.seed, targets, own.loss, config.student.design, train, rollout)
+
+
+def evaluation_fingerprint(stage: str, config: EvalConfig) -> str:
+    """The name of the held-out evaluation of a stage, whose fingerprint is given."""
+    return fingerprint(stage, [config.blocks, config.windows, config.bootstrap])
+
+
+def model_digest(path: str) -> dict[str, Any]:
+    """What names a given model: its config's contents and its weights' sizes and times; for a hub model, its id."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return {"id": path}
+    weights = sorted(f for pattern in ("*.safetensors", "*.gguf", "*.bin") for f in folder.glob(pattern))
+    config = folder / "config.json"
+    return {
+        "config": hashlib.blake2b(config.read_bytes()).hexdigest() if config.is_file() else None,
+        "weights": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weights],
+    }
