@@ -3,10 +3,10 @@
     serve run serve.app:build model=runs/quickstart/k4                one replica, on this machine
     serve deploy infra/serve.yaml                                     on a cluster
 
-    client ──HTTP──► proxy ──► replica: api.py (HTTP, SSE) ► service.py (text, stops) ► loop.py (one thread) ► Engine
+    client ──HTTP──► proxy ──► replica: api.py (HTTP, SSE) ► service.py (text, stops) ► engine_thread.py ► Engine
 
-`GET /health` answers 200 when every model has proved a forward pass lately, `GET /live` when the process answers, and
-`GET /metrics` with the figures of all replicas.
+`GET /health` answers 200 if every model has run a forward pass lately, `GET /live` if the process answers, and `GET /metrics`
+returns the metrics of all replicas.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from serve.service import Service
 from serve.settings import Settings, read_settings
 
 PUSH_S = 2.0
+"""Seconds between two messages to the metrics hub."""
 
 
 @serve.ingress()
 class Endpoint:
-    """A replica. `user_config` says what it serves; a new one is taken over without dropping a request."""
+    """A replica. `user_config` holds its settings; when they change, the replica changes its models and drops no request."""
 
     def __init__(self, api_key: str | None, max_body: int):
         self.api_key, self.max_body = api_key, max_body
@@ -45,17 +46,17 @@ class Endpoint:
         self._pusher: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        """What Serve calls for HTTP."""
+        """The ASGI application that Serve calls for HTTP."""
         return create_app(self.service, self.api_key, self.max_body, self._scrape)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve what the configuration says."""
-        await self.service.configure(Settings(**user_config))
+        """Apply settings, the first ones included."""
+        await self.service.configure(read_settings(user_config))
         if self._pusher is None:
             self._pusher = asyncio.create_task(self._push())
 
     async def check_health(self) -> None:
-        """Raise when an engine is dead, so that Serve replaces the replica."""
+        """Raise RuntimeError if an engine is dead, so that Serve replaces the replica."""
         self.service.check_alive()
 
     async def _scrape(self) -> str:
@@ -68,7 +69,7 @@ class Endpoint:
             return own
 
     async def _push(self) -> None:
-        """Let the hub know this replica's figures, whichever replica is scraped."""
+        """Send this replica's metrics to the hub regularly, because a scrape reaches only one replica."""
         while True:
             with contextlib.suppress(Exception):
                 await self._scrape()
@@ -76,38 +77,49 @@ class Endpoint:
 
 
 def build(given: dict[str, Any]) -> serve.Application:
-    """The application of `serve run serve.app:build name=value …`; `Settings` has the names.
+    """The application of `serve run serve.app:build name=value …`; `Settings` lists the names.
 
-    Raises ValueError that names a wrong or missing value.
+    Raises ValueError that names a wrong or missing setting.
     """
-    args = read_settings(given)
-    slots = args.max_num_seqs * (1 if args.teacher == "none" else 2)
-    replicas: dict[str, Any] = {"num_replicas": args.min_replicas or 1}
-    if args.max_replicas > max(args.min_replicas, 1) or args.min_replicas == 0:
-        replicas = {
-            "autoscaling_config": AutoscalingConfig(
-                min_replicas=args.min_replicas,
-                max_replicas=args.max_replicas,
-                target_ongoing_requests=args.target_ongoing_requests or args.max_num_seqs,
-                upscale_delay_s=args.upscale_delay_s,
-                downscale_delay_s=args.downscale_delay_s,
-            )
-        }
-    # The line is bounded here, where it can be answered in OpenAI's shape; Serve's own bounds lie behind it.
-    most = slots + 2 * args.max_waiting + 64
-    pins = {"model": pinned(args.model), "teacher": pinned(args.teacher)}
-    user_config = args.model_dump(exclude={"api_key"}) | pins
+    settings = read_settings(given)
+    models = {"model": pinned(settings.model), "teacher": pinned(settings.teacher)}
+    api_key = settings.api_key or os.environ.get("KFORCING_API_KEY") or None
     deployment: Any = serve.deployment(Endpoint, name="kforcing")
     return deployment.options(
-        **replicas,
-        max_ongoing_requests=most,
-        graceful_shutdown_timeout_s=args.drain_s,
+        **_replicas(settings),
+        max_ongoing_requests=_max_ongoing_requests(settings),
+        graceful_shutdown_timeout_s=settings.drain_s,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=5,
         ray_actor_options={
-            "num_cpus": args.cpus,
-            "num_gpus": args.gpus,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(max(1, round(args.cpus)))}},
+            "num_cpus": settings.cpus,
+            "num_gpus": settings.gpus,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(max(1, round(settings.cpus)))}},
         },
-        user_config=user_config,
-    ).bind(args.api_key or os.environ.get("KFORCING_API_KEY") or None, int(args.max_body_mb * 2**20))
+        user_config=settings.model_dump(exclude={"api_key"}) | models,
+    ).bind(api_key, int(settings.max_body_mb * 2**20))
+
+
+def _replicas(settings: Settings) -> dict[str, Any]:
+    """Serve's options for the number of replicas: fixed, or autoscaled between two numbers."""
+    low, high = settings.min_replicas, settings.max_replicas
+    if low > 0 and high <= low:
+        return {"num_replicas": low}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=low,
+            max_replicas=high,
+            target_ongoing_requests=settings.target_ongoing_requests or settings.max_num_seqs,
+            upscale_delay_s=settings.upscale_delay_s,
+            downscale_delay_s=settings.downscale_delay_s,
+        )
+    }
+
+
+def _max_ongoing_requests(settings: Settings) -> int:
+    """Serve's own limit per replica, above that of the waiting queue, so that the replica answers 429 in OpenAI's shape.
+
+    A student and its teacher may each run and queue requests; 64 more are left for probes and scrapes.
+    """
+    running = settings.max_num_seqs * (1 if settings.teacher == "none" else 2)
+    return running + 2 * settings.max_waiting + 64

@@ -1,15 +1,15 @@
-"""Who runs the engines: one thread for all of a replica, so that neither they nor the handlers wait for each other.
+"""The thread that runs the engines of a replica, and the asynchronous interface through which handlers use one engine.
 
-    handlers (event loop)  ── submit, cancel ──►  inbox  ─►  worker thread: a step of each engine that has work, and again
-           ▲                                                        │ once a step, in one call
-           └────────────── a queue for each request ◄───────────────┘
+    handlers (event loop)  ── submit, cancel ──►  inbox  ─►  engine thread: one step of each engine that has work, and again
+           ▲                                                        │ one call for each step
+           └──────── one queue for each pending request ◄───────────┘
 
-The thread sleeps when nothing runs. A step that raises ends its loop: every open request of it fails, `alive` is false, and
-the replica is replaced.
+The thread sleeps when no request runs. If a step raises an exception, all open requests of that engine fail, `alive` becomes
+false, and Ray Serve replaces the replica.
 
-One thread, and no other that computes: GNU OpenMP keeps a team of threads for each thread that has used it, and once the
-teams together outnumber the cores it stops waiting actively at barriers. A second team, even an idle one, cost 20% of the
-tokens/s on two cores.
+All engines share one thread, and no other thread computes. GNU OpenMP keeps a team of threads for each thread that has used
+it, and stops spinning at barriers once all teams together have more threads than the machine has cores. A second team, even
+an idle one, cost 20% of the tokens/s on two cores.
 """
 
 from __future__ import annotations
@@ -27,42 +27,44 @@ from serve.metrics import EngineMetrics
 
 
 class Overloaded(Exception):
-    """The waiting line is full."""
+    """The waiting queue is full."""
 
 
 class EngineFailed(Exception):
-    """The engine of this replica is dead; the request may be sent again."""
+    """The engine of this replica is dead. The client may send the request again."""
 
 
 SWITCH_S = 2e-4
-"""How long Python may keep the engine waiting for the interpreter's lock (5 ms by default)."""
+"""Seconds for which another Python thread may hold the interpreter's lock while the engine waits for it (default: 5 ms)."""
 
 Item = tuple[Output, float] | BaseException
-"""An output with the time (`time.perf_counter`) at which its step ended, or why there will be none."""
+"""An output with the time (`time.perf_counter`) at which its step ended, or the reason why no output will follow."""
 
 
 @dataclass
-class Ticket:
-    """A request in the loop."""
+class PendingRequest:
+    """A request that waits or runs."""
 
     request: Request
     outputs: asyncio.Queue[Item] = field(default_factory=asyncio.Queue)
     id: int | None = None
+    """The engine's id of the request; None until the engine thread has submitted it."""
     submitted: float = field(default_factory=time.perf_counter)
     queued: bool = True
+    """Whether it still waits for a slot."""
     ended: bool = False
     cancelled: bool = False
 
 
-Delivery = tuple[Ticket, Item]
+Delivery = tuple[PendingRequest, Item]
 
 
-class Worker:
-    """The thread that gives the engines of a replica their turns."""
+class EngineThread:
+    """The thread that runs steps of all engines of a replica in turn."""
 
     def __init__(self) -> None:
         self.wake = threading.Condition()
-        self._loops: list[EngineLoop] = []
+        self._engines: list[AsyncEngine] = []
         self._thread = threading.Thread(target=self._run, name="engines", daemon=True)
         self._closing = False
         self._thread.start()
@@ -72,210 +74,219 @@ class Worker:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
-    def add(self, loop: EngineLoop) -> None:
-        """From now on this loop has turns, until it is done."""
+    def add(self, engine: AsyncEngine) -> None:
+        """Run this engine from now on, until it is done."""
         with self.wake:
-            self._loops.append(loop)
+            self._engines.append(engine)
 
     def close(self) -> None:
-        """End the thread once all loops are done."""
+        """End the thread once all engines are done."""
         with self.wake:
             self._closing = True
             self.wake.notify()
 
     def _run(self) -> None:
-        # An operation that gives the interpreter's lock away should get it back at once: handlers are many and patient.
+        # There are many handlers and they can wait, so the engine gets the interpreter's lock back as soon as possible.
         sys.setswitchinterval(SWITCH_S)
-        while self._turns():
+        while self._run_once():
             pass
 
-    def _turns(self) -> bool:
-        """A turn for each engine that has work, or sleep. Holds on to no engine in between. False to end."""
+    def _run_once(self) -> bool:
+        """One step of each engine that has work, or sleep until there is work. Returns False when the thread shall end.
+
+        No local variable refers to an engine between two calls, so that a replaced engine is freed.
+        """
         with self.wake:
-            self._loops = [loop for loop in self._loops if not loop.done]
-            if self._closing and not self._loops:
+            self._engines = [engine for engine in self._engines if not engine.done]
+            if self._closing and not self._engines:
                 return False
-            busy = [loop for loop in self._loops if loop.has_work]
+            busy = [engine for engine in self._engines if engine.has_work]
             if not busy:
                 self.wake.wait()
-        for loop in busy:
-            loop.turn()
+        for engine in busy:
+            engine.step()
         return True
 
 
-class EngineLoop:
-    """Runs an engine for the handlers of one event loop.
+class AsyncEngine:
+    """An engine as the handlers of one event loop use it: `submit`, `outputs`, `cancel`. Its steps run in `thread`.
 
     Args:
-        max_waiting: requests that may wait beyond those that have a slot.
-        worker: the thread that will run it.
+        max_waiting: requests that may wait in addition to the `max_num_seqs` that run.
     """
 
-    def __init__(self, engine: Engine, metrics: EngineMetrics, max_waiting: int, worker: Worker):
+    def __init__(self, engine: Engine, metrics: EngineMetrics, max_waiting: int, thread: EngineThread):
         self.engine, self.metrics, self.max_waiting = engine, metrics, max_waiting
-        self.worker = worker
+        self.thread = thread
         self.failure: BaseException | None = None
         self.last_step = time.perf_counter()
         self._slept = True
-        self._inbox: list[Ticket] = []
-        self._open: dict[int, Ticket] = {}
+        self._inbox: list[PendingRequest] = []
+        self._open: dict[int, PendingRequest] = {}
         self._pending = 0
-        self._wake = worker.wake
+        self._wake = thread.wake
         self._closing = False
-        self._asyncio: asyncio.AbstractEventLoop | None = None
-        worker.add(self)
+        self._event_loop: asyncio.AbstractEventLoop | None = None
+        thread.add(self)
 
     @property
     def alive(self) -> bool:
-        """Whether requests are worked on."""
-        return self.worker.alive and self.failure is None
+        """Whether the engine can still make progress."""
+        return self.thread.alive and self.failure is None
 
     @property
     def pending(self) -> int:
-        """Requests that wait or run."""
+        """Number of requests that wait or run."""
         return self._pending
 
     def stuck_for(self) -> float:
-        """Seconds since the last step ended while there is work; 0 when there is none."""
+        """Seconds since the last step ended if there is work; 0 if there is none."""
         return time.perf_counter() - self.last_step if self._pending else 0.0
 
-    def submit(self, requests: list[Request]) -> list[Ticket]:
-        """Queue requests together, all or none. Called from the event loop that will follow them.
+    def submit(self, requests: list[Request]) -> list[PendingRequest]:
+        """Queue all of the requests or none. The event loop that calls this must also be the one that reads the outputs.
 
         Raises:
             ValueError: when the model cannot serve one of them, or never so many at once.
-            Overloaded: when too many wait already.
+            Overloaded: when the waiting queue has no room for them.
             EngineFailed: when the engine is dead.
         """
         for request in requests:
             self.engine.check(request)
         most = self.engine.config.max_num_seqs + self.max_waiting
         if len(requests) > most:
-            raise ValueError(f"{len(requests)} choices in one request, where {most} may run and wait; ask for fewer")
-        self._asyncio = asyncio.get_running_loop()
-        tickets = [Ticket(request) for request in requests]
+            raise ValueError(
+                f"the request asks for {len(requests)} choices, and at most {most} can run and wait; ask for fewer"
+            )
+        self._event_loop = asyncio.get_running_loop()
+        pending = [PendingRequest(request) for request in requests]
         with self._wake:
             if self.failure is not None or self._closing:
                 raise EngineFailed(f"the engine has stopped: {self.failure or 'it was replaced'}")
             if self._pending + len(requests) > most:
                 self.metrics.rejected(len(requests))
-                raise Overloaded(f"{self._pending} requests wait or run already")
+                raise Overloaded(f"the waiting queue is full: {self._pending} requests wait or run already")
             if not self._pending:
                 self.last_step = time.perf_counter()
                 self._slept = True
-            self._pending += len(tickets)
-            self._inbox += tickets
+            self._pending += len(pending)
+            self._inbox += pending
             self._wake.notify()
-        return tickets
+        return pending
 
-    async def follow(self, ticket: Ticket) -> AsyncGenerator[tuple[Output, float], None]:
-        """The outputs of a request as they are made, each with the time at which its step ended."""
+    async def outputs(self, pending: PendingRequest) -> AsyncGenerator[tuple[Output, float], None]:
+        """The outputs of a request as they are made, each with the time at which its step ended. Raises EngineFailed."""
         while True:
-            item = await ticket.outputs.get()
+            item = await pending.outputs.get()
             if isinstance(item, BaseException):
                 raise item
             yield item
             if item[0].finish_reason:
                 return
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Forget a request; nothing happens if it has ended."""
-        if not ticket.ended:
+    def cancel(self, pending: PendingRequest) -> None:
+        """Cancel a request; nothing happens if it has ended.
+
+        This only marks the request and wakes the engine thread. Before its next step the thread calls `Engine.cancel`, which
+        frees the request's slot (`_drop_cancelled`). Handlers come here when a client disconnects, when a stop string was
+        found, and after every normal end.
+        """
+        if not pending.ended:
             with self._wake:
-                ticket.cancelled = True
+                pending.cancelled = True
                 self._wake.notify()
 
     def close(self) -> None:
-        """Finish what waits or runs; what comes later is refused."""
+        """Finish the requests that wait or run, and refuse new ones."""
         with self._wake:
             self._closing = True
             self._wake.notify()
 
     @property
     def done(self) -> bool:
-        """Whether the worker may forget this loop."""
+        """Whether the thread may forget this engine."""
         return self.failure is not None or (self._closing and not self._pending)
 
     @property
     def has_work(self) -> bool:
-        """Whether a turn would do anything."""
-        return bool(self._inbox) or not self.engine.idle or any(ticket.cancelled for ticket in self._open.values())
+        """Whether `step` would do anything."""
+        return bool(self._inbox) or not self.engine.idle or any(pending.cancelled for pending in self._open.values())
 
-    def turn(self) -> None:
-        """Take in what the handlers asked for, and one step. Called by the worker alone."""
+    def step(self) -> None:
+        """Apply what the handlers asked for, then run one step of the engine. Only the engine thread calls this."""
         try:
             with self._wake:
-                self._take_in()
+                self._drop_cancelled()
+                self._submit_inbox()
             if self.engine.idle:
                 return
             start, before = time.perf_counter(), self.last_step
             outputs = self.engine.step()
             self.last_step = end = time.perf_counter()
-            self._note_queue(end)
+            self._record_queue_times(end)
             self.metrics.after_step(self.engine, end - start, 0.0 if self._slept else max(start - before, 0.0))
-            self._hand_out(outputs, end)
+            self._deliver_outputs(outputs, end)
             self._slept = False
-        except BaseException as error:  # whatever it was, everybody has to hear of it
+        except BaseException as error:  # every open request must learn of it, whatever it was
             self._fail(error)
 
-    def _take_in(self) -> None:
-        self._drop_cancelled()
-        for ticket in self._inbox:
-            ticket.id = self.engine.submit(ticket.request)
-            self._open[ticket.id] = ticket
+    def _submit_inbox(self) -> None:
+        for pending in self._inbox:
+            pending.id = self.engine.submit(pending.request)
+            self._open[pending.id] = pending
         self._inbox.clear()
 
     def _drop_cancelled(self) -> None:
-        for ticket in [t for t in (*self._inbox, *self._open.values()) if t.cancelled]:
-            if ticket.id is None:
-                self._inbox.remove(ticket)
+        for pending in [p for p in (*self._inbox, *self._open.values()) if p.cancelled]:
+            if pending.id is None:
+                self._inbox.remove(pending)
             else:
-                self.engine.cancel(ticket.id)
-                del self._open[ticket.id]
+                self.engine.cancel(pending.id)
+                del self._open[pending.id]
             self._pending -= 1
 
-    def _note_queue(self, now: float) -> None:
-        """How long each request waited for the slot that it has now."""
+    def _record_queue_times(self, now: float) -> None:
+        """Record how long each request that now has a slot waited for it."""
         waiting = {r.id for r in self.engine.waiting}
-        for ticket in self._open.values():
-            if ticket.queued and ticket.id not in waiting:
-                ticket.queued = False
-                self.metrics.queued(now - ticket.submitted)
+        for pending in self._open.values():
+            if pending.queued and pending.id not in waiting:
+                pending.queued = False
+                self.metrics.queued(now - pending.submitted)
 
-    def _hand_out(self, outputs: list[Output], now: float) -> None:
+    def _deliver_outputs(self, outputs: list[Output], now: float) -> None:
         deliveries: list[Delivery] = []
         for output in outputs:
-            ticket = self._open.get(output.id)
-            if ticket is None or ticket.cancelled:  # nobody listens any more
+            pending = self._open.get(output.id)
+            if pending is None or pending.cancelled:  # its client has gone
                 self.metrics.returned(0, len(output.tokens))
                 continue
-            deliveries.append((ticket, (output, now)))
+            deliveries.append((pending, (output, now)))
             if output.finish_reason:
-                ticket.ended = True
+                pending.ended = True
                 del self._open[output.id]
                 with self._wake:
                     self._pending -= 1
         if deliveries:
-            self._call(deliveries)
+            self._fill_queues(deliveries)
 
     def _fail(self, error: BaseException) -> None:
         with self._wake:
             self.failure = error
-            tickets = [*self._inbox, *self._open.values()]
+            open_requests = [*self._inbox, *self._open.values()]
             self._inbox.clear()
             self._open.clear()
             self._pending = 0
         self.metrics.stopped()
         failed = EngineFailed(f"the engine has stopped: {type(error).__name__}: {error}")
-        self._call([(ticket, failed) for ticket in tickets])
+        self._fill_queues([(pending, failed) for pending in open_requests])
 
-    def _call(self, deliveries: list[Delivery]) -> None:
-        """Fill the queues from the event loop that listens to them, in one call."""
+    def _fill_queues(self, deliveries: list[Delivery]) -> None:
+        """Fill the requests' queues in the event loop that reads them, in one call."""
 
         def deliver() -> None:
-            for ticket, item in deliveries:
-                ticket.outputs.put_nowait(item)
+            for pending, item in deliveries:
+                pending.outputs.put_nowait(item)
 
-        if self._asyncio is not None:
-            with suppress(RuntimeError):  # the event loop has gone, and everybody who listened with it
-                self._asyncio.call_soon_threadsafe(deliver)
+        if self._event_loop is not None:
+            with suppress(RuntimeError):  # the event loop was closed, and its handlers with it
+                self._event_loop.call_soon_threadsafe(deliver)

@@ -1,4 +1,4 @@
-"""What an endpoint says of itself, in Prometheus form. Names end as vLLM's do, so that its dashboards fit."""
+"""The metrics of a replica in Prometheus' format. Their names end like vLLM's, so that dashboards are easy to adapt."""
 
 from __future__ import annotations
 
@@ -30,29 +30,31 @@ class Metrics:
 
         self.running = gauge("num_requests_running", "Requests that have a slot.")
         self.waiting = gauge("num_requests_waiting", "Requests that wait for a slot.")
-        self.cache = gauge("kv_cache_usage_perc", "Share of the cache's columns that running requests fill, 0 to 1.")
-        self.per_forward = gauge("tokens_per_forward", "Tokens returned a step and running request, since the start.")
-        self.ttft = histogram("time_to_first_token_seconds", "From the request to its first tokens.")
-        self.per_token = histogram("request_time_per_output_token_seconds", "Of a request, after its first tokens.")
-        self.end_to_end = histogram("e2e_request_latency_seconds", "From the request to its last token.")
-        self.queue_time = histogram("request_queue_time_seconds", "From the request to its slot.")
-        self.delivery = histogram("step_to_chunk_seconds", "From the end of a step to the chunk handed to the server.")
+        self.cache = gauge("kv_cache_usage_perc", "Share of the cache's columns in use, 0 to 1.")
+        self.per_forward = gauge("tokens_per_forward", "Tokens returned per step of a request, since the start.")
+        self.ttft = histogram("time_to_first_token_seconds", "Seconds from arrival to the first tokens.")
+        self.per_token = histogram("request_time_per_output_token_seconds", "Seconds per token after the first tokens.")
+        self.end_to_end = histogram("e2e_request_latency_seconds", "Seconds from arrival to the last token.")
+        self.queue_time = histogram("request_queue_time_seconds", "Seconds for which a request waited for a slot.")
+        self.delivery = histogram("step_to_chunk_seconds", "Seconds from a step's end to the delivery of its chunk.")
         self.prompt = counter("prompt_tokens_total", "Prompt tokens of finished requests.")
         self.generated = counter("generation_tokens_total", "Tokens returned.")
-        self.discarded = counter("discarded_tokens_total", "Tokens made behind a stop or a limit, never returned.")
+        self.discarded = counter(
+            "discarded_tokens_total", "Tokens generated after a stop or a limit, and never returned."
+        )
         self.steps = counter("engine_steps_total", "Decoding steps.")
-        self.engine_time = counter("engine_time_seconds_total", "Time the engine computed.")
-        self.framework_time = counter("framework_time_seconds_total", "Time between steps while there was work.")
+        self.engine_time = counter("engine_time_seconds_total", "Seconds for which the engine computed.")
+        self.framework_time = counter("framework_time_seconds_total", "Seconds between steps while there was work.")
         self.success = counter("request_success_total", "Finished requests.", "finished_reason")
-        self.rejected = counter("requests_rejected_total", "Requests refused because too many waited.")
+        self.rejected = counter("requests_rejected_total", "Requests refused because the waiting queue was full.")
 
     def text(self) -> str:
-        """In Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry).decode()
 
 
 class EngineMetrics:
-    """The metrics of one model of a replica. Called from the engine's thread and from handlers: prometheus_client locks."""
+    """The metrics of one model. The engine thread and the handlers may call it at once, because prometheus_client locks."""
 
     def __init__(self, metrics: Metrics, model: str, replica: str):
         self._all, self._labels = metrics, {"model": model, "replica": replica}
@@ -71,7 +73,7 @@ class EngineMetrics:
         return self._returned / steps if steps > 0 else 0.0
 
     def after_step(self, engine: Engine, seconds: float, between: float) -> None:
-        """A step took `seconds`, and `between` passed since the one before while there was work."""
+        """Record a step that took `seconds`, and the `between` seconds since the previous step if there was work in them."""
         m, own, now, before = self._all, self._labels, engine.stats, self._counted
         m.engine_time.labels(**own).inc(seconds)
         m.framework_time.labels(**own).inc(between)
@@ -84,38 +86,46 @@ class EngineMetrics:
         m.cache.labels(**own).set(sum(r.length for r in engine.running) / columns)
 
     def probed(self) -> None:
-        """A probe of readiness made one step of its own, which is nobody's."""
+        """Exclude the step of a readiness probe from the tokens per forward pass."""
         self._probes += 1
 
     def stopped(self) -> None:
-        """The engine has died: nothing runs or waits any more."""
+        """Set the gauges to 0 after the engine has died."""
         for gauge in (self._all.running, self._all.waiting, self._all.cache):
             gauge.labels(**self._labels).set(0)
 
     def rejected(self, requests: int) -> None:
-        """Requests were refused because too many wait."""
+        """Count requests that were refused because the waiting queue is full."""
         self._all.rejected.labels(**self._labels).inc(requests)
 
     def queued(self, seconds: float) -> None:
-        """A request got its slot."""
+        """Record the seconds for which a request waited for its slot."""
         self._all.queue_time.labels(**self._labels).observe(seconds)
 
     def returned(self, tokens: int, dropped: int) -> None:
-        """Tokens that a client was given, and tokens behind a stop string that it was not."""
+        """Count the tokens that a client received, and those after a stop string that were dropped."""
         self._returned += tokens
         self._all.generated.labels(**self._labels).inc(tokens)
         self._all.discarded.labels(**self._labels).inc(dropped)
 
     def delivered(self, seconds: float) -> None:
-        """A chunk was handed to the server so long after its step ended."""
+        """Record the seconds from the end of a step to the delivery of its chunk."""
         self._all.delivery.labels(**self._labels).observe(seconds)
 
     def first_token(self, seconds: float) -> None:
-        """A request got its first tokens."""
+        """Record the seconds from the arrival of a request to its first tokens."""
         self._all.ttft.labels(**self._labels).observe(seconds)
 
     def finished(self, reason: str, seconds: float, after_first: float, prompt: int, tokens: int) -> None:
-        """A request has ended: `stop`, `length` or `abort`; `after_first` seconds passed since its first tokens."""
+        """Record the end of a request.
+
+        Args:
+            reason: `stop`, `length` or `abort`.
+            seconds: since its arrival.
+            after_first: seconds since its first tokens.
+            prompt: number of prompt tokens.
+            tokens: number of tokens returned.
+        """
         m, own = self._all, self._labels
         m.success.labels(**own, finished_reason=reason).inc()
         m.prompt.labels(**own).inc(prompt)

@@ -1,4 +1,4 @@
-"""Figures of all replicas in one place. Imports nothing heavy: it runs in a process of its own."""
+"""The metrics of all replicas in one place. This module runs in its own process, so it imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import time
 
 
 class MetricsHub:
-    """Keeps the latest figures of each replica, so that one scrape sees all. Runs as an actor."""
+    """An actor that keeps the latest metrics of each replica, so that one scrape returns those of all replicas."""
 
     def __init__(self) -> None:
         self.latest: dict[str, tuple[float, str]] = {}
 
     def put(self, replica: str, text: str) -> list[str]:
-        """Remember a replica's figures; returns those of all that were heard of in the last minute."""
+        """Store a replica's metrics; return those of all replicas that sent some within the last minute."""
         now = time.monotonic()
         self.latest[replica] = (now, text)
         self.latest = {name: (at, kept) for name, (at, kept) in self.latest.items() if now - at < 60}
@@ -20,7 +20,7 @@ class MetricsHub:
 
 
 def merge(texts: list[str]) -> str:
-    """Several expositions of the same metrics, told apart by labels, as one."""
+    """Several texts in Prometheus' format as one: the samples of a metric come together, under one header."""
     families: dict[str, tuple[list[str], list[str]]] = {}
     for text in texts:
         header: list[str] = []

@@ -1,4 +1,4 @@
-"""Which models a replica serves, and their loading: directories and registered MLflow models."""
+"""The models of a replica: how they are found (directories and registered MLflow models), loaded and opened."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from typing import Any
 from kforcing import PushForwardLM
 from kforcing.engine import Engine, EngineConfig, EngineStats, Request
 from kforcing.loading import load_model, load_tokenizer
-from serve.engine_thread import EngineLoop, Worker
+from kforcing.model_uri import PREFIX, parse_model_uri
+from serve.engine_thread import AsyncEngine, EngineThread
 from serve.metrics import EngineMetrics, Metrics
 from serve.settings import Settings
 
 
 class ServedModel:
-    """A model, its tokenizer and the loop that runs its engine."""
+    """A model with its tokenizer and its engine."""
 
     def __init__(self, name: str, engine: Engine, path: Path):
         self.name, self.engine = name, engine
         self.tokenizer = load_tokenizer(path)
         self.eos = eos_ids(path, self.tokenizer, engine.vocabulary)
-        # One request through the bare engine: weights packed, kernels chosen, graphs captured before clients come.
+        # Warm-up: this request packs the weights, chooses kernels and captures graphs before the first client comes.
         engine.generate([Request([0], 2 * engine.k)])
         engine.stats = EngineStats()
         self.proved = time.monotonic()
-        """When a forward pass was last shown to work."""
-        self.loop: EngineLoop
+        """The time at which a forward pass last succeeded."""
+        self.async_engine: AsyncEngine
         self.metrics: EngineMetrics
 
-    def open(self, metrics: EngineMetrics, max_waiting: int, worker: Worker) -> None:
-        """Begin to take requests."""
+    def open(self, metrics: EngineMetrics, max_waiting: int, thread: EngineThread) -> None:
+        """Accept requests from now on."""
         self.metrics = metrics
-        self.loop = EngineLoop(self.engine, metrics, max_waiting, worker)
+        self.async_engine = AsyncEngine(self.engine, metrics, max_waiting, thread)
 
 
 def eos_ids(path: Path, tokenizer: Any, vocabulary: int) -> frozenset[int]:
@@ -44,24 +45,20 @@ def eos_ids(path: Path, tokenizer: Any, vocabulary: int) -> frozenset[int]:
     return frozenset(i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int) and 0 <= i < vocabulary)
 
 
-def loading(settings: Settings) -> dict[str, Any]:
-    """The settings that a loaded model depends on; the others can change without loading it again."""
-    fields = {
-        "model",
-        "name",
-        "teacher",
-        "k",
-        "max_num_seqs",
-        "max_model_len",
-        "max_num_batched_tokens",
-        "batch_invariant",
-        "coupling",
-    }
-    return settings.model_dump(include=fields | {"device", "dtype", "packed"})
+LOADING = {
+    *("model", "name", "teacher", "k", "coupling", "device", "dtype", "packed", "batch_invariant"),
+    *("max_num_seqs", "max_model_len", "max_num_batched_tokens"),
+}
+"""Settings whose change needs the models to be loaded again."""
 
 
-def load_all(settings: Settings, metrics: Metrics, replica: str, worker: Worker) -> dict[str, ServedModel]:
-    """Everything a replica serves, by name. Raises FileNotFoundError or ValueError that says what is wrong."""
+def loading_settings(settings: Settings) -> dict[str, Any]:
+    """The settings in `LOADING`, with their values."""
+    return settings.model_dump(include=LOADING)
+
+
+def load_models(settings: Settings, metrics: Metrics, replica: str, thread: EngineThread) -> dict[str, ServedModel]:
+    """The models of a replica by name. Raises FileNotFoundError or ValueError for a setting that cannot be served."""
     path = resolve(settings.model)
     model = load_model(path, settings.device, settings.dtype)
     name = settings.name or default_name(settings.model)
@@ -73,23 +70,13 @@ def load_all(settings: Settings, metrics: Metrics, replica: str, worker: Worker)
     elif settings.teacher == "auto" and isinstance(model, PushForwardLM) and model.config.design.exact_trunk:
         config = engine_config(settings, 1, model.config.design.coupling)
         models.append(ServedModel("teacher", Engine(model.backbone, config), path))
-    for served in models:  # none before all are loaded
-        served.open(EngineMetrics(metrics, served.name, replica), settings.max_waiting, worker)
+    for served in models:  # only when all of them have been loaded
+        served.open(EngineMetrics(metrics, served.name, replica), settings.max_waiting, thread)
     return {served.name: served for served in models}
 
 
-def pinned(model: str) -> str:
-    """`models:/name@alias` as the version it means now, so that all replicas, those to come included, serve the same."""
-    if not model.startswith("models:/") or "@" not in model:
-        return model
-    from mlflow import MlflowClient
-
-    name, alias = model.removeprefix("models:/").split("@", 1)
-    return f"models:/{name}/{MlflowClient().get_model_version_by_alias(name, alias).version}"
-
-
 def engine_config(settings: Settings, k: int | None, coupling: str | None = None) -> EngineConfig:
-    """The engine that settings ask for."""
+    """The engine's configuration under these settings."""
     return EngineConfig(
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len,
@@ -101,9 +88,29 @@ def engine_config(settings: Settings, k: int | None, coupling: str | None = None
     )
 
 
+def pinned(model: str) -> str:
+    """`models:/NAME@ALIAS` as the version that the alias has now; any other model as it is.
+
+    All replicas, including those that start later, then serve the same version. Raises ValueError for a malformed URI.
+    """
+    if not model.startswith(PREFIX):
+        return model
+    uri = parse_model_uri(model)
+    if uri.alias is None:
+        return model
+    from mlflow import MlflowClient
+
+    return f"{PREFIX}{uri.name}/{MlflowClient().get_model_version_by_alias(uri.name, uri.alias).version}"
+
+
 def resolve(model: str) -> Path:
-    """A local directory for a path or an MLflow URI. Raises FileNotFoundError when there is none."""
-    if model.startswith(("models:/", "runs:/")):
+    """A local directory for a directory, a registered model, or a path `runs:/…` below a run of MLflow.
+
+    Raises FileNotFoundError if there is none, and ValueError for a malformed URI.
+    """
+    if model.startswith((PREFIX, "runs:/")):
+        if model.startswith(PREFIX):
+            parse_model_uri(model)
         from mlflow.artifacts import download_artifacts
 
         root = Path(download_artifacts(model))
@@ -114,14 +121,12 @@ def resolve(model: str) -> Path:
     path = Path(model)
     if not path.is_dir():
         raise FileNotFoundError(
-            f"model={model}: no such directory on this node; give an absolute path that every node sees, or a registered "
-            "model as models:/name@alias"
+            f"model={model}: there is no such directory on this node; give an absolute path that every node sees, or a "
+            "registered model as models:/NAME@ALIAS or models:/NAME/VERSION"
         )
     return path
 
 
 def default_name(model: str) -> str:
-    """The last part of a path, or a registered model's name without version or alias."""
-    if model.startswith("models:/"):
-        return model.removeprefix("models:/").split("@")[0].split("/")[0]
-    return Path(model).absolute().name
+    """The name of a registered model without its version, or the last part of a path."""
+    return parse_model_uri(model).name if model.startswith(PREFIX) else Path(model).absolute().name

@@ -1,68 +1,85 @@
-"""Settings of a deployment, and their validation."""
+"""The settings of a deployment, and their validation."""
 
 from __future__ import annotations
 
 import difflib
+import logging
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+logger = logging.getLogger("ray.serve")
+
+RENAMED = {"slots": "max_num_seqs", "max_len": "max_model_len", "prefill_tokens": "max_num_batched_tokens"}
+"""Former names of settings. They still work, with a warning."""
+
 
 class Settings(BaseModel):
-    """What `serve run serve.app:build name=value …` and the `args` of a config file may say."""
+    """The settings that `serve run serve.app:build name=value …` and the `args` of a config file accept."""
 
     model_config = ConfigDict(extra="forbid")
 
     model: str
-    """A student's or a transformers model's directory, or a registered model: `models:/name@alias`, `models:/name/3`."""
+    """The directory of a student or of a transformers model, or a registered model: `models:/NAME@ALIAS` or
+    `models:/NAME/VERSION`."""
     name: str | None = None
-    """What clients call it; the directory's or the registered model's name when left out."""
+    """The model's name for clients; by default the name of the directory or of the registered model."""
     teacher: str = "auto"
-    """AR model served beside it as `teacher`: a directory, `none`, or `auto` for the one inside a sequential student."""
+    """An AR model that is served beside it under the name `teacher`: a directory or a registered model, `none`, or `auto`
+    for the AR model inside a sequential student."""
     k: int | None = Field(None, ge=1)
-    """Tokens a step; the student's k when left out. A request may ask for fewer."""
+    """Tokens per step; the student's k by default. A request may ask for fewer."""
     max_num_seqs: int = Field(16, ge=1)
-    """Requests that run at once on a replica."""
+    """The most requests that run at once on a replica."""
     max_model_len: int | None = Field(None, ge=2)
-    """Longest prompt and answer together, in tokens."""
+    """The most tokens of a prompt and its answer together; by default what the model allows, at most 2,048."""
     max_waiting: int = Field(128, ge=0)
-    """Requests that may wait on a replica beyond those that run; more are answered with 429."""
+    """The most requests that wait on a replica. When the waiting queue is full, the replica answers 429."""
     max_num_batched_tokens: int = Field(256, ge=1)
-    """Prompt tokens read between two steps."""
+    """The most prompt tokens that are read between two steps."""
     batch_invariant: bool = False
     """See `EngineConfig.batch_invariant`."""
     coupling: str = "inverse_cdf"
-    """How noise picks tokens of a plain AR model."""
+    """The rule by which noise selects tokens of an AR model; a student has its own."""
     device: str | None = None
+    """A device name of torch; by default a GPU if there is one."""
     dtype: str | None = None
-    """`fp32` or `bf16`; as saved when left out."""
+    """`fp32` or `bf16`; by default the dtype of the saved weights."""
     packed: bool | None = None
     """See `EngineConfig.packed`."""
     api_key: str | None = None
-    """Wanted in `Authorization: Bearer …`; the environment variable KFORCING_API_KEY when left out, none if that is unset."""
+    """The key that clients must send as `Authorization: Bearer KEY`. The default is the environment variable
+    KFORCING_API_KEY; without either, the endpoint is open."""
     max_body_mb: float = Field(4.0, gt=0)
-    """Larger requests are refused."""
+    """The largest body of a request in MB (2^20 bytes); the server answers 413 to a larger one."""
     cpus: float = Field(1.0, gt=0)
+    """CPUs of a replica."""
     gpus: float = Field(0.0, ge=0)
-    """Of a replica."""
+    """GPUs of a replica."""
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(1, ge=1)
     target_ongoing_requests: float | None = Field(None, gt=0)
-    """Requests a replica that autoscaling aims at; `max_num_seqs` when left out: a full batch and no line."""
+    """Requests per replica that autoscaling aims at. The default is `max_num_seqs`: a full batch, and nothing waits."""
     upscale_delay_s: float = Field(10.0, ge=0)
+    """Seconds of high load before a replica is added."""
     downscale_delay_s: float = Field(300.0, ge=0)
+    """Seconds of low load before a replica is removed."""
     drain_s: float = Field(600.0, ge=0)
-    """How long a replica that is going away may finish what it has begun."""
+    """Seconds for which a replica that is removed may finish its requests."""
 
 
 def read_settings(given: dict[str, Any]) -> Settings:
-    """Settings from names and values, which may be text. Raises ValueError that names what is wrong, and the near miss."""
+    """Settings from names and values; values may be text.
+
+    Raises ValueError that names the wrong setting, and the most similar name if there is one.
+    """
+    given = _with_new_names(given)
     for name in given:
         if name not in Settings.model_fields:
             near = difflib.get_close_matches(name, Settings.model_fields, 1)
             known = f"did you mean {near[0]}?" if near else f"there are: {', '.join(Settings.model_fields)}"
-            raise ValueError(f"{name}={given[name]}: no such setting; {known}")
+            raise ValueError(f"{name}={given[name]}: there is no such setting; {known}")
     try:
         settings = Settings(**given)
     except ValidationError as error:
@@ -75,3 +92,17 @@ def read_settings(given: dict[str, Any]) -> Settings:
     if settings.min_replicas > settings.max_replicas:
         raise ValueError(f"min_replicas={settings.min_replicas} is more than max_replicas={settings.max_replicas}")
     return settings
+
+
+def _with_new_names(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings with each former name replaced by the new one. Raises ValueError if both names are given."""
+    result = dict(given)
+    for old, new in RENAMED.items():
+        if old in result:
+            if new in result:
+                raise ValueError(
+                    f"{old}={result[old]}: this setting is now called {new}, which is given too; drop {old}"
+                )
+            logger.warning("the setting %s is now called %s; please use the new name", old, new)
+            result[new] = result.pop(old)
+    return result

@@ -1,14 +1,17 @@
-"""A served tiny model for tests: its directory, and the endpoint under a real HTTP server without Ray."""
+"""A served tiny model for tests: its directory, the endpoint under a real HTTP server without Ray, and requests to it."""
 
 import asyncio
 import contextlib
+import json
 import threading
 import time
+from collections import Counter
 
 import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from kforcing.reference import decode
 from serve.api import create_app
 from serve.service import Service
 from serve.settings import Settings
@@ -41,13 +44,39 @@ def ids_of(text):
     return [LETTERS.index(c) for c in text]
 
 
+def wait_until(condition, failure, seconds=30):
+    """Return as soon as the condition holds; fail with this message if it does not within the deadline."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, failure
+        time.sleep(0.01)
+
+
+class HeldSteps:
+    """Holds an engine before each of its steps until the test releases it, so that a test decides what happens first."""
+
+    def __init__(self, engine):
+        self.done = 0
+        self._permits = threading.Semaphore(0)
+        self._step = engine.step
+        engine.step = self._held_step
+
+    def _held_step(self):
+        assert self._permits.acquire(timeout=60), "the test released no step for 60 s"
+        outputs = self._step()
+        self.done += 1
+        return outputs
+
+    def release(self, steps):
+        self._permits.release(steps)
+
+
 @contextlib.contextmanager
 def endpoint(folder, api_key=None, max_body=2**20, **settings):
     """(base URL, service) of a served directory."""
     service = Service("test")
     config = Settings(model=str(folder), name="tiny", **settings)
     asyncio.run(service.configure(config))
-    service._swap = asyncio.Lock()
 
     async def scrape():
         return service.metrics.text()
@@ -57,14 +86,48 @@ def endpoint(folder, api_key=None, max_body=2**20, **settings):
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
+    wait_until(lambda: server.started, "the HTTP server did not start")
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
         yield f"http://127.0.0.1:{port}", service
     finally:
         server.should_exit = True
-        thread.join()
+        thread.join(timeout=30)
         for model in service.models.values():
-            model.loop.close()
-        service.worker.close()
+            model.async_engine.close()
+        service.thread.close()
+
+
+def complete(http, **body):
+    """The answer to a completion request, which must succeed."""
+    answer = http.post("/v1/completions", json={"model": "tiny", "prompt": "abc", "seed": 1, "max_tokens": 12, **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def events(http, path="/v1/completions", **body):
+    """Parsed server-sent events of a stream; the last one must be [DONE]."""
+    base = {"model": "tiny", "seed": 1, "max_tokens": 12, "stream": True}
+    base |= {"prompt": "abc"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "abc"}]}
+    with http.stream("POST", path, json=base | body) as answer:
+        assert answer.status_code == 200
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def metrics(http):
+    """{name{labels}: value} of /metrics; a sample that has not been exported yet counts as 0."""
+    lines = [line for line in http.get("/metrics").text.splitlines() if not line.startswith("#")]
+    return Counter({name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)})
+
+
+def expected(student, prompt="abc", n=12, seed=1, k=4, stop=frozenset([EOS])):
+    """The ids that the naive loop gives."""
+    return decode(student, ids_of(prompt), n, seed=seed, k=k, stop_ids=stop)
+
+
+def without_eos(student, n):
+    """A seed whose first n tokens are not end-of-text, and their text."""
+    rows = ((seed, expected(student, n=n, stop=frozenset(), seed=seed)) for seed in range(100))
+    return next((seed, text_of(row)) for seed, row in rows if EOS not in row)

@@ -3,7 +3,6 @@
 import pytest
 
 from serve.models import default_name, pinned, resolve
-from serve.settings import read_settings
 from tests.endpoint import endpoint, save_model
 
 
@@ -29,13 +28,13 @@ def test_a_registered_model_is_found_by_its_alias_and_served(tmp_path, monkeypat
     assert default_name("models:/kforcing-quickstart@k4") == "kforcing-quickstart"
 
 
-def test_a_directory_that_is_not_there_is_named(tmp_path):
+def test_a_missing_directory_is_named_in_the_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing"):
         resolve(str(tmp_path / "nothing"))
 
 
-def test_settings_come_as_text_and_relative_paths_are_made_absolute(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "k4").mkdir()
-    settings = read_settings({"model": "k4", "max_num_seqs": "8", "batch_invariant": "true", "teacher": "none"})
-    assert (settings.model, settings.max_num_seqs, settings.batch_invariant) == (str(tmp_path / "k4"), 8, True)
+@pytest.mark.parametrize("uri", ["models:/kforcing", "models:/kforcing@k4/2", "models:/kforcing/latest"])
+def test_a_malformed_model_uri_is_refused_with_the_accepted_forms(uri):
+    for function in (pinned, resolve, default_name):
+        with pytest.raises(ValueError, match="write models:/NAME@ALIAS or models:/NAME/VERSION"):
+            function(uri)

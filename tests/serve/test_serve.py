@@ -1,4 +1,4 @@
-"""The endpoint under real Ray Serve: replicas, redeployment, failure, real clients."""
+"""The endpoint under real Ray Serve: clients from PyPI, redeployment, scaling, and the failure of a replica."""
 
 import asyncio
 import concurrent.futures
@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import httpx
@@ -22,7 +21,7 @@ from kforcing.reference import decode
 from serve.app import build
 from serve.overhead import replicas
 from tests.conftest import make_backbone, make_sequential
-from tests.endpoint import EOS, ids_of, save_model, text_of
+from tests.endpoint import EOS, ids_of, save_model, text_of, wait_until
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
@@ -59,7 +58,7 @@ def complete(**body):
     return answer.json()["choices"][0]["text"]
 
 
-def test_real_clients_on_one_replica(cluster, folder, tmp_path):
+def test_real_clients_get_the_reference_text_from_one_replica(cluster, folder, tmp_path):
     deploy(folder)
     student = make_sequential(make_backbone())
     expected = text_of(decode(student, ids_of("abc"), 12, seed=1, k=4, stop_ids=frozenset([EOS])))
@@ -99,7 +98,7 @@ def guidellm(folder, tmp_path):
     assert all(request["output_metrics"]["text_tokens"] == 16 for request in requests["successful"])
 
 
-def test_a_redeployment_swaps_the_weights_and_drops_no_request(cluster, folder, tmp_path):
+def test_a_redeployment_changes_the_weights_and_drops_no_request(cluster, folder, tmp_path):
     deploy(folder)
     new = make_sequential(make_backbone(seed=3))
     save_model(tmp_path / "new", new)
@@ -114,9 +113,10 @@ def test_a_redeployment_swaps_the_weights_and_drops_no_request(cluster, folder, 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for _ in range(4):
             pool.submit(keep_asking)
-        time.sleep(1)
+        wait_until(lambda: len(answers) >= 8, "the old deployment answered too few requests", 60)
         deploy(tmp_path / "new")
-        time.sleep(1)
+        before = len(answers)
+        wait_until(lambda: len(answers) >= before + 8, "the new deployment answered too few requests", 60)
         stop = True
     assert {a.status_code for a in answers} == {200}
     texts = [a.json()["choices"][0]["text"] for a in answers]
@@ -127,17 +127,22 @@ def test_a_redeployment_swaps_the_weights_and_drops_no_request(cluster, folder, 
     assert complete(max_tokens=40, ignore_eos=True) == of_new
 
 
-def test_scaling_down_lets_requests_finish(cluster, folder):
+def requests_are_running():
+    lines = httpx.get(f"{URL}/metrics").text.splitlines()
+    return any(float(x.split()[-1]) > 0 for x in lines if x.startswith("kforcing_num_requests_running{"))
+
+
+def test_scaling_down_lets_running_requests_finish(cluster, folder):
     deploy(folder, min_replicas=2, max_replicas=2, max_waiting=500)
     body = {"prompt": "abc", "seed": 1, "max_tokens": 53, "ignore_eos": True, "n": 60}
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         running = [pool.submit(httpx.post, f"{URL}/v1/completions", json=body, timeout=120) for _ in range(4)]
-        time.sleep(0.2)
+        wait_until(requests_are_running, "no request began", 60)
         deploy(folder, max_waiting=500)
         assert [r.result().status_code for r in running] == [200] * 4
 
 
-def test_a_long_line_brings_another_replica(cluster, folder):
+def test_many_waiting_requests_start_another_replica(cluster, folder):
     deploy(folder, max_replicas=2, target_ongoing_requests=2, upscale_delay_s=1, max_waiting=500)
     body = {"prompt": "abc", "max_tokens": 53, "ignore_eos": True, "n": 20}
     stop = False
@@ -149,21 +154,22 @@ def test_a_long_line_brings_another_replica(cluster, folder):
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         running = [pool.submit(keep_asking) for _ in range(8)]
-        deadline = time.time() + 60
-        while len(replicas()) < 2 and time.time() < deadline:
-            time.sleep(0.5)
-        stop = True
+        try:
+            wait_until(lambda: len(replicas()) == 2, "no second replica was started", 60)
+        finally:
+            stop = True
         for future in running:
             future.result()
-    assert len(replicas()) == 2
 
 
-def test_a_killed_replica_harms_no_other_and_comes_back(cluster, folder):
+def replicas_in_metrics():
+    text = httpx.get(f"{URL}/metrics").text
+    return {part.split('"')[1] for part in text.split("replica=")[1:] if part}
+
+
+def test_a_killed_replica_is_replaced_while_the_others_keep_answering(cluster, folder):
     deploy(folder, min_replicas=2, max_replicas=2)
-    seen = set()
-    while len(seen) < 2:  # both have been heard of
-        text = httpx.get(f"{URL}/metrics").text
-        seen = {part.split('"')[1] for part in text.split("replica=")[1:] if part}
+    wait_until(lambda: len(replicas_in_metrics()) == 2, "/metrics does not show both replicas", 60)
     assert len(replicas()) == 2
     victim = replicas()[0]
     answers = []
@@ -178,27 +184,23 @@ def test_a_killed_replica_harms_no_other_and_comes_back(cluster, folder):
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         for seed in range(200):
             pool.submit(ask, seed)
-        time.sleep(0.3)
+        wait_until(lambda: len(answers) >= 8, "too few requests were answered", 60)
         os.kill(victim, signal.SIGKILL)
     codes = [a.status_code if isinstance(a, httpx.Response) else type(a).__name__ for a in answers]
     assert codes.count(200) > 100
-    assert set(codes) <= {200, 500, 502, 503}, "its own fail with a status, not silently"
-    deadline = time.time() + 60
-    while (victim in replicas() or len(replicas()) < 2) and time.time() < deadline:
-        time.sleep(0.5)
-    assert len(replicas()) == 2
+    assert set(codes) <= {200, 500, 502, 503}, "requests of the killed replica fail with a status"
+    wait_until(lambda: victim not in replicas() and len(replicas()) == 2, "the replica was not replaced", 60)
     assert complete()
 
 
-def test_200_streaming_clients_see_whole_answers_or_deliberate_refusals(cluster, folder):
+def test_200_concurrent_streams_end_with_a_whole_answer_or_a_refusal(cluster, folder):
     deploy(folder, max_waiting=100)
 
     async def one(client, seed):
-        start = time.perf_counter()
         body = {"prompt": "abc", "max_tokens": 24, "seed": seed, "stream": True, "ignore_eos": True}
         async with client.stream("POST", "/v1/completions", json=body) as answer:
             lines = [line async for line in answer.aiter_lines() if line]
-        return answer.status_code, lines, time.perf_counter() - start
+        return answer.status_code, lines
 
     async def everybody():
         limits = httpx.Limits(max_connections=200)
@@ -206,17 +208,6 @@ def test_200_streaming_clients_see_whole_answers_or_deliberate_refusals(cluster,
             return await asyncio.gather(*(one(client, seed) for seed in range(200)))
 
     answers = asyncio.run(everybody())
-    assert {code for code, *_ in answers} <= {200, 429, 503}
-    assert all(lines[-1] == "data: [DONE]" for code, lines, _ in answers if code == 200)
-    assert sum(code == 200 for code, *_ in answers) >= 100
-
-
-def test_settings_that_cannot_be_are_refused_before_anything_is_deployed(folder):
-    for given, message in (
-        ({}, "model: Field required"),
-        ({"model": "x", "max_num_seq": 3}, "did you mean max_num_seqs"),
-        ({"model": "x", "max_num_seqs": 0}, "max_num_seqs=0"),
-        ({"model": "x", "min_replicas": 3, "max_replicas": 2}, "min_replicas=3"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            build(given)
+    assert {code for code, _ in answers} <= {200, 429, 503}
+    assert all(lines[-1] == "data: [DONE]" for code, lines in answers if code == 200)
+    assert sum(code == 200 for code, _ in answers) >= 100

@@ -1,0 +1,66 @@
+"""Checks that come before a request is parsed."""
+
+from __future__ import annotations
+
+import hmac
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.protocol.errors import ApiError
+
+PUBLIC_PATHS = ("/health", "/live", "/metrics")
+"""Paths that need no API key, because probes and scrapers call them."""
+
+
+class AuthAndSizeMiddleware:
+    """Answers 401 without the API key and 413 to a body that is too large; passes every other request on.
+
+    Args:
+        api_key: the key that all paths except `PUBLIC_PATHS` need; None if they need none.
+        max_body: the largest body in bytes.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None, max_body: int):
+        self.app, self.api_key, self.max_body = app, api_key, max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer with an error."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        try:
+            self._check_key(scope)
+            first = await self._read_body(receive)
+        except ApiError as error:
+            return await error.response()(scope, receive, send)
+
+        async def replay() -> Message:
+            """The body that was read; after that the server's messages, such as that the client has disconnected."""
+            nonlocal first
+            if first is not None:
+                message, first = first, None
+                return message
+            return await receive()
+
+        await self.app(scope, replay, send)
+
+    def _check_key(self, scope: Scope) -> None:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if self.api_key is None or path in PUBLIC_PATHS:
+            return
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        if not hmac.compare_digest(given, b"Bearer " + self.api_key.encode()):
+            message = "this endpoint needs an API key; send the header Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key")
+
+    async def _read_body(self, receive: Receive) -> Message | None:
+        """The whole body as one message, or the server's message if the client disconnects before its end."""
+        body = b""
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return message
+            body += message.get("body", b"")
+            if len(body) > self.max_body:
+                raise ApiError(413, f"the request is larger than {self.max_body} bytes", code="request_too_large")
+            if not message.get("more_body"):
+                return {"type": "http.request", "body": body, "more_body": False}

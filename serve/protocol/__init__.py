@@ -1,0 +1,1 @@
+"""OpenAI's HTTP protocol: what clients may send, what they receive, and errors."""

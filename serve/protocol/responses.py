@@ -1,0 +1,145 @@
+"""What clients receive: whole answers, the chunks of streams, and lists of models, in OpenAI's shapes."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+
+class Usage(BaseModel):
+    """Numbers of tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Choice(BaseModel):
+    """One continuation."""
+
+    index: int
+    text: str
+    logprobs: None = None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: str | int | None = None
+    """The stop string or the stop token id that ended it; None if end-of-text or the token limit did."""
+
+
+class CompletionResponse(BaseModel):
+    """The answer of /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class AssistantMessage(BaseModel):
+    """The message that the model wrote."""
+
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatChoice(BaseModel):
+    """One answer to a conversation."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: None = None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: str | int | None = None
+
+
+class ChatResponse(BaseModel):
+    """The answer of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    """A served model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+    k: int
+
+
+class ModelList(BaseModel):
+    """The answer of /v1/models."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class ResponseBuilder:
+    """Builds the answer of one request, whole or in chunks, for completions or for chat completions."""
+
+    def __init__(self, chat: bool, model: str):
+        self.chat, self.model = chat, model
+        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+
+    def _envelope(self, object: str, choices: list[Any], usage: Any) -> dict[str, Any]:
+        own = {"id": self.id, "object": object, "created": self.created, "model": self.model}
+        return own | {"choices": choices} | ({"usage": usage} if usage is not None else {})
+
+    def whole(self, choices: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
+        """The body of an answer that is not streamed.
+
+        Args:
+            choices: dictionaries with `index`, `text`, `finish_reason` and `stop_reason`.
+        """
+        if not self.chat:
+            return self._envelope("text_completion", [{"logprobs": None, **choice} for choice in choices], usage)
+        chats = [
+            {"message": {"role": "assistant", "content": choice.pop("text")}, "logprobs": None, **choice}
+            for choice in choices
+        ]
+        return self._envelope("chat.completion", chats, usage)
+
+    def first_chunk(self, index: int) -> bytes:
+        """The chunk before the first text of a choice: the role of the message, and nothing for completions."""
+        return self.chunk(index, None, None, None, None) if self.chat else b""
+
+    def chunk(
+        self, index: int, text: str | None, finish: str | None, stop: str | int | None, usage: dict[str, int] | None
+    ) -> bytes:
+        """One server-sent event with new text of a choice."""
+        choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": finish, "stop_reason": stop}
+        if self.chat:
+            choice["delta"] = {"role": "assistant", "content": ""} if text is None else {"content": text}
+        else:
+            choice["text"] = text or ""
+        return self._event([choice], usage)
+
+    def usage_chunk(self, usage: dict[str, int]) -> bytes:
+        """The chunk with the usage of the whole request."""
+        return self._event([], usage)
+
+    def _event(self, choices: list[Any], usage: dict[str, int] | None) -> bytes:
+        body = self._envelope("chat.completion.chunk" if self.chat else "text_completion", choices, usage)
+        return b"data: " + json.dumps(body).encode("ascii") + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+"""The last event of every stream."""
+
+
+def usage(prompt: int, completion: int) -> dict[str, int]:
+    """The usage record of a request."""
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

@@ -1,0 +1,97 @@
+"""The paths of the endpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import PlainTextResponse, Response
+
+from serve.protocol.errors import ERROR_RESPONSES, ApiError, AsciiJSON
+from serve.protocol.requests import ChatRequest, CompletionRequest
+from serve.protocol.responses import ChatResponse, CompletionResponse, ModelCard, ModelList, ResponseBuilder
+from serve.service import Service
+from serve.streaming import EventStream, events, whole_answer
+
+Responses = dict[int | str, dict[str, Any]]
+GENERATION_RESPONSES: Responses = {200: {"content": {"text/event-stream": {}}}, **ERROR_RESPONSES}
+UNAUTHORIZED: Responses = {401: ERROR_RESPONSES[401]}
+
+
+def generation_routes(service: Service) -> APIRouter:
+    """/v1/completions and /v1/chat/completions."""
+    router = APIRouter(responses=GENERATION_RESPONSES)
+
+    @router.post("/v1/completions", response_model=CompletionResponse)
+    async def completions(body: CompletionRequest) -> Response:
+        """Continue prompts. With `stream`, the answer is server-sent events that end with `data: [DONE]`."""
+        return await answer(body, chat=False)
+
+    @router.post("/v1/chat/completions", response_model=ChatResponse)
+    async def chat_completions(body: ChatRequest) -> Response:
+        """Continue a conversation, if the model has a chat template."""
+        return await answer(body, chat=True)
+
+    async def answer(body: CompletionRequest | ChatRequest, chat: bool) -> Response:
+        request = await service.accept(body)
+        builder = ResponseBuilder(chat, request.model.name)
+        if body.stream:
+            return EventStream(request, events(request, builder, body.stream_options))
+        try:
+            return AsciiJSON(await whole_answer(request, builder))
+        finally:
+            request.close()
+
+    return router
+
+
+def model_routes(service: Service) -> APIRouter:
+    """/v1/models and /v1/models/NAME."""
+    router = APIRouter(responses=UNAUTHORIZED)
+    started = int(time.time())
+
+    def card(name: str) -> dict[str, Any]:
+        engine = service.model(name).engine
+        facts = {"max_model_len": engine.max_model_len, "k": engine.k}
+        return {"id": name, "object": "model", "created": started, "owned_by": "kforcing", **facts}
+
+    @router.get("/v1/models", response_model=ModelList)
+    async def models() -> Response:
+        """List the models that are served."""
+        return AsciiJSON({"object": "list", "data": [card(name) for name in service.models]})
+
+    @router.get("/v1/models/{name:path}", response_model=ModelCard, responses={404: ERROR_RESPONSES[404]})
+    async def one_model(name: str) -> Response:
+        """Describe one model."""
+        return AsciiJSON(card(name))
+
+    return router
+
+
+def operations_routes(service: Service, scrape: Callable[[], Awaitable[str]]) -> APIRouter:
+    """/health, /live and /metrics."""
+    router = APIRouter()
+
+    @router.get("/health", responses={503: ERROR_RESPONSES[503]})
+    async def health() -> Response:
+        """Readiness: 200 if every model has run a forward pass within the last seconds."""
+        try:
+            await service.check_ready()
+        except RuntimeError as error:
+            return ApiError(503, str(error), code="not_ready").response()
+        return AsciiJSON({"status": "ok"})
+
+    @router.get("/live")
+    async def live() -> Response:
+        """Liveness: 200 if this process answers. The state of the models has no influence."""
+        return AsciiJSON({"status": "ok"})
+
+    @router.head("/metrics", include_in_schema=False)
+    @router.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Metrics of all replicas in Prometheus' text format."""
+        return PlainTextResponse(await scrape(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return router

@@ -1,0 +1,78 @@
+"""An accepted request as an HTTP answer: whole, or as server-sent events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from serve.engine_thread import EngineFailed
+from serve.protocol.errors import engine_failed
+from serve.protocol.requests import StreamOptions
+from serve.protocol.responses import DONE, ResponseBuilder, usage
+from serve.service import AcceptedRequest, merged
+
+SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class EventStream(StreamingResponse):
+    """A stream that cancels its request however the stream ends, even if no event was sent."""
+
+    def __init__(self, request: AcceptedRequest, events: AsyncGenerator[bytes, None]):
+        super().__init__(events, media_type="text/event-stream", headers=SSE_HEADERS)
+        self.request = request
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.request.close()
+
+
+async def whole_answer(request: AcceptedRequest, builder: ResponseBuilder) -> dict[str, Any]:
+    """The body of an answer that is not streamed."""
+    choices: list[dict[str, Any]] = [
+        {"index": i, "text": "", "finish_reason": None, "stop_reason": None} for i in range(len(request.choices))
+    ]
+    tokens = [0] * len(choices)
+    async with aclosing(merged(request.choices)) as deltas:
+        async for delta in deltas:
+            choice = choices[delta.index]
+            choice["text"] += delta.text
+            choice["finish_reason"], choice["stop_reason"] = delta.finish, delta.stop
+            tokens[delta.index] = delta.tokens
+    return builder.whole(choices, usage(request.prompt_tokens, sum(tokens)))
+
+
+async def events(
+    request: AcceptedRequest, builder: ResponseBuilder, options: StreamOptions | None
+) -> AsyncGenerator[bytes, None]:
+    """Server-sent events: one for each step of each choice, sent as soon as the step has ended, then `[DONE]`.
+
+    A step whose whole text is held back by the detokenizer has no event, unless every chunk has to carry the usage.
+    """
+    options = options or StreamOptions()
+    tokens = [0] * len(request.choices)
+    started: set[int] = set()
+    try:
+        async with aclosing(merged(request.choices)) as deltas:
+            async for delta in deltas:
+                tokens[delta.index] = delta.tokens
+                if not (delta.text or delta.finish or options.continuous_usage_stats):
+                    continue
+                chunks = b"" if delta.index in started else builder.first_chunk(delta.index)
+                started.add(delta.index)
+                so_far = usage(request.prompt_tokens, sum(tokens)) if options.continuous_usage_stats else None
+                chunks += builder.chunk(delta.index, delta.text, delta.finish, delta.stop, so_far)
+                request.model.metrics.delivered(time.perf_counter() - delta.stamp)
+                yield chunks
+        if options.include_usage:
+            yield builder.usage_chunk(usage(request.prompt_tokens, sum(tokens)))
+    except EngineFailed as error:  # the status line has been sent, so the stream itself carries the error
+        yield b"data: " + bytes(engine_failed(error).response().body) + b"\n\n"
+    yield DONE

@@ -1,0 +1,90 @@
+"""Completions over HTTP, without Ray: the text, the stop, the usage and the seeds of answers."""
+
+import concurrent.futures
+
+import torch
+
+from kforcing import PushForwardLM
+from kforcing.engine import Engine, EngineConfig, Request
+from tests.endpoint import EOS, complete, events, expected, ids_of, text_of, without_eos
+
+
+def test_a_token_limit_does_not_hide_an_earlier_stop_string_and_no_text_follows_it(http, student):
+    seed, whole = without_eos(student, 11)
+    for cap in range(1, 12):
+        for at in range(cap):
+            stop = whole[at]
+            got = complete(http, seed=seed, max_tokens=cap, stop=stop, ignore_eos=True)["choices"][0]
+            assert got["text"] == whole[: whole.index(stop)]
+            assert (got["finish_reason"], got["stop_reason"]) == ("stop", stop)
+        got = complete(http, seed=seed, max_tokens=cap, ignore_eos=True)["choices"][0]
+        assert (got["text"], got["finish_reason"]) == (whole[:cap], "length")
+
+
+def test_usage_counts_the_tokens_up_to_the_end_of_the_stop_string(http, student):
+    seed, whole = without_eos(student, 11)
+    for at in range(1, 10):
+        stop = whole[at - 1 : at + 1]  # two tokens, inside and across blocks
+        first = whole.index(stop)
+        answer = complete(http, seed=seed, max_tokens=11, stop=[stop], ignore_eos=True)
+        assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": first + 2, "total_tokens": first + 5}
+        assert answer["choices"][0]["text"] == whole[:first]
+
+
+def test_a_seed_gives_the_same_text_alone_in_a_full_batch_and_from_generate(http, student):
+    alone = complete(http, seed=7)["choices"][0]["text"]
+    assert alone == text_of(expected(student, seed=7))
+    assert alone == text_of(
+        student.generate(torch.tensor([ids_of("abc")]), max_new_tokens=12, seed=7, eos_token_id=EOS)[0]
+    )
+    with concurrent.futures.ThreadPoolExecutor(33) as pool:
+        bodies = [{"seed": 7}] + [
+            {"seed": s, "prompt": "abcdefghij"[: 1 + s % 9], "max_tokens": 1 + s} for s in range(32)
+        ]
+        texts = list(pool.map(lambda body: complete(http, **body)["choices"][0]["text"], bodies))
+    assert texts[0] == alone
+    assert complete(http, seed=8)["choices"][0]["text"] != alone
+
+
+def test_the_endpoint_returns_the_tokens_of_the_saved_student(http, student, tmp_path):
+    student.save_pretrained(tmp_path)
+    again = PushForwardLM.from_pretrained(tmp_path)
+    for seed in range(5):
+        assert complete(http, seed=seed)["choices"][0]["text"] == text_of(expected(again, seed=seed))
+
+
+def test_prompts_may_be_text_token_ids_or_lists_of_either(http, student):
+    text = complete(http)["choices"][0]["text"]
+    assert complete(http, prompt=ids_of("abc"))["choices"][0]["text"] == text
+    several = complete(http, prompt=["abc", "cab", "b"])
+    assert [c["text"] for c in several["choices"]] == [text_of(expected(student, p)) for p in ("abc", "cab", "b")]
+    assert several["usage"]["prompt_tokens"] == 7
+    assert complete(http, prompt=[ids_of("abc"), ids_of("cab")])["choices"] == several["choices"][:2]
+
+
+def test_the_choices_of_n_differ_and_are_repeatable(http):
+    several = complete(http, n=4)["choices"]
+    assert [c["index"] for c in several] == [0, 1, 2, 3]
+    assert len({c["text"] for c in several}) > 1
+    assert several[0]["text"] == complete(http)["choices"][0]["text"]
+    assert several == complete(http, n=4)["choices"]
+    streamed = ["", "", "", ""]
+    for chunk in events(http, n=4):
+        streamed[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert streamed == [c["text"] for c in several]
+
+
+def test_without_a_seed_every_prompt_gets_its_own_seed(http):
+    body = {"prompt": ["abc"] * 4, "max_tokens": 20, "ignore_eos": True}
+    texts = [c["text"] for c in http.post("/v1/completions", json=body).json()["choices"]]
+    assert len(set(texts)) > 1
+
+
+def test_the_teacher_is_served_beside_the_student_and_a_request_may_choose_k(http, student):
+    by_teacher = complete(http, model="teacher")["choices"][0]["text"]
+    assert by_teacher == complete(http, k=1)["choices"][0]["text"]
+    config = EngineConfig(max_num_seqs=1, max_model_len=56, coupling="gumbel")
+    ar = Engine(student.backbone, config).generate([Request(ids_of("abc"), 12, 1, frozenset([EOS]))])
+    assert by_teacher == text_of(ar[0].tokens)
+    for k in (1, 2, 3, 4):
+        assert complete(http, k=k)["choices"][0]["text"] == text_of(expected(student, k=k))

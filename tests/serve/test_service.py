@@ -1,0 +1,97 @@
+"""The life of a replica: health, the waiting queue, and changes of its models."""
+
+import asyncio
+import concurrent.futures
+
+import httpx
+import pytest
+
+from tests.conftest import make_backbone, make_sequential
+from tests.endpoint import HeldSteps, endpoint, expected, metrics, save_model, text_of, wait_until
+
+
+def test_health_fails_when_the_engine_is_dead_while_the_process_still_answers(tmp_path):
+    with (
+        endpoint(save_model(tmp_path / "m"), max_num_seqs=2, max_model_len=40) as (url, service),
+        httpx.Client(base_url=url, timeout=30) as http,
+    ):
+        assert http.get("/health").status_code == 200
+
+        def broken():
+            raise RuntimeError("no more")
+
+        service.models["tiny"].engine.step = broken
+        answer = http.post("/v1/completions", json={"prompt": "abc"})
+        assert answer.status_code == 503
+        assert "no more" in answer.json()["error"]["message"]
+        assert http.get("/health").status_code == 503
+        assert http.get("/live").status_code == 200
+        with pytest.raises(RuntimeError, match="no more"):
+            service.check_alive()
+        again = http.post("/v1/completions", json={"prompt": "abc"})
+        assert (again.status_code, again.json()["error"]["code"]) == (503, "engine_failed")
+
+
+def test_health_runs_a_forward_pass_when_the_model_is_idle(tmp_path, monkeypatch):
+    monkeypatch.setattr("serve.service.PROOF_S", 0.0)
+    with (
+        endpoint(save_model(tmp_path / "m"), max_num_seqs=2, max_model_len=40) as (url, service),
+        httpx.Client(base_url=url, timeout=30) as http,
+    ):
+        before = service.models["tiny"].engine.stats.steps
+        assert http.get("/health").status_code == 200
+        assert service.models["tiny"].engine.stats.steps == before + 1
+        http.post("/v1/completions", json={"prompt": "abc", "max_tokens": 8, "ignore_eos": True})
+        assert metrics(http)['kforcing_tokens_per_forward{model="tiny",replica="test"}'] == 4, (
+            "the probe's step is not counted"
+        )
+
+
+def test_a_full_waiting_queue_is_answered_with_429_and_retry_after(tmp_path):
+    with (
+        endpoint(save_model(tmp_path / "m"), max_num_seqs=1, max_model_len=56, max_waiting=2) as (url, service),
+        httpx.Client(base_url=url, timeout=60) as http,
+        concurrent.futures.ThreadPoolExecutor(3) as pool,
+    ):
+        model = service.models["tiny"]
+        steps = HeldSteps(model.engine)
+        body = {"prompt": "abc", "max_tokens": 40, "ignore_eos": True}
+        accepted = [pool.submit(http.post, "/v1/completions", json=body) for _ in range(3)]
+        wait_until(lambda: model.async_engine.pending == 3, "three requests never filled the slot and the queue")
+        refused = [http.post("/v1/completions", json=body) for _ in range(5)]
+        steps.release(1000)
+        assert [answer.result().status_code for answer in accepted] == [200] * 3
+    assert [answer.status_code for answer in refused] == [429] * 5
+    assert refused[0].headers["retry-after"] == "1"
+    assert refused[0].json()["error"]["type"] == "rate_limit_error"
+
+
+def test_a_change_of_weights_lets_running_requests_finish_with_the_old_ones(tmp_path):
+    old, new = make_sequential(make_backbone()), make_sequential(make_backbone(seed=3))
+    save_model(tmp_path / "old", old)
+    save_model(tmp_path / "new", new)
+    with (
+        endpoint(tmp_path / "old", max_num_seqs=2, max_model_len=56) as (url, service),
+        httpx.Client(base_url=url, timeout=60) as http,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        steps = HeldSteps(service.models["tiny"].engine)
+        body = {"prompt": "abc", "max_tokens": 40, "ignore_eos": True, "seed": 2}
+        running = pool.submit(lambda: http.post("/v1/completions", json=body).json())
+        steps.release(3)
+        wait_until(lambda: steps.done == 3, "the request never began")
+        settings = service.settings.model_copy(update={"model": str(tmp_path / "new")})
+        asyncio.run(service.configure(settings))
+        steps.release(1000)
+        after = http.post("/v1/completions", json=body).json()
+        before = running.result()
+    assert before["choices"][0]["text"] == text_of(expected(old, n=40, seed=2, stop=frozenset()))
+    assert after["choices"][0]["text"] == text_of(expected(new, n=40, seed=2, stop=frozenset()))
+
+
+def test_a_change_of_other_settings_does_not_load_the_models_again(served):
+    service = served[1]
+    before = dict(service.models)
+    asyncio.run(service.configure(service.settings.model_copy(update={"drain_s": 7.0})))
+    assert service.models == before
+    assert service.settings.drain_s == 7.0
