@@ -46,7 +46,11 @@ class Pipeline:
 
     def __init__(self, config: Config):
         self.root, self.recipe, self.seed, self.eval = config.root, config.recipe, config.seed, config.eval
-        self.corpus, self.teacher_stage, self.student_stages = corpus_spec(config), teacher_spec(config), resolve(config)
+        self.corpus, self.teacher_stage, self.student_stages = (
+            corpus_spec(config),
+            teacher_spec(config),
+            resolve(config),
+        )
         self.relay = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Relay).remote()
         self.tracker = Tracker(config, lambda: ray.get(self.relay.drain.remote()))
         self.models: list[Model] = []

@@ -1,0 +1,1 @@
+"""A run: its stages as units of work, the cluster it needs, and its report."""
