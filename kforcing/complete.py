@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from kforcing import PushForwardLM
 from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
-from kforcing.engine.engine import context_limit
+from kforcing.engine.config import context_limit
 from kforcing.loading import DTYPES, load_model, load_tokenizer
 
 
@@ -48,7 +48,7 @@ def complete(engine: Engine, requests: list[Request], progress: Any) -> Iterator
     ids: dict[int, int] = {}
     given = done = 0
     while done < len(requests):
-        while given < len(requests) and len(engine.waiting) < engine.config.max_num_seqs:
+        while given < len(requests) and len(engine.scheduler.waiting) < engine.config.max_num_seqs:
             ids[engine.submit(requests[given])] = given
             given += 1
         for output in engine.step():

@@ -28,6 +28,7 @@ def decode(
     temperature: float = 1.0,
     stop_ids: frozenset[int] = frozenset(),
     coupling: Coupling | None = None,
+    acceptance: str = "fixed",
 ) -> list[int]:
     """Continue one prompt, reading all of it again at every step.
 
@@ -37,6 +38,9 @@ def decode(
     Args:
         model: a student, or an AR model that draws by `coupling`.
         k: tokens a step.
+        acceptance: `fixed` keeps every token of a step. `exact` keeps the first, which is the AR model's own, and those
+            behind it as long as they equal what the AR model inside the student draws; the token that differs is replaced
+            by the AR model's, and the rest is dropped.
     Returns:
         The new token ids, without the stop id.
     """
@@ -45,7 +49,10 @@ def decode(
     ids = list(prompt)
     while len(ids) < len(prompt) + max_new_tokens:
         noise_K = uniform(key, zero, 0, torch.arange(len(ids), len(ids) + k))
-        for token in step(torch.tensor([ids]), noise_K[None], temperature)[0].tolist():
+        block = step(torch.tensor([ids]), noise_K[None], temperature)[0].tolist()
+        if acceptance == "exact" and isinstance(model, PushForwardLM):
+            block = _verified(model, ids, block, noise_K, temperature)
+        for token in block:
             if token in stop_ids:
                 return ids[len(prompt) :][:max_new_tokens]
             ids.append(token)
@@ -63,6 +70,18 @@ def _student_step(student: PushForwardLM) -> Step:
         return student.draw(one_window(ids, noise, temperature)).tokens_BWK[:, 0]
 
     return step
+
+
+def _verified(
+    student: PushForwardLM, ids: list[int], block: list[int], noise_K: Tensor, temperature: float
+) -> list[int]:
+    """The tokens of a block up to the first that is not the AR model's own, and the AR model's token in its place."""
+    own = _ar_step(student.backbone, student.readout.pick)
+    for j, token in enumerate(block):
+        expected = own(torch.tensor([ids + block[:j]]), noise_K[None, j : j + 1], temperature).item()
+        if token != expected:
+            return [*block[:j], int(expected)]
+    return block
 
 
 def _ar_step(backbone: PreTrainedModel, coupling: Coupling | None) -> Step:

@@ -247,7 +247,7 @@ class AsyncEngine:
 
     def _record_queue_times(self, now: float) -> None:
         """Record how long each request that now has a slot waited for it."""
-        waiting = {r.id for r in self.engine.waiting}
+        waiting = {r.id for r in self.engine.scheduler.waiting}
         for pending in self._open.values():
             if pending.queued and pending.id not in waiting:
                 pending.queued = False

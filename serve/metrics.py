@@ -80,10 +80,10 @@ class EngineMetrics:
         m.discarded.labels(**own).inc(now.discarded - before.discarded)
         m.steps.labels(**own).inc(now.steps - before.steps)
         self._counted = dataclasses.replace(now)
-        m.running.labels(**own).set(len(engine.running))
-        m.waiting.labels(**own).set(len(engine.waiting) + len(engine.prefilling))
+        m.running.labels(**own).set(len(engine.scheduler.running))
+        m.waiting.labels(**own).set(len(engine.scheduler.waiting) + len(engine.scheduler.prefilling))
         columns = engine.config.max_num_seqs * (engine.max_model_len + engine.k)
-        m.cache.labels(**own).set(sum(r.length for r in engine.running) / columns)
+        m.cache.labels(**own).set(sum(r.length for r in engine.scheduler.running) / columns)
 
     def probed(self) -> None:
         """Exclude the step of a readiness probe from the tokens per forward pass."""

@@ -1,6 +1,16 @@
-"""Decoding as a service: one lockstep batch of slots, k tokens for each at every step (see `engine.py`)."""
+"""The decode engine: one lockstep batch of slots, and one or more tokens for each running request at every step.
 
-from kforcing.engine.engine import Engine, EngineConfig, EngineStats
+request.py     what is asked for: Request, SamplingParams; what comes back: Output, Completion
+config.py      EngineConfig, EngineStats
+scheduler.py   which request has which slot, and when its prompt is read
+runner.py      one step for all slots; fixed and exact mode
+sampler.py     tokens from logits, each slot by its request's options
+layers.py      transformer layers over cache.py; packing.py and graphs.py make them fast on CPUs and GPUs
+engine.py      Engine: submit, step, cancel, stream, generate
+"""
+
+from kforcing.engine.config import EngineConfig, EngineStats
+from kforcing.engine.engine import Engine
 from kforcing.engine.request import Completion, Output, Request, SamplingParams
 
 __all__ = ["Completion", "Engine", "EngineConfig", "EngineStats", "Output", "Request", "SamplingParams"]

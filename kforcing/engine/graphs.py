@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs: one launch instead of hundreds. A graph belongs to a shape; shapes come in powers of two."""
+"""Steps as CUDA graphs: one launch instead of hundreds. A graph belongs to a shape, and sizes come in powers of two."""
 
 from __future__ import annotations
 
@@ -8,34 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kforcing.engine.runner import ModelRunner
+from kforcing.engine.runner import ModelRunner, StepShape
 
 Replay = Callable[[], Tensor]
 
 
 class Graphs:
-    """`ModelRunner.step` with the same arguments; the first call of each shape captures it."""
+    """`ModelRunner.step` with the same arguments; the first call of each shape captures a graph."""
 
     def __init__(self, runner: ModelRunner, capture: Callable[[Callable[[], Tensor]], Replay]):
         self.runner, self.capture = runner, capture
-        self.replays: dict[tuple[int, int, bool], Replay] = {}
+        self.replays: dict[StepShape, Replay] = {}
 
-    def __call__(self, R: int, columns: int, plain: bool, masked: bool = True) -> Tensor:
-        """See `ModelRunner.step`. The result is a copy: the next replay writes to the same place."""
-        key = (R, columns, plain)
-        if key not in self.replays:
-            runner = self.runner
-            # Warming up and capturing run the step; what it moves forward is put back. What it writes beyond is not
-            # read before the real step writes it again.
-            length_S, counts_SV = runner.length_S.clone(), runner.sampler.counts_SV.clone()
-            self.replays[key] = self.capture(lambda: runner.step(R, columns, plain))
-            runner.length_S.copy_(length_S)
-            runner.sampler.counts_SV.copy_(counts_SV)
-        return self.replays[key]().clone()
+    def __call__(self, shape: StepShape) -> Tensor:
+        """See `ModelRunner.step`. The result is a copy, because the next replay writes to the same memory."""
+        if shape not in self.replays:
+            # Warming up and capturing run the step, so what it changes is put back. Keys and values are not: the real
+            # step writes the same columns before it reads them.
+            state = self.runner.step_state()
+            before = [tensor.clone() for tensor in state]
+            self.replays[shape] = self.capture(lambda: self.runner.step(shape))
+            for tensor, old in zip(state, before, strict=True):
+                tensor.copy_(old)
+        return self.replays[shape]().clone()
 
 
 def cuda_capture() -> Callable[[Callable[[], Tensor]], Replay]:
-    """What captures steps as CUDA graphs of the current device, in one pool of memory: they never run at a time."""
+    """A function that captures steps as CUDA graphs of the current device. They share one memory pool: none run at once."""
     pool = torch.cuda.graph_pool_handle()
     return lambda step: _capture(step, pool)
 
@@ -49,7 +48,7 @@ def _capture(step: Callable[[], Tensor], pool: Any) -> Replay:
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Thread-local: a replica that swaps weights captures in one thread while another decodes.
+    # Thread-local: a replica that swaps weights captures in one thread while another thread decodes.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         out = step()
 

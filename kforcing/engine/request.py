@@ -55,6 +55,9 @@ class SamplingParams:
         return self.frequency_penalty != 0 or self.presence_penalty != 0
 
 
+ACCEPTANCES = ("exact", "fixed")
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt to continue."""
@@ -70,6 +73,10 @@ class Request:
     k: int | None = None
     """Tokens a step, at most the engine's, which is the default."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    acceptance: str | None = None
+    """`exact`: the tokens of a block are drafts, and those are kept that the AR model draws itself under the same noise; the
+    text is the AR model's, and a step brings 1 to k tokens. `fixed`: every step brings exactly k tokens, none of them
+    verified. None for the engine's mode."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,8 @@ class Output:
     """`stop` (a stop id came), `length` (as many tokens as asked for) or none yet."""
     stop_id: int | None = None
     """The id that ended it; not among the tokens."""
+    steps: int = field(default=0, compare=False)
+    """Steps that the request has taken so far: its tokens divided by its steps are the accepted tokens a step."""
 
 
 @dataclass(frozen=True)
@@ -91,3 +100,5 @@ class Completion:
     tokens: list[int]
     finish_reason: str
     stop_id: int | None = None
+    steps: int = field(default=0, compare=False)
+    """Steps that the request took."""

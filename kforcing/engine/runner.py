@@ -1,20 +1,29 @@
-"""One step for all slots: a pure function of the tensors held here, so that it can be compiled or captured as a graph.
+"""The model runner: one step for all slots, a function of tensors alone, so that it can be compiled or captured as a graph.
 
-A step feeds every slot its last k tokens and fresh noise, and writes the k tokens it makes behind them:
+A step reads the last P tokens of every slot, which the trunk has not read yet, and writes a block of K new tokens:
 
     tokens      … t-3 t-2 t-1 t | n1 n2 n3 n4          the slot's row, one column a position
     step        the trunk reads [t-3 … t] (their keys and values stay), the read-out makes n1 … n4
 
-A request that takes k' < k tokens a step reads some of the last k again, which changes nothing. A prompt shorter than k
-repeats its first token at the first position, which changes nothing either: the same keys are written twice.
+*Fixed* slots keep all of a block. In *exact* slots only n1, the AR model's own token, is final; n2 … are drafts. The next
+step reads the block, and the trunk's states at its tokens say which token the AR model draws behind each of them under the
+noise of that position. Drafts are kept as far as they equal those tokens. At the first difference the AR model's token takes
+the draft's place and is the first token of the next block, which overwrites what was rejected:
 
-Shapes: S slots, R the slots of a step, P = K tokens of a step, C columns, V vocabulary.
+    drafts      … t | n1 d2 d3 d4       AR's own: behind n1 e2 = d2, behind d2 e3 ≠ d3
+    next block  … t | n1 d2 | e3 d4' …  e3 is final, the block after it is new
+
+Verified tokens are those that AR decoding gives, whatever the drafts: a draft changes nothing but the number of steps.
+A slot whose last block is shorter than P reads some tokens again, which changes nothing. A prompt shorter than P repeats its
+first token at the first position, which changes nothing either, because the same keys are written twice.
+
+Shapes: S slots, R the slots of a step, P tokens read, K tokens made, C columns, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +39,25 @@ from kforcing.engine.request import SamplingParams
 from kforcing.engine.sampler import Sampler
 from kforcing.noise import derive_key, uniform
 from kforcing.readout.base import Pick, Turn, as_student
+
+
+class StepShape(NamedTuple):
+    """The sizes of a step and the parts it has. A CUDA graph belongs to each."""
+
+    slots: int
+    """R, the first slots."""
+    columns: int
+    """Columns of the cache that attention looks at: those in use, or more."""
+    read: int
+    """P, tokens at the end of each slot that the trunk reads."""
+    width: int
+    """K, tokens of the new block."""
+    plain: bool
+    """No slot has sampling options beyond a temperature."""
+    verify: bool
+    """Some slot has drafts to verify."""
+    masked: bool = True
+    """False when all slots use exactly `columns` columns and one token is read."""
 
 
 class ARReadout:
@@ -95,10 +123,11 @@ class ModelRunner:
     ):
         backbone: Any = model
         self.readout: Any = ARReadout(coupling)
-        self.hints = 0
+        self.has_hints = False
+        """Whether a step of one token has a hint beside the tokens that it reads."""
         if student := as_student(model):
             backbone, self.readout = student.backbone, student.readout
-            self.hints = 0 if k == 1 and student.design.conditional else k
+            self.has_hints = not student.design.conditional
         self.backbone = backbone
         self.slots, self.max_model_len, self.k = slots, max_model_len, k
         trunk: nn.Module = backbone.base_model
@@ -116,25 +145,29 @@ class ModelRunner:
         self.noise_SC = torch.full((slots, columns), 0.5, dtype=torch.float64, device=device)
         self.length_S = torch.ones(slots, dtype=torch.int64, device=device)
         self.stride_S = torch.full((slots,), k, device=device)
+        self.exact_S = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.drafted_S = torch.zeros(slots, dtype=torch.int64, device=device)
 
     def load(self, slot: int, prompt: list[int]) -> None:
-        """A prompt takes a slot, to be read."""
+        """Put a prompt into a slot, where it will be read."""
         self.tokens_SC[slot, : len(prompt)] = torch.tensor(prompt, device=self.tokens_SC.device)
         self.length_S[slot] = len(prompt)  # steps may run over the slot; they write behind this only
 
-    def start(self, slot: int, length: int, seed: int, k: int, sampling: SamplingParams) -> None:
-        """The request whose prompt of this length was read begins to run."""
+    def start(self, slot: int, length: int, seed: int, k: int, exact: bool, sampling: SamplingParams) -> None:
+        """Let the request whose prompt of this length was read run, with at most k tokens a step."""
         columns_C = torch.arange(self.cache.columns, device=self.tokens_SC.device)
         zero = torch.zeros(1, dtype=torch.int64, device=columns_C.device)
         self.noise_SC[slot] = uniform(derive_key(seed, "decode"), zero, 0, columns_C)
         self.length_S[slot] = length
         self.stride_S[slot] = k
+        self.exact_S[slot] = exact
+        self.drafted_S[slot] = 0
         self.sampler.join(slot, sampling)
 
     def move(self, source: int, target: int, columns: int) -> None:
-        """A request changes its slot."""
+        """Copy a request to another slot, whose first `columns` columns it needs."""
         self.cache.move(source, target, columns)
-        for state in (self.tokens_SC, self.noise_SC, self.length_S, self.stride_S):
+        for state in (self.tokens_SC, self.noise_SC, self.length_S, self.stride_S, self.exact_S, self.drafted_S):
             state[target] = state[source]
         self.sampler.move(source, target)
 
@@ -145,35 +178,116 @@ class ModelRunner:
         span = self.cache.span(slots, at_L.expand(ids_RL.shape), min(start + length, self.cache.columns))
         self.stacks[self.backbone.base_model](embeddings(self.backbone)(ids_RL), span)
 
-    def step(self, R: int, columns: int, plain: bool, masked: bool = True) -> Tensor:
-        """Advance the first R slots; returns the (R, K) tokens made, of which each keeps its first k'.
+    def step(self, shape: StepShape) -> Tensor:
+        """Advance the first R slots.
 
-        Args:
-            columns: how many columns of the cache to look at; those in use, or more.
-            plain: none of the slots has sampling options beyond a temperature.
-            masked: False when all slots use exactly `columns` columns and one entry is read.
+        Returns:
+            (R, 1 + k) int64: the number of tokens that became final in this step, then these tokens, then anything.
         """
-        length_R, k = self.length_S[:R], self.k
-        block_K = torch.arange(k, device=length_R.device)
-        start_R = length_R - k
-        prefix_RK = self.tokens_SC[:R].gather(1, (start_R[:, None] + block_K).clamp_(min=0))
-        new_RK = length_R[:, None] + block_K
-        noise_RK = self.noise_SC[:R].gather(1, new_RK)
+        R, P, K = shape.slots, shape.read, shape.width
+        start_R = self.length_S[:R] - P
+        tokens_RP = self._at(self.tokens_SC, start_R, P)
+        known_R = P - self.drafted_S[:R]
+        reader = SlotReader(self, self.backbone.base_model, start_R, shape.columns, shape.masked)
+        if shape.verify:
+            accepted_R, trunk_RD, first_R = self._verify(reader, start_R, tokens_RP, known_R, shape.plain)
+            end_R = (start_R + accepted_R).clamp(max=self.max_model_len - 1)
+            # The next block begins behind the last accepted token, and its hints overwrite the rejected drafts.
+            reader = SlotReader(self, self.backbone.base_model, end_R, shape.columns, masked=True)
+            made_RK = self._block(reader, end_R, shape, trunk_RD=trunk_RD, first_R=first_R)
+        else:
+            accepted_R = torch.full_like(start_R, P)
+            end_R = self.length_S[:R].clamp(max=self.max_model_len - 1)
+            made_RK = self._block(reader, end_R, shape, tokens_RP=tokens_RP)
+        self.tokens_SC[:R].scatter_(1, end_R[:, None] + torch.arange(K, device=end_R.device), made_RK)
+        return self._advance(shape, start_R, end_R, known_R, accepted_R, tokens_RP, made_RK)
+
+    def _verify(
+        self, reader: SlotReader, start_R: Tensor, tokens_RP: Tensor, known_R: Tensor, plain: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Read the tokens; returns how many are accepted (R,), the trunk's state at the last of them, and AR's next token."""
+        R, P = tokens_RP.shape
+        states_RPD = reader.read(embeddings(self.backbone)(tokens_RP[:, None]))[:, 0]
+        drafted_RP = torch.arange(P, device=start_R.device) >= known_R[:, None]
+        noise_RP = self._at(self.noise_SC, start_R + 1, P)
+        own_RP = self.sampler.along_drafts(lm_head(self.backbone, states_RPD), noise_RP, tokens_RP, drafted_RP, plain)
+        agrees_RP = torch.cat([torch.ones_like(drafted_RP[:, :1]), own_RP[:, :-1] == tokens_RP[:, 1:]], dim=1)
+        accepted_R = (agrees_RP | ~drafted_RP).long().cumprod(dim=1).sum(dim=1)
+        last_R1 = accepted_R[:, None] - 1
+        trunk_RD = states_RPD.gather(1, last_R1[..., None].expand(R, 1, states_RPD.shape[-1]))[:, 0]
+        return accepted_R, trunk_RD, own_RP.gather(1, last_R1)[:, 0]
+
+    def _block(
+        self,
+        reader: SlotReader,
+        end_R: Tensor,
+        shape: StepShape,
+        tokens_RP: Tensor | None = None,
+        trunk_RD: Tensor | None = None,
+        first_R: Tensor | None = None,
+    ) -> Tensor:
+        """(R, K) new tokens at the positions from `end_R` on.
+
+        They follow the tokens `tokens_RP`, which are read here, or a trunk state that was read already with its token.
+        """
+        R, K = shape.slots, shape.width
+        noise_RK = self._at(self.noise_SC, end_R, K)
         windows = Windows(
             context_BN=self.tokens_SC[:R],
-            anchors_BW=length_R[:, None] - 1,
+            anchors_BW=end_R[:, None] - 1,
             noise_BWK=noise_RK[:, None],
             temperature_B=self.sampler.temperature_S[:R],
-            prefix_BWP=prefix_RK[:, None],
+            prefix_BWP=None if tokens_RP is None else tokens_RP[:, None],
         )
+        counts_RV = None if shape.plain else self.sampler.counts_SV[:R].clone()
 
         def pick(logits_BWV: Tensor, offset: int) -> Tensor:
-            kept = None if plain else self.stride_S[:R] > offset
-            return self.sampler(logits_BWV[:, 0], noise_RK[:, offset], kept, plain)[:, None]
+            token_R = self.sampler(logits_BWV[:, 0], noise_RK[:, offset], counts_RV)
+            if counts_RV is not None:
+                counts_RV.scatter_add_(1, token_R[:, None], torch.ones_like(token_R, dtype=counts_RV.dtype)[:, None])
+            return token_R[:, None]
 
-        reader = SlotReader(self, self.backbone.base_model, start_R, columns, masked)
-        turns = self.readout.turns(self.backbone, windows, reader, None, pick)
-        made_RK = torch.cat([token for _, token in turns], dim=1)
-        self.tokens_SC[:R].scatter_(1, new_RK, made_RK)
-        length_R.add_(self.stride_S[:R]).clamp_(max=self.max_model_len - 1)
-        return made_RK
+        if first_R is None:
+            turns = self.readout.turns(self.backbone, windows, reader, None, pick)
+            return torch.cat([token for _, token in turns], dim=1)
+        assert trunk_RD is not None
+        if K == 1:
+            return first_R[:, None]
+        if counts_RV is not None:
+            counts_RV.scatter_add_(1, first_R[:, None], torch.ones_like(first_R, dtype=counts_RV.dtype)[:, None])
+        turns = self.readout.drafts(self.backbone, windows, reader, trunk_RD[:, None], first_R[:, None], pick)
+        return torch.cat([first_R[:, None], *(token for _, token in turns)], dim=1)
+
+    def _advance(
+        self,
+        shape: StepShape,
+        start_R: Tensor,
+        end_R: Tensor,
+        known_R: Tensor,
+        accepted_R: Tensor,
+        tokens_RP: Tensor,
+        made_RK: Tensor,
+    ) -> Tensor:
+        """Move lengths and counts forward; returns what `step` returns."""
+        R, K = made_RK.shape
+        exact_R = self.exact_S[:R]
+        stride_R = self.stride_S[:R].clamp(max=K)
+        kept_R = torch.where(exact_R, 1, stride_R)
+        if not shape.plain:
+            read_P, made_K = (torch.arange(n, device=end_R.device) for n in (shape.read, K))
+            self.sampler.count(tokens_RP, (read_P >= known_R[:, None]) & (read_P < accepted_R[:, None]))
+            self.sampler.count(made_RK, made_K < kept_R[:, None])
+        new_R = accepted_R - known_R + kept_R
+        final_RK = self._at(self.tokens_SC, end_R + kept_R - new_R, self.k)
+        self.length_S[:R].copy_(end_R + stride_R)
+        self.drafted_S[:R].copy_(torch.where(exact_R, stride_R - 1, 0))
+        return torch.cat([new_R[:, None], final_RK], dim=1)
+
+    def step_state(self) -> list[Tensor]:
+        """The tensors that a step changes, without the cache."""
+        return [self.tokens_SC, self.length_S, self.drafted_S, self.sampler.counts_SV]
+
+    def _at(self, state_SC: Tensor, start_R: Tensor, n: int) -> Tensor:
+        """(R, n) entries of the first R slots, at n columns from `start_R` on, within the columns that there are."""
+        columns_RN = start_R[:, None] + torch.arange(n, device=start_R.device)
+        return state_SC[: len(start_R)].gather(1, columns_RN.clamp_(min=0, max=self.cache.columns - 1))

@@ -1,6 +1,6 @@
-"""Tokens from the logits of all slots at once, each by its request's options.
+"""Tokens from the logits of all slots at once, each slot by the options of its request.
 
-Shapes: S slots, R the slots of a step, V vocabulary.
+Shapes: S slots, R the slots of a step, P tokens that a step verifies, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor
 from kforcing.engine.request import SamplingParams
 
 Draw = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(R, V) logits, (R,) noise and (R,) temperatures → (R,) tokens: `Readout.pick` of the model."""
+"""(..., V) logits, (...) noise and (...) temperatures → (...) tokens: `Readout.pick` of the model."""
 
 
 class Sampler:
-    """Options of each slot as tensors, and what its request has made so far."""
+    """The options of each slot as tensors, and how often each token occurs in the slot's final tokens."""
 
     def __init__(self, slots: int, vocabulary: int, draw: Draw, device: torch.device):
         self.draw = draw
@@ -31,7 +31,7 @@ class Sampler:
         self.vocabulary = vocabulary
 
     def join(self, slot: int, sampling: SamplingParams) -> None:
-        """A request takes a slot."""
+        """Take over the options of a request that begins in a slot."""
         self.temperature_S[slot] = sampling.temperature or 1e-3  # drafts of a greedy request are as good as greedy
         self.greedy_S[slot] = sampling.temperature == 0
         self.top_k_S[slot] = min(sampling.top_k or self.vocabulary, self.vocabulary)
@@ -41,32 +41,54 @@ class Sampler:
         self.counts_SV[slot] = 0
 
     def move(self, source: int, target: int) -> None:
-        """A request changes its slot."""
+        """Copy the state of a slot to another slot."""
         for state in vars(self).values():
             if isinstance(state, Tensor):
                 state[target] = state[source]
 
-    def __call__(self, logits_RV: Tensor, z_R: Tensor, kept_R: Tensor | None, plain: bool) -> Tensor:
+    def __call__(self, logits_RV: Tensor, z_R: Tensor, counts_RV: Tensor | None) -> Tensor:
         """(R,) tokens of the first R slots.
 
-        `plain` says that none of them has options beyond a temperature, and gives for such slots what the long way does.
-        `kept_R` marks slots that will keep the token, whose counts it enters (k' < k leaves some out).
+        Args:
+            counts_RV: how often each token occurred before, for penalties. None says that no slot has options beyond a
+                temperature; the tokens are the same as with counts, and come faster.
         """
         R = len(logits_RV)
         temperature_R = self.temperature_S[:R]
-        if plain:
+        if counts_RV is None:
             return self.draw(logits_RV, z_R, temperature_R)
-        counts_RV = self.counts_SV[:R]
         penalty_RV = self.frequency_S[:R, None] * counts_RV + self.presence_S[:R, None] * (counts_RV > 0)
         logits_RV = logits_RV.float() - penalty_RV
-        filtered_RV = self._filtered(logits_RV, temperature_R)
-        token_R = torch.where(self.greedy_S[:R], logits_RV.argmax(dim=-1), self.draw(filtered_RV, z_R, temperature_R))
-        kept = torch.ones(R, device=token_R.device) if kept_R is None else kept_R.float()
-        counts_RV.scatter_add_(1, token_R[:, None], kept[:, None])
-        return token_R
+        drawn_R = self.draw(self._filtered(logits_RV, temperature_R), z_R, temperature_R)
+        return torch.where(self.greedy_S[:R], logits_RV.argmax(dim=-1), drawn_R)
+
+    def along_drafts(
+        self, logits_RPV: Tensor, z_RP: Tensor, tokens_RP: Tensor, drafted_RP: Tensor, plain: bool
+    ) -> Tensor:
+        """(R, P) the AR model's own tokens behind each of P tokens, of which some are drafts.
+
+        Args:
+            logits_RPV: the AR model's logits behind each token.
+            tokens_RP: the tokens; drafts count for penalties at the positions behind them.
+            drafted_RP: bool, which of them are drafts; the others are counted already.
+            plain: no slot has options beyond a temperature.
+        """
+        R, P = tokens_RP.shape
+        if plain:
+            return self.draw(logits_RPV, z_RP, self.temperature_S[:R, None])
+        counts_RV = self.counts_SV[:R].clone()
+        drawn = []
+        for i in range(P):
+            counts_RV.scatter_add_(1, tokens_RP[:, i : i + 1], drafted_RP[:, i : i + 1].float())
+            drawn.append(self(logits_RPV[:, i], z_RP[:, i], counts_RV))
+        return torch.stack(drawn, dim=1)
+
+    def count(self, tokens_RL: Tensor, final_RL: Tensor) -> None:
+        """Count those of (R, L) tokens that `final_RL` (bool) marks."""
+        self.counts_SV[: len(tokens_RL)].scatter_add_(1, tokens_RL, final_RL.float())
 
     def _filtered(self, logits_RV: Tensor, temperature_R: Tensor) -> Tensor:
-        """−inf for tokens beyond top-k and top-p."""
+        """The logits, with −inf for tokens beyond top-k and top-p."""
         R = len(logits_RV)
         best, order = (logits_RV.double() / temperature_R[:, None]).sort(dim=-1, descending=True, stable=True)
         p = best.softmax(dim=-1)

@@ -107,9 +107,26 @@ class SequentialReadout(Readout):
         if windows.k == 1:
             return
         if hints_BWHD is None:
-            drafts, _ = self._drafts(backbone, windows, token_BW[..., None])
-            hints_BWHD = self._hints(backbone, trunk_BWD, reader, drafts, windows.k)
-        yield from self._later_turns(backbone, trunk_BWD, hints_BWHD, parallel_BWHV, token_BW, pick)
+            yield from self.drafts(backbone, windows, reader, trunk_BWD, token_BW, pick)
+        else:
+            yield from self._later_turns(backbone, trunk_BWD, hints_BWHD, parallel_BWHV, token_BW, pick)
+
+    def drafts(
+        self,
+        backbone: PreTrainedModel,
+        windows: Windows,
+        reader: Reader,
+        trunk_BWD: Tensor,
+        first_BW: Tensor,
+        pick: Pick,
+    ) -> Iterator[Turn]:
+        """Tokens 2 … K of each window, given the trunk's state behind its context and token 1.
+
+        `reader` reads hints from the position of token 1 on.
+        """
+        drafts, _ = self._drafts(backbone, windows, first_BW[..., None])
+        hints_BWHD = self._hints(backbone, trunk_BWD, reader, drafts, windows.k)
+        yield from self._later_turns(backbone, trunk_BWD, hints_BWHD, None, first_BW, pick)
 
     def tokens(self, backbone: PreTrainedModel, windows: Windows, context: Context | None = None) -> Tensor:
         """See `Readout.tokens`: the head takes its turns on some windows after the other."""

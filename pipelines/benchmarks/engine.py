@@ -173,7 +173,7 @@ def engine_rounds(row: Row, work: Work, device: torch.device) -> Iterator[tuple[
     stop = frozenset() if work.eos is None else frozenset([work.eos])
     for i, prompt in enumerate(work.prompts):
         engine.submit(Request(prompt, seed=i, stop_ids=stop))
-    while engine.prefilling or engine.waiting or not engine.stats.steps:
+    while engine.scheduler.prefilling or engine.scheduler.waiting or not engine.stats.steps:
         engine.step()
     engine.step()
     engine.step()

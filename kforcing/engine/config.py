@@ -1,0 +1,141 @@
+"""Settings of an engine, their validation, and the statistics that it keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kforcing.coupling import COUPLINGS
+from kforcing.engine.layers import STATIC_ROPE
+from kforcing.engine.request import ACCEPTANCES
+from kforcing.readout.base import Student
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Settings of an engine."""
+
+    max_num_seqs: int = 16
+    """The number of slots: requests that run at the same time."""
+    max_model_len: int | None = None
+    """The longest prompt and continuation together, in tokens; None takes what the model's positions allow, at most 2,048."""
+    k: int | None = None
+    """Tokens a step at most; None takes the student's k, or 1 for an AR model."""
+    acceptance: str = "fixed"
+    """The mode of requests that do not choose one: `exact` or `fixed` (see `Request.acceptance`)."""
+    max_num_batched_tokens: int = 256
+    """Prompt tokens that are read between two steps. This bounds how long a new prompt delays the running requests."""
+    check_every: int | None = None
+    """Steps between two looks at the tokens; None takes 1 on a CPU and 8 on a GPU. A request that has ended runs on until
+    the next look, and the tokens that it makes meanwhile are dropped."""
+    batch_invariant: bool = False
+    """Run every step and every chunk of a prompt in one shape, whatever the slots hold, so that rounding does not depend on
+    the other requests. This matters in half precision. Empty slots then cost as much as full ones."""
+    coupling: str = "inverse_cdf"
+    """How noise picks a token from an AR model's distribution; a student brings its own coupling."""
+    compiled: bool = False
+    """Run the layers through torch.compile. On a CPU it needs a C++ compiler and excludes `packed`, which gains more."""
+    packed: bool | None = None
+    """Hold the weight matrices a second time, in the order that the CPU's kernels read (see `packing.py`); this makes steps
+    2 to 4 times as fast. None means yes on a CPU."""
+    graphs: bool | None = None
+    """Replay steps as CUDA graphs, one for each shape of a step; None means yes on a GPU."""
+
+
+@dataclass
+class EngineStats:
+    """Counts of what an engine has done since it was made."""
+
+    steps: int = 0
+    prefill_tokens: int = 0
+    """Prompt tokens that were read before the first step of their request."""
+    tokens: int = 0
+    """Tokens returned."""
+    slot_steps: int = 0
+    """Steps, summed over the requests that ran in them."""
+    discarded: int = 0
+    """Final tokens that were not returned: they lie behind a stop id, a limit or a cancellation."""
+    drafted: list[int] = field(default_factory=list)
+    """Exact mode: how many drafts were made for each offset 2, 3, … of a block."""
+    accepted: list[int] = field(default_factory=list)
+    """Exact mode: how many of them, and of all drafts before them in their block, equal the AR model's own token."""
+    widths: dict[int, int] = field(default_factory=dict)
+    """How many steps made blocks of each width."""
+
+    def count_block(self, drafted: int, accepted: int) -> None:
+        """Count one verified block: `drafted` tokens beyond the first, of which the first `accepted` were kept."""
+        missing = drafted - len(self.drafted)
+        self.drafted += [0] * missing
+        self.accepted += [0] * missing
+        for offset in range(drafted):
+            self.drafted[offset] += 1
+            self.accepted[offset] += offset < accepted
+
+    @property
+    def tokens_a_step(self) -> float:
+        """Tokens returned for each step that a request took part in; 0 before the first step."""
+        return self.tokens / self.slot_steps if self.slot_steps else 0.0
+
+
+def context_limit(config: Any) -> int | None:
+    """The number of positions up to which the engine computes the same as the model on a whole sequence; None for no limit.
+
+    It is the smallest of: the model's number of positions; its window, where attention slides, because the engine attends to
+    all columns of a slot; and the length that it was first trained on, where rotary angles change with the length of the
+    longest sequence of a batch (rope types `dynamic` and `longrope`).
+    """
+    limits = [getattr(config, "max_position_embeddings", None)]
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    if slides and getattr(config, "use_sliding_window", True):
+        limits.append(getattr(config, "sliding_window", None))
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") not in STATIC_ROPE:
+        limits.append(rope.get("original_max_position_embeddings"))
+    return min((limit for limit in limits if limit), default=None)
+
+
+def checked_k(k: int | None, most: int) -> int:
+    """The tokens a step that are asked for, `most` when k is None. Raises ValueError when they are not 1 to `most`."""
+    k = most if k is None else k
+    if not 1 <= k <= most:
+        raise ValueError(f"k={k} tokens a step asked where 1 to {most} can be made")
+    return k
+
+
+def checked_length(max_model_len: int | None, limit: int | None, k: int) -> int:
+    """The longest sequence of an engine. Raises ValueError when the model cannot read so many positions."""
+    most = None if limit is None else limit - k + 1
+    max_model_len = min(2048, most or 2048) if max_model_len is None else max_model_len
+    if max_model_len < 2 or (most is not None and max_model_len > most):
+        raise ValueError(
+            f"max_model_len={max_model_len} (prompt and new tokens together): choose 2 to {most or 'any number'}; the model "
+            f"reads {limit or 'any number of'} positions, and a block of {k} may begin at the last of them"
+        )
+    return max_model_len
+
+
+def check_acceptance(acceptance: str, student: Student | None) -> None:
+    """Raise ValueError for an unknown mode, or for exact mode with a student that does not contain its AR model."""
+    if acceptance not in ACCEPTANCES:
+        raise ValueError(f"acceptance={acceptance}: choose one of {', '.join(ACCEPTANCES)}")
+    if acceptance == "exact" and student is not None and not student.design.exact_trunk:
+        raise ValueError(
+            "acceptance=exact needs the AR model inside the student to verify tokens, and this student has changed it "
+            f"(readout={student.design.readout}, freeze_trunk={student.design.sequential.freeze_trunk}); use "
+            "acceptance=fixed, or a sequential student with a frozen trunk"
+        )
+
+
+def check_config(config: EngineConfig, check_every: int, student: Student | None) -> None:
+    """Raise ValueError for sizes below 1 and unknown choices."""
+    sizes = {
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "check_every": check_every,
+    }
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if config.coupling not in COUPLINGS:
+        raise ValueError(f"coupling={config.coupling}: choose one of {', '.join(COUPLINGS)}")
+    check_acceptance(config.acceptance, student)
