@@ -20,7 +20,7 @@ from pipelines.config.recipes import RECIPES
 from pipelines.config.validation import read_command_line
 from pipelines.evaluation.config import evaluation_config
 from pipelines.evaluation.plan import methods_of
-from serve.protocol import CompletionRequest
+from serve.protocol.requests import CompletionRequest
 from serve.settings import Settings, read_settings
 from tests.conftest import CONFIGS, make_sequential
 from tests.docs.pages import PAGES, ROOT, anchors, blocks, links, shell_commands, table_keys, tree_paths
@@ -30,7 +30,9 @@ README, KFORCING, PIPELINES, SERVE, INFRA, CONTRIBUTING = PAGES
 EXTERNAL = {"git", "pip", "docker", "kubectl", "guidellm", "aiperf", "lm_eval", "."}
 """Programs of other people: only the files of the project that they are given are checked."""
 
+LOG = ROOT / "LOG.md"
 COMMANDS = [(str(page.relative_to(ROOT)), words) for page in PAGES for words in shell_commands(page)]
+COMMANDS += [("LOG.md", shlex.split(line)) for line in re.findall(r"`(python [^`]+)`", LOG.read_text())]
 
 
 class Parsed(Exception):
@@ -128,7 +130,7 @@ def check_console(monkeypatch, words):
     read_words(monkeypatch, words, getattr(importlib.import_module(module), function))
 
 
-LINES = sorted({shlex.join(words) for _, words in COMMANDS})
+LINES = sorted({shlex.join(words) for page, words in COMMANDS if page != "LOG.md"})
 DISTILL = [line for line in LINES if re.search(r"(pipelines/|kforcing )distill", line) and "--help" not in line]
 EVALUATE = [line for line in LINES if re.search(r"(pipelines/|kforcing )evaluate", line) and "--help" not in line]
 
@@ -184,7 +186,7 @@ def test_curl_lines_are_answered(folder):
             assert json.loads(done.stdout)["choices"][0]["text"], done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "LOG.md"], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, LOG], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files_and_headings(page):
     for target in links(page):
         name, _, anchor = target.partition("#")
@@ -226,7 +228,7 @@ def test_features_table_names_every_field_of_a_request():
 
 
 def test_log_index_names_every_entry_in_order():
-    text = (ROOT / "LOG.md").read_text()
+    text = LOG.read_text()
     entries = re.findall(r"^## (\d{4}-\d\d-\d\d) · (.*)$", text, re.M)
     assert re.findall(r"^\* (\d{4}-\d\d-\d\d) \[(.*)\]\(#", text, re.M) == entries
     assert [date for date, _ in entries] == sorted((date for date, _ in entries), reverse=True)
