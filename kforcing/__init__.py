@@ -1,6 +1,7 @@
 """Push-forward language models: k tokens of one forward pass (K-Forcing)."""
 
-from kforcing.design import Design, PushForwardConfig
-from kforcing.modeling import NoiseConfig, PushForwardLM, SequentialConfig
+from kforcing.configuration import PushForwardConfig
+from kforcing.design import Design, NoiseConfig, SequentialConfig
+from kforcing.modeling import PushForwardLM
 
 __all__ = ["Design", "NoiseConfig", "PushForwardConfig", "PushForwardLM", "SequentialConfig"]

@@ -1,10 +1,9 @@
-"""What a student is made of: plain settings, kept in its `config.json`."""
+"""The design of a student: plain settings that its `config.json` keeps."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
 from kforcing.coupling import COUPLINGS
 
@@ -126,20 +125,3 @@ class Design:
     def learns(self, k: int) -> bool:
         """Whether a student of this k has anything to learn: a sequential one's first token is the AR model's."""
         return not self.conditional or k > 1
-
-
-@dataclass(frozen=True)
-class PushForwardConfig:
-    """Everything needed to rebuild a `PushForwardLM` without its weights."""
-
-    k: int
-    """Tokens of one forward pass."""
-    backbone: dict[str, Any]
-    """The Hugging Face config of the backbone, as `PretrainedConfig.to_dict` gives it."""
-    design: Design = field(default_factory=Design)
-    """Its read-out and coupling."""
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"k must be at least 1, got {self.k}")
-        self.design.check()

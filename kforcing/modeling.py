@@ -1,41 +1,55 @@
-"""`PushForwardLM`: k noise variables beside the context become a joint sample of the next k tokens in one pass."""
+"""`PushForwardLM`: one forward pass turns k noise variables and a context into a joint sample of the next k tokens."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-from pathlib import Path
+import copy
+from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from kforcing.attention.reader import check_backbone
 from kforcing.attention.windows import Context, Windows
 from kforcing.backbone import build_backbone
+from kforcing.configuration import PushForwardConfig
 from kforcing.coupling import COUPLINGS
-from kforcing.design import Design, NoiseConfig, PushForwardConfig, SequentialConfig
-from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
+from kforcing.design import Design
+from kforcing.engine import Completion, Engine, EngineConfig, Request, SamplingParams
+from kforcing.generation import generation_settings, make_requests, new_token_limit, prompt_rows, with_continuations
 from kforcing.readout.argmax import ArgmaxReadout
 from kforcing.readout.base import BlockScores, Draw
 from kforcing.readout.sequential import SequentialReadout
 
-FORMAT_VERSION = 2
 
+class PushForwardLM(PreTrainedModel, GenerationMixin):
+    """A causal LM that reads k noise variables and emits k tokens in one forward pass: the student of K-Forcing.
 
-class PushForwardLM(nn.Module):
-    """A causal LM that reads k noise variables and emits k tokens a forward pass (K-Forcing's student).
+    The backbone is an AR model. The read-out, which the config's design chooses, turns its states into k tokens.
 
-    The backbone is an AR model; the read-out, chosen by the config's design, makes k tokens of its states.
+    Args:
+        config: k, the backbone's config and the design.
+        backbone: an AR model to wrap; by default a new one is built from the config, with random weights.
     """
 
-    def __init__(self, config: PushForwardConfig, backbone: PreTrainedModel):
-        super().__init__()
-        self.config = config
+    config_class = PushForwardConfig
+    config: PushForwardConfig
+    _supports_sdpa = True
+
+    def __init__(self, config: PushForwardConfig, backbone: PreTrainedModel | None = None):
+        super().__init__(config)
+        if backbone is None:
+            backbone = build_backbone({**config.backbone, "dtype": config.dtype})
         self.backbone = backbone.requires_grad_(not config.design.exact_trunk)
         self.readout = build_readout(config, backbone)
+        self.post_init()
+
+    def init_weights(self) -> None:
+        """Do nothing: backbone and read-out have initialised their own weights when they were made."""
+
+    def get_input_embeddings(self) -> Any:
+        """The token embedding of the backbone."""
+        return self.backbone.get_input_embeddings()
 
     @property
     def k(self) -> int:
@@ -49,17 +63,38 @@ class PushForwardLM(nn.Module):
 
     @classmethod
     def from_backbone(cls, backbone: PreTrainedModel, k: int, design: Design | None = None) -> PushForwardLM:
-        """Wrap an AR model: its weights are kept, the read-out is new (drawn from torch's global generator)."""
+        """Wrap an AR model. Its weights are kept; the read-out's are drawn from torch's global generator."""
         check_backbone(backbone)
         parameter = next(backbone.parameters())
         record = {**backbone.config.to_dict(), "dtype": str(parameter.dtype).removeprefix("torch.")}
-        student = cls(PushForwardConfig(k, record, design or Design()), backbone)
+        student = cls(PushForwardConfig(k, record, design), backbone)
+        if backbone.generation_config is not None:
+            student.generation_config = copy.deepcopy(backbone.generation_config)
         student.readout.start(backbone)
-        return student.to(device=parameter.device, dtype=parameter.dtype)
+        return student.to(device=parameter.device, dtype=parameter.dtype)  # type: ignore[call-arg]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a student from a folder or hub id, with the arguments of `transformers.PreTrainedModel.from_pretrained`.
+
+        Raises:
+            FileNotFoundError: when the folder has no config.json.
+            ValueError: when the config does not describe a student.
+            RuntimeError: when weights are missing or unexpected.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        student, info = loaded
+        if wrong := {name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys") if info[name]}:
+            raise RuntimeError(f"the weights of {pretrained_model_name_or_path} do not fit its config: {wrong}")
+        # Loading replaces parameters by trainable ones, and the teacher's EOS ids lie in the student's folder.
+        student.backbone.requires_grad_(not student.design.exact_trunk)
+        student.backbone.generation_config = copy.deepcopy(student.generation_config)
+        return (student, info) if wants_info else student
 
     def set_k(self, k: int) -> None:
         """Make this a student of another k with the same weights: how PFLM(2k) starts from PFLM(k)."""
-        self.config = dataclasses.replace(self.config, k=k)
+        self.config = PushForwardConfig(**{**self.config.to_dict(), "k": k})
         self.readout.grow(k)
 
     def scores(self, windows: Windows, tokens_BWK: Tensor, context: Context | None = None) -> BlockScores:
@@ -92,7 +127,47 @@ class PushForwardLM(nn.Module):
         """
         return self.draw(one_window(context_ids, noise, temperature)).logits_BWKV[:, 0]
 
-    def generate(
+    def generate(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        k: int | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Continue prompts as `generate` of transformers does; the engine makes k tokens a step.
+
+        Honoured in `generation_config` and as arguments: `max_new_tokens`, `max_length`, `do_sample`, `temperature`, `top_k`,
+        `top_p`, `eos_token_id` (one or several), `pad_token_id` and `num_return_sequences`. Two defaults differ:
+        sampling draws from the whole distribution unless `top_k` is given, and an argmax student cannot be greedy.
+
+        Args:
+            input_ids: (B, N) int64 prompts, padded on the left.
+            attention_mask: (B, N), 0 where a prompt is padded.
+            generation_config: settings that take precedence over those of the student.
+            k: tokens of a step, at most the student's k, which is the default.
+            seed: the noise of position p is z(seed, p) in every row. By default each row draws its seed from torch's
+                global generator, so that `transformers.set_seed` repeats a call.
+            kwargs: settings that take precedence over those of `generation_config`.
+        Returns:
+            (B · num_return_sequences, N + new) int64 prompts and continuations. A row that ends earlier than the longest
+            holds its EOS and then pad tokens.
+        Raises:
+            ValueError: names a setting that cannot be honoured, or what is wrong with the prompts.
+        """
+        settings = generation_settings(self.generation_config, generation_config, kwargs)
+        if not settings.do_sample and not self.design.conditional:
+            raise ValueError(
+                "do_sample=False asks for the likeliest tokens, but an argmax student has no distribution to take them "
+                "from; pass do_sample=True"
+            )
+        rows = prompt_rows(input_ids, attention_mask, settings)
+        requests = make_requests(rows, settings, new_token_limit(settings, input_ids.shape[1]), seed)
+        return with_continuations(input_ids, self._run(requests, k), settings)
+
+    def continue_prompts(
         self,
         prompt_ids: Tensor,
         *,
@@ -102,56 +177,41 @@ class PushForwardLM(nn.Module):
         eos_token_id: int | None = None,
         temperature: float = 1.0,
     ) -> list[list[int]]:
-        """Continue prompts k tokens at a time, all in one batch of the engine (`kforcing.engine`).
+        """Continue prompts of equal length by sampling: the short form of `generate`, which returns new tokens only.
 
         Noise is a function of (seed, absolute position) alone, so decoders of different k can be compared under it.
 
         Args:
             prompt_ids: (B, N) int64, or (N,) for one prompt.
-            k: tokens a step, at most the student's k (the default).
-            max_new_tokens: tokens returned at most for each prompt.
-            seed: of the noise; two decoders with the same seed see the same z at the same position.
-            eos_token_id: generation of a row ends before this token; what a block holds beyond it is dropped.
-            temperature: of the distributions; an argmax student knows only those it was trained for.
+            k: tokens of a step, at most the student's k, which is the default.
+            max_new_tokens: the largest number of tokens that are returned for each prompt.
+            seed: of the noise. Two decoders with the same seed see the same z at the same position.
+            eos_token_id: a continuation ends before this token; the rest of its block is dropped.
+            temperature: of the distributions. An argmax student accepts only temperatures that it was trained for.
         Returns:
             For each prompt its new token ids, without EOS.
         """
         rows = (prompt_ids[None] if prompt_ids.ndim == 1 else prompt_ids).tolist()
         if not rows or not rows[0]:
             raise ValueError(f"prompt_ids of shape {tuple(prompt_ids.shape)} hold no token to continue")
-        config = EngineConfig(
-            max_num_seqs=len(rows), max_model_len=len(rows[0]) + max(max_new_tokens, 1), k=k, packed=False
-        )
         stop_ids = frozenset() if eos_token_id is None else frozenset([eos_token_id])
-        sampling = SamplingParams(temperature)
+        params = SamplingParams(temperature)
+        requests = [Request(row, max_new_tokens, seed, stop_ids, sampling=params) for row in rows]
+        return [completion.tokens for completion in self._run(requests, k)]
+
+    def _run(self, requests: list[Request], k: int | None) -> list[Completion]:
+        """Run requests in one batch of a new engine. The student keeps its training mode."""
+        longest = max(len(request.prompt) + max(request.max_new_tokens or 1, 1) for request in requests)
+        config = EngineConfig(max_num_seqs=len(requests), max_model_len=longest, k=k, packed=False)
         training = self.training
         try:
-            done = Engine(self, config).generate(
-                [Request(row, max_new_tokens, seed, stop_ids, sampling=sampling) for row in rows]
-            )
+            return Engine(self, config).generate(requests)
         finally:
             self.train(training)
-        return [completion.tokens for completion in done]
 
     def _check_k(self, k: int) -> None:
         if not 1 <= k <= self.k:
             raise ValueError(f"k={k} tokens asked of a student of k={self.k}; choose 1 to {self.k}")
-
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write `config.json` and `model.safetensors`; no pickle."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_model(self, str(folder / "model.safetensors"))
-        write_config(folder, self.config)
-
-    @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> PushForwardLM:
-        """Load what `save_pretrained` wrote. Missing or unexpected weights are an error."""
-        config = read_config(path)
-        backbone = build_backbone(config.backbone)
-        student = cls(config, backbone).to(dtype=next(backbone.parameters()).dtype)
-        load_model(student, str(Path(path) / "model.safetensors"), strict=True)
-        return student.eval()
 
 
 def build_readout(config: PushForwardConfig, backbone: PreTrainedModel) -> ArgmaxReadout | SequentialReadout:
@@ -174,23 +234,6 @@ def one_window(context_ids: Tensor, noise: Tensor, temperature: Tensor | float =
     return Windows(context_ids, anchors_BW, noise[:, None], temperature_B)
 
 
-def write_config(path: str | os.PathLike[str], config: PushForwardConfig) -> None:
-    """Write a student's `config.json`."""
-    record = {"model_type": "kforcing", "format_version": FORMAT_VERSION, **dataclasses.asdict(config)}
-    (Path(path) / "config.json").write_text(json.dumps(record, indent=2, sort_keys=True))
-
-
-def read_config(path: str | os.PathLike[str]) -> PushForwardConfig:
-    """Read a student's `config.json`. Raises FileNotFoundError or ValueError when it is not a student's folder."""
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"no config.json in {path}; expected a folder written by PushForwardLM.save_pretrained")
-    record = json.loads(file.read_text())
-    if record.pop("model_type", None) != "kforcing":
-        raise ValueError(f"{file} does not describe a PushForwardLM; load plain causal LMs with transformers")
-    version = record.pop("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{file} has format version {version}; this release reads version {FORMAT_VERSION}")
-    design = record["design"]
-    noise, sequential = NoiseConfig(**design.pop("noise")), SequentialConfig(**design.pop("sequential"))
-    return PushForwardConfig(record["k"], record["backbone"], Design(**design, noise=noise, sequential=sequential))
+AutoConfig.register(PushForwardConfig.model_type, PushForwardConfig)
+AutoModel.register(PushForwardConfig, PushForwardLM)
+AutoModelForCausalLM.register(PushForwardConfig, PushForwardLM)

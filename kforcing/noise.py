@@ -113,3 +113,8 @@ def sample_anchors(key: Tensor | int, sequence_B: Tensor, n_context: int, n_wind
         key = key[:, None]
     order_BN = uniform(key, sequence_B[:, None], _LOW, torch.arange(n_context, device=sequence_B.device))
     return order_BN.argsort(dim=1, stable=True)[:, :n_windows].sort(dim=1).values
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """The seed of one of several continuations of a prompt: choice 0 has the given seed, the others derive theirs."""
+    return seed if choice == 0 else derive_key(seed, "choice", choice)

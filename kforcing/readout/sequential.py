@@ -47,7 +47,8 @@ class SequentialReadout(Readout):
         if config.hints != "none":
             self.layers = hint_stack(backbone.base_model, config)
             self.queries = nn.Embedding(max(k - 1, 1), width)
-            nn.init.normal_(self.queries.weight, std=embeddings(backbone).weight.std().item())
+            if not self.queries.weight.is_meta:  # loading builds the model without data
+                nn.init.normal_(self.queries.weight, std=embeddings(backbone).weight.std().item())
         if config.draft == "bigram":
             self.bigram = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
         self.token_norm = nn.LayerNorm(width)

@@ -41,12 +41,12 @@ from kforcing.attention.reader import ar_block_logits
 from kforcing.attention.windows import Windows, read_context
 from kforcing.backbone import load_ar
 from kforcing.coupling import COUPLINGS
-from kforcing.design import Design
+from kforcing.design import Design, SequentialConfig
 from kforcing.distillation.losses import SoftTargets, soft_target_kl
 from kforcing.distillation.teachers import ARTeacher
 from kforcing.metrics.flops import measured_step, predicted_step
 from kforcing.metrics.joint import independent, joint_tv, position_entropy, sample_blocks
-from kforcing.modeling import PushForwardLM, SequentialConfig
+from kforcing.modeling import PushForwardLM
 from kforcing.noise import derive_key, sample_anchors, window_noise
 from pipelines.config.fingerprint import fingerprint
 from pipelines.config.recipes import recipe

@@ -7,8 +7,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
-from kforcing.design import Design
-from kforcing.modeling import NoiseConfig, SequentialConfig
+from kforcing.design import Design, NoiseConfig, SequentialConfig
 from pipelines.config.schema import (
     Config,
     ConfigError,

@@ -25,10 +25,10 @@ from kforcing.baselines.medusa import MedusaDecoder, MedusaHeads, MedusaStep
 from kforcing.baselines.ptp import PTPDecoder
 from kforcing.baselines.rows import Decoded, Decoder, TextWindows
 from kforcing.coupling import COUPLINGS
-from kforcing.design import Design
+from kforcing.design import Design, NoiseConfig, SequentialConfig
 from kforcing.device import pick_device
 from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
-from kforcing.modeling import NoiseConfig, PushForwardLM, SequentialConfig
+from kforcing.modeling import PushForwardLM
 from kforcing.noise import derive_key, sample_anchors, uniform
 from pipelines.config.schema import Config, TrainConfig
 from pipelines.config.stages import resolve

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
+from kforcing.configuration import PushForwardConfig
 from kforcing.metrics.gen_ppl import SMOLLM2, check_external
-from kforcing.modeling import read_config
 from pipelines.config.schema import Config, ConfigError
 from pipelines.evaluation import measure
 from pipelines.evaluation.baselines import METHODS, STAGED, Row, Trial, method_config, rows_of, train_rival
@@ -146,4 +146,7 @@ def _readers(config: EvaluationConfig, rows: list[Row], job: Job) -> list[Part]:
 
 
 def _students(subject: Subject) -> list[tuple[str, str, int, str]]:
-    return [(student.name, student.path, k, read_config(student.path).design.coupling) for student, k in subject.pairs]
+    return [
+        (student.name, student.path, k, PushForwardConfig.from_pretrained(student.path).design.coupling)
+        for student, k in subject.pairs
+    ]

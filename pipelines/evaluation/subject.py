@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from kforcing.modeling import PushForwardLM, read_config
+from kforcing.configuration import PushForwardConfig
+from kforcing.modeling import PushForwardLM
 from pipelines.config.fingerprint import fingerprint
 from pipelines.config.recipes import RECIPES, recipe
 from pipelines.config.schema import Config, ConfigError, override
@@ -167,13 +168,13 @@ def _downloaded(found: Registered, root: Path) -> Student:
             shutil.rmtree(old, ignore_errors=True)
         found.download(folder)
         write_json(marker, version)
-    k = read_config(folder).k
+    k = PushForwardConfig.from_pretrained(folder).k
     return Student(f"k{k}", k, str(folder))
 
 
 def _teacher_inside(student: Student, root: Path) -> str:
     """The AR model that an exact trunk is, written where transformers can load it."""
-    if not read_config(student.path).design.exact_trunk:
+    if not PushForwardConfig.from_pretrained(student.path).design.exact_trunk:
         raise ConfigError("teacher=none: this student does not carry its AR model; give teacher=FOLDER")
     folder = root / "teacher"
     if not (folder / "config.json").is_file():

@@ -59,7 +59,7 @@ def test_committed_tokens_between_context_and_hints_are_context(student):
 
 def test_two_passes_of_a_student_are_its_generation(student):
     context, _ = inputs(B=1)
-    tokens = student.generate(context, k=2, max_new_tokens=4, seed=3)[0]
+    tokens = student.continue_prompts(context, k=2, max_new_tokens=4, seed=3)[0]
     from kforcing.noise import derive_key, uniform
 
     z = uniform(derive_key(3, "decode"), torch.zeros(1, dtype=torch.int64), 0, torch.arange(7, 11))
@@ -74,7 +74,7 @@ def test_saving_and_loading_is_exact(tmp_path, name):
         make_backbone(name), k=3, design=Design(noise=NoiseConfig(0.5, 9.0, 0.7, 1.3))
     )
     student.save_pretrained(tmp_path)
-    assert {f.name for f in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert {f.name for f in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
     again = PushForwardLM.from_pretrained(tmp_path)
     assert again.config.k == 3
     assert again.config.design.noise == NoiseConfig(0.5, 9.0, 0.7, 1.3)
@@ -105,25 +105,25 @@ def test_a_folder_that_is_not_a_student_says_so(tmp_path):
 
 def test_generation_repeats_and_does_not_depend_on_the_batch(student):
     prompts, _ = inputs(B=3)
-    together = student.generate(prompts, max_new_tokens=10, seed=5)
-    assert together == student.generate(prompts, max_new_tokens=10, seed=5)
-    assert together[1] == student.generate(prompts[1], max_new_tokens=10, seed=5)[0]
-    assert together != student.generate(prompts, max_new_tokens=10, seed=6)
+    together = student.continue_prompts(prompts, max_new_tokens=10, seed=5)
+    assert together == student.continue_prompts(prompts, max_new_tokens=10, seed=5)
+    assert together[1] == student.continue_prompts(prompts[1], max_new_tokens=10, seed=5)[0]
+    assert together != student.continue_prompts(prompts, max_new_tokens=10, seed=6)
     assert all(len(row) == 10 for row in together)
 
 
 def test_generation_ends_before_eos_inside_a_block(student):
     prompts, _ = inputs(B=1)
-    row = student.generate(prompts, max_new_tokens=12, seed=0)[0]
+    row = student.continue_prompts(prompts, max_new_tokens=12, seed=0)[0]
     eos = row[5]
-    cut = student.generate(prompts, max_new_tokens=12, seed=0, eos_token_id=eos)[0]
+    cut = student.continue_prompts(prompts, max_new_tokens=12, seed=0, eos_token_id=eos)[0]
     assert cut == row[: row.index(eos)]
 
 
 def test_every_backbone_generates(backbone):
     prompts, _ = inputs(B=2)
     student = PushForwardLM.from_backbone(backbone, k=2).eval()
-    assert all(len(row) == 5 for row in student.generate(prompts, max_new_tokens=5))
+    assert all(len(row) == 5 for row in student.continue_prompts(prompts, max_new_tokens=5))
 
 
 @pytest.mark.parametrize(
@@ -131,10 +131,10 @@ def test_every_backbone_generates(backbone):
     [
         (lambda s: s(*inputs(K=5)), "k=5 tokens asked of a student of k=4"),
         (lambda s: s(inputs()[0], torch.rand(3, 4)), "expected context_ids"),
-        (lambda s: s.generate(inputs()[0], k=5, max_new_tokens=2), "k=5 tokens a step asked where 1 to 4"),
-        (lambda s: s.generate(inputs()[0], max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
-        (lambda s: s.generate(inputs()[0], max_new_tokens=60), "the model reads 64 positions"),
-        (lambda s: s.generate(inputs()[0], max_new_tokens=4, temperature=0.5), "trained for 1.0 to 1.0"),
+        (lambda s: s.continue_prompts(inputs()[0], k=5, max_new_tokens=2), "k=5 tokens a step asked where 1 to 4"),
+        (lambda s: s.continue_prompts(inputs()[0], max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
+        (lambda s: s.continue_prompts(inputs()[0], max_new_tokens=60), "the model reads 64 positions"),
+        (lambda s: s.continue_prompts(inputs()[0], max_new_tokens=4, temperature=0.5), "trained for 1.0 to 1.0"),
         (lambda s: PushForwardConfig(0, {}), "k must be at least 1"),
         (lambda s: PushForwardConfig(1, {}, Design(noise=NoiseConfig(2.0, 1.0))), "0 < min < max"),
         (lambda s: PushForwardConfig(1, {}, Design(noise=NoiseConfig(temperature_min=0.0))), "0 < min ≤ max"),

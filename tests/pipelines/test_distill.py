@@ -62,7 +62,7 @@ def test_every_stage_leaves_a_loadable_model_and_the_report_says_so(smoke):
         for figure in [*s["match"], s["block_match"], *s["student_nll"], *s["teacher_nll"]]:
             assert figure["lo"] <= figure["value"] <= figure["hi"]
         ids = torch.tensor([tokenizer.encode("Fellow citizens")])
-        assert len(student.generate(ids, max_new_tokens=6)[0]) == 6
+        assert len(student.continue_prompts(ids, max_new_tokens=6)[0]) == 6
     text = (run / "report.md").read_text()
     assert "| k4 | 1 |" in text
     assert all((run / name).stat().st_size > 10_000 for name in ("match.png", "training.png"))

@@ -73,4 +73,4 @@ def test_smollm2_is_distilled_for_a_few_steps(tmp_path):
     assert perplexity < 40
     student = PushForwardLM.from_pretrained(tmp_path / "run" / "k2")
     assert student.backbone.config.model_type == "llama"
-    assert len(student.generate(ids, max_new_tokens=4)[0]) == 4
+    assert len(student.continue_prompts(ids, max_new_tokens=4)[0]) == 4

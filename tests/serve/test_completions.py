@@ -35,7 +35,7 @@ def test_a_seed_gives_the_same_text_alone_in_a_full_batch_and_from_generate(http
     alone = complete(http, seed=7)["choices"][0]["text"]
     assert alone == text_of(expected(student, seed=7))
     assert alone == text_of(
-        student.generate(torch.tensor([ids_of("abc")]), max_new_tokens=12, seed=7, eos_token_id=EOS)[0]
+        student.continue_prompts(torch.tensor([ids_of("abc")]), max_new_tokens=12, seed=7, eos_token_id=EOS)[0]
     )
     with concurrent.futures.ThreadPoolExecutor(33) as pool:
         bodies = [{"seed": 7}] + [

@@ -58,7 +58,7 @@ def test_with_the_teachers_distributions_it_is_plain_ar_decoding(backbone, coupl
     TeacherAsHead(student)
     prompts = windows(N=7).context_BN
     ar = [decode(backbone, row, 13, seed=4, coupling=COUPLINGS[coupling]) for row in prompts.tolist()]
-    assert student.generate(prompts, k=k, max_new_tokens=13, seed=4) == ar
+    assert student.continue_prompts(prompts, k=k, max_new_tokens=13, seed=4) == ar
 
 
 @pytest.mark.parametrize("coupling", list(COUPLINGS))
@@ -67,7 +67,7 @@ def test_one_token_a_step_is_the_teacher(backbone, coupling):
     prompts = windows(N=7).context_BN
     options = {"seed": 1, "temperature": 0.7}
     ar = [decode(backbone, row, 9, **options, coupling=COUPLINGS[coupling]) for row in prompts.tolist()]
-    assert student.generate(prompts, k=1, max_new_tokens=9, seed=1, temperature=0.7) == ar
+    assert student.continue_prompts(prompts, k=1, max_new_tokens=9, seed=1, temperature=0.7) == ar
 
 
 @pytest.mark.parametrize("parts", PARTS, ids=str)
@@ -201,7 +201,7 @@ def test_a_bf16_student_comes_back_as_it_was(tmp_path, parts):
     again = PushForwardLM.from_pretrained(tmp_path)
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
     prompt = windows().context_BN
-    assert again.generate(prompt, max_new_tokens=6) == student.eval().generate(prompt, max_new_tokens=6)
+    assert again.continue_prompts(prompt, max_new_tokens=6) == student.eval().continue_prompts(prompt, max_new_tokens=6)
 
 
 def test_layers_that_differ_alone_are_refused():
