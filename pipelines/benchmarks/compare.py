@@ -53,7 +53,8 @@ from pipelines.config.recipes import recipe
 from pipelines.config.schema import Config, ConfigError, apply, override
 from pipelines.config.stages import resolve, stage_spec
 from pipelines.config.validation import validate
-from pipelines.data.token_store import TokenStore, to_numpy
+from pipelines.data.rows import sequences_of, tokens_of
+from pipelines.data.token_store import TokenStore
 from pipelines.files import atomic_file, write_json
 from pipelines.log import log, show_progress
 from pipelines.runs.cluster import connected, with_lasting_root, work_of_run
@@ -160,8 +161,8 @@ def heldout_windows(trial: Trial, k: int, blocks: int = 64, windows: int = 16) -
     """Held-out windows with noise, the same for every variant and seed."""
     store = TokenStore(trial.heldout, 0)
     rows = store.read(np.arange(blocks))
-    seq = torch.from_numpy(rows["seq"].to_numpy().copy())
-    tokens = torch.from_numpy(to_numpy(rows["tokens"]).astype(np.int64))
+    seq = sequences_of(rows)
+    tokens = tokens_of(rows)
     anchors = sample_anchors(derive_key(0, "compare", "anchors"), seq, tokens.shape[1], windows)
     noise = window_noise(derive_key(0, "compare", "noise"), seq, anchors, k)
     whole = Windows(tokens, anchors, noise, torch.ones(len(seq)))
@@ -209,7 +210,7 @@ def conditional_figures(model: PushForwardLM, teacher: Any, trial: Trial, k: int
 def joint_contexts(trial: Trial) -> torch.Tensor:
     """Held-out contexts whose next tokens are sampled, (CONTEXTS, N): the same for every variant."""
     rows = TokenStore(trial.heldout, 0).read(np.arange(CONTEXTS) + 1000)
-    return torch.from_numpy(to_numpy(rows["tokens"]).astype(np.int64))
+    return tokens_of(rows)
 
 
 def teacher_samples(trial: Trial) -> list[dict[str, torch.Tensor]]:

@@ -1,9 +1,12 @@
 """Token blocks and rollouts on disk: Parquet shards of small row groups, readable by position.
 
 A run reads rows by *position*: 0, 1, 2, … over all epochs. The row at a position is a pure function of (store, seed,
-position), so the order does not depend on workers, batch sizes or restarts, and an interrupted stage continues at the
-exact row. Row groups are shuffled anew each epoch and read through interleaved lanes, so neighbours in a batch come
-from different row groups while every lane reads sequentially.
+position). The order therefore does not depend on workers, batch sizes or restarts, and an interrupted stage continues at
+the exact row.
+
+Each epoch has its own random order of row groups. An epoch is read in `LANES` interleaved lanes: the neighbours in a batch
+come from different row groups, while each lane reads its row groups one after the other. The columns are in
+`pipelines/data/rows.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kforcing.noise import derive_key
+from pipelines.data.rows import with_place
 from pipelines.files import atomic_file, write_json
 
 ROWS_PER_GROUP = 64
@@ -25,21 +29,8 @@ LANES = 16
 MANIFEST = "manifest.json"
 
 
-def fixed_list(values: np.ndarray) -> pa.FixedSizeListArray:
-    """A 2-D array as an Arrow column of fixed-size lists."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
-
-
-def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of fixed-size lists as a 2-D array, or a plain column as a 1-D one."""
-    if pa.types.is_fixed_size_list(column.type):
-        flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return flat.reshape(len(column), column.type.list_size)
-    return column.to_numpy()
-
-
 def write_shard(folder: Path, name: str, table: pa.Table) -> dict[str, Any]:
-    """Write one shard atomically; the returned entry goes into the store's manifest."""
+    """Write one shard atomically. Returns its entry for the manifest of the store."""
     final = folder / f"{name}.parquet"
     with atomic_file(final) as partial:
         pq.write_table(table, partial, row_group_size=ROWS_PER_GROUP, compression="zstd")
@@ -47,13 +38,21 @@ def write_shard(folder: Path, name: str, table: pa.Table) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, shards: list[dict[str, Any]], **facts: Any) -> None:
-    """Mark a store as complete. Shards are listed by name: file names are content hashes, so the order is stable."""
+    """Write the manifest, which marks a store as complete.
+
+    Shards are listed by file name, so their order does not depend on the order in which they were written.
+    """
     record = {"rows": sum(s["rows"] for s in shards), **facts, "shards": sorted(shards, key=lambda s: s["file"])}
     write_json(folder / MANIFEST, record)
 
 
 class TokenStore:
-    """Random access to a finished store."""
+    """Random access to the rows of a finished store.
+
+    Args:
+        folder: of the store.
+        seed: determines the order of the rows.
+    """
 
     def __init__(self, folder: str | Path, seed: int):
         self.folder = Path(folder)
@@ -70,7 +69,7 @@ class TokenStore:
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows of one epoch; fewer than `LANES` rows may stay out of an epoch, different ones each time."""
+        """Number of rows of one epoch. An epoch leaves out fewer than `LANES` rows, and each epoch leaves out others."""
         return self.manifest["rows"] // self.lanes * self.lanes
 
     def _epoch_order_uncached(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -92,14 +91,13 @@ class TokenStore:
         return epoch, group, row - int(ends[rank]) + self.groups[group][2]
 
     def read(self, positions: np.ndarray) -> pa.Table:
-        """The rows at the given positions, in that order, with columns `position` and `epoch` added."""
+        """The rows at the given positions, in that order, with the columns `position` and `epoch`."""
         places = [self.locate(int(p)) for p in positions]
         table = pa.concat_tables([self._read_group(group).slice(row, 1) for _, group, row in places]).combine_chunks()
-        table = table.append_column("position", pa.array(positions, pa.int64()))
-        return table.append_column("epoch", pa.array([epoch for epoch, _, _ in places], pa.int64()))
+        return with_place(table, positions, np.array([epoch for epoch, _, _ in places]))
 
 
 @functools.lru_cache(maxsize=4)
 def open_store(folder: str, seed: int) -> TokenStore:
-    """A `TokenStore`, opened once a process."""
+    """A `TokenStore` that is opened once in each process."""
     return TokenStore(folder, seed)

@@ -29,7 +29,8 @@ from pipelines.config.fingerprint import fingerprint
 from pipelines.config.schema import ConfigError, DataConfig, TokenizerConfig
 from pipelines.config.stages import CorpusSpec
 from pipelines.data.corpus import documents, is_heldout, source_digest
-from pipelines.data.token_store import MANIFEST, fixed_list, write_manifest, write_shard
+from pipelines.data.rows import token_rows
+from pipelines.data.token_store import MANIFEST, write_manifest, write_shard
 from pipelines.log import log
 
 _SAY_EVERY_S = 2.0
@@ -183,9 +184,8 @@ def _pack_shard(table: pa.Table, data: DataConfig, prepared: Prepared, split: st
         blocks, owners = pack(ids, docs[chosen], data.block, eos_id(tokenizer))
         seq = sequence_ids(blocks)
         order = np.argsort(seq, kind="stable")
-        rows = pa.table({"seq": seq[order], "doc": owners[order], "tokens": fixed_list(blocks[order])})
         name = hashlib.blake2b(seq[order].tobytes(), digest_size=8).hexdigest()
-        entry = write_shard(prepared.split(split), name, rows)
+        entry = write_shard(prepared.split(split), name, token_rows(seq[order], owners[order], blocks[order]))
     return pa.Table.from_pylist([{**entry, "documents": len(texts), "tokens": entry["rows"] * data.block}])
 
 

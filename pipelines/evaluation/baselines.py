@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
@@ -32,7 +31,8 @@ from kforcing.modeling import PushForwardLM
 from kforcing.noise import derive_key, sample_anchors, uniform
 from pipelines.config.schema import Config, TrainConfig
 from pipelines.config.stages import resolve
-from pipelines.data.token_store import TokenStore, to_numpy
+from pipelines.data.rows import sequences_of, tokens_of
+from pipelines.data.token_store import TokenStore
 from pipelines.rollouts.plan import StepPlan
 from pipelines.training.single_process import Batches, LocalStudent, count_step, shortened, train_here
 from pipelines.training.step import ARStep, TokenBatch
@@ -247,8 +247,8 @@ def _batches(trial: Trial, batch: int) -> Batches:
 
     def batches(step: int, steps: int) -> list[Any]:
         rows = store.read(StepPlan(batch, 1, step + 1, step, 1).positions(0))
-        tokens = torch.from_numpy(to_numpy(rows["tokens"]).astype(np.int64))
-        seq = torch.from_numpy(rows["seq"].to_numpy().copy())
+        tokens = tokens_of(rows)
+        seq = sequences_of(rows)
         key = derive_key(trial.seed, trial.method, rows["epoch"][0].as_py())
         parts = [slice(i, i + micro) for i in range(0, batch, micro)]
         if trial.method == "draft":

@@ -22,7 +22,8 @@ from kforcing.metrics.intervals import over_clusters
 from kforcing.modeling import PushForwardLM
 from kforcing.noise import derive_key, sample_anchors, window_noise
 from pipelines.config.schema import EvalConfig
-from pipelines.data.token_store import TokenStore, fixed_list, to_numpy
+from pipelines.data.rows import fixed_list, sequences_of, to_numpy, tokens_of
+from pipelines.data.token_store import TokenStore
 from pipelines.data.tokenise import Prepared, load_tokenizer
 from pipelines.files import write_json
 from pipelines.rollouts.plan import ReadChunk, StepPlan
@@ -58,8 +59,7 @@ class EvalActor:
         )
 
     def _score(self, rows: pa.Table) -> pa.Table:
-        seq = torch.from_numpy(rows["seq"].to_numpy().copy())
-        tokens = torch.from_numpy(to_numpy(rows["tokens"]).astype(np.int64))
+        seq, tokens = sequences_of(rows), tokens_of(rows)
         anchors = sample_anchors(derive_key(self.job.seed, "eval", "anchors"), seq, tokens.shape[1], self.job.windows)
         noise = window_noise(derive_key(self.job.seed, "eval", "noise"), seq, anchors, self.job.k)
         temperature = torch.full((len(seq),), self.student.config.design.noise.clamp(1.0))
@@ -140,7 +140,7 @@ def continue_prompts(job: SampleJob) -> list[dict[str, str]]:
     students = {name: PushForwardLM.from_pretrained(path).to(device) for name, path in job.students.items()}
     design = next(iter(students.values())).config.design
     sampling = SamplingParams(temperature=design.noise.clamp(1.0))
-    tokens = to_numpy(prompts["tokens"])[:, : job.config.prompt_tokens].tolist()
+    tokens = tokens_of(prompts)[:, : job.config.prompt_tokens].tolist()
     requests = [
         Request(row, job.config.new_tokens, seed=job.seed + i, sampling=sampling) for i, row in enumerate(tokens)
     ]

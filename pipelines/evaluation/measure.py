@@ -46,7 +46,8 @@ from kforcing.metrics.mauve import features, mauve
 from kforcing.modeling import PushForwardLM
 from kforcing.noise import derive_key
 from pipelines.config.stages import resolve
-from pipelines.data.token_store import TokenStore, to_numpy
+from pipelines.data.rows import documents_of, tokens_of
+from pipelines.data.token_store import TokenStore
 from pipelines.data.tokenise import eos_id, load_tokenizer
 from pipelines.evaluation.baselines import EngineDecoder, Row, decoder_of, noise_of
 from pipelines.evaluation.config import EvaluationConfig
@@ -96,13 +97,13 @@ def heldout(subject: Subject, config: EvaluationConfig, count: int, tokens: int,
     rows = store.read(np.arange(first, first + SPREAD * count) % store.rows_per_epoch)
     seen: Counter[int] = Counter()
     turns = []  # a row's number within its document
-    for doc in rows["doc"].to_pylist():
+    for doc in documents_of(rows).tolist():
         turns.append(seen[doc])
         seen[doc] += 1
     rows = rows.take(np.argsort(turns, kind="stable")[:count])
-    ids = torch.from_numpy(to_numpy(rows["tokens"])[:, :tokens].astype(np.int64))
+    ids = tokens_of(rows)[:, :tokens]
     seeds = [derive_key(config.seed, "prompt", first + i) % 2**31 for i in range(count)]
-    return Prompts(ids.to(pick_device()), rows["doc"].to_numpy(), seeds)
+    return Prompts(ids.to(pick_device()), documents_of(rows), seeds)
 
 
 def over_documents(
@@ -184,7 +185,7 @@ def _teacher_cost(subject: Subject) -> dict[str, Any]:
 
     def micro(step: int, steps: int) -> list[TokenBatch]:
         rows = store.read(StepPlan(train.micro_batch, 1, 1, 0, 1).positions(0))
-        return [TokenBatch(torch.from_numpy(to_numpy(rows["tokens"]).astype(np.int64)).to(pick_device()))]
+        return [TokenBatch(tokens_of(rows, pick_device()))]
 
     flops = count_step(ARStep(load_ar(subject.teacher)), micro).train * train.batch / train.micro_batch
     return {"name": "teacher", "k": 0, "steps": train.steps, "rollouts": 0.0, "train": train.steps * flops}

@@ -28,10 +28,7 @@ from kforcing.distillation.teachers import ARTeacher, StudentTeacher
 from kforcing.modeling import PushForwardLM
 from kforcing.noise import derive_key, sample_anchors, uniform, window_noise
 from pipelines.config.schema import NoiseConfig
-from pipelines.data.token_store import (
-    fixed_list,
-    to_numpy,
-)
+from pipelines.data.rows import epochs_of, sequences_of, tokens_of, with_rollout, with_rollout_cost
 
 # Sequences in one forward on a CPU, where nothing is gained by more.
 CPU_BATCH = 16
@@ -74,17 +71,14 @@ class RolloutActor:
         else:
             self.teacher = StudentTeacher(PushForwardLM.from_pretrained(job.teacher).to(self.device))
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """Rows of tokens → the same rows with anchors, targets, noise key, temperature and the cost of making them."""
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """Token rows → the same rows with their rollouts and the cost of making them (see `pipelines.data.rows`)."""
         started = time.monotonic()
-        batch = self.job.batch or self._fitting(len(table["tokens"][0]))
-        parts = [self._roll_out(table.slice(i, batch)) for i in range(0, len(table), batch)]
-        rolled = pa.concat_tables(parts)
+        batch = self.job.batch or self._fitting(tokens_of(rows.slice(0, 1)).shape[1])
+        rolled = pa.concat_tables([self._roll_out(rows.slice(i, batch)) for i in range(0, len(rows), batch)])
         seconds = (time.monotonic() - started) / len(rolled)
         cost = {"rollout_s": seconds, "rollout_rss_mb": peak_rss_mb(), "rollout_gpu_mb": peak_gpu_mb()}
-        for name, value in cost.items():
-            rolled = rolled.append_column(name, pa.array(np.full(len(rolled), value)))
-        return rolled
+        return with_rollout_cost(rolled, cost)
 
     def _fitting(self, context: int) -> int:
         if self.device.type != "cuda":
@@ -96,35 +90,20 @@ class RolloutActor:
         return fitting_batch(free, pass_bytes(backbone, context, entries))
 
     def _roll_out(self, rows: pa.Table) -> pa.Table:
-        job = self.job
-        epochs = rows["epoch"].to_numpy()
+        job, seq, epochs = self.job, sequences_of(rows), epochs_of(rows)
         keys = np.array([derive_key(job.seed, job.stage, "noise", e) for e in epochs])
-        anchor_keys = np.array([derive_key(job.seed, job.stage, "anchors", e) for e in epochs])
-        seq = torch.from_numpy(rows["seq"].to_numpy().copy())
-        tokens = torch.from_numpy(to_numpy(rows["tokens"]).astype(np.int64))
-        anchors = sample_anchors(torch.from_numpy(anchor_keys), seq, tokens.shape[1], job.windows)
+        anchor_keys = torch.tensor([derive_key(job.seed, job.stage, "anchors", e) for e in epochs])
+        tokens = tokens_of(rows)
+        anchors = sample_anchors(anchor_keys, seq, tokens.shape[1], job.windows)
         anchors = anchors.repeat_interleave(job.draws, dim=1)
         noise = window_noise(torch.from_numpy(keys), seq, anchors, job.k)
-        temperature = draw_temperature(torch.from_numpy(anchor_keys), seq, job.design.noise)
+        temperature = draw_temperature(anchor_keys, seq, job.design.noise)
         windows = Windows(*(x.to(self.device) for x in (tokens, anchors, noise, temperature)))
-        labels: dict[str, torch.Tensor] = {}
-        if job.top_m:
-            assert isinstance(self.teacher, ARTeacher), "labels come from the AR teacher"
-            targets, soft = self.teacher.labelled_rollout(windows, job.top_m)
-            assert soft.ids_BWKM is not None
-            labels = {"soft_ids": soft.ids_BWKM.int(), "soft_logp": soft.logp_BWKM}
-        else:
-            targets = self.teacher.rollout(windows)
-        columns = {
-            "anchors": fixed_list(anchors.numpy().astype(np.int32)),
-            "targets": fixed_list(targets.cpu().numpy().reshape(len(seq), -1).astype(np.int32)),
-            "noise_key": pa.array(keys),
-            "temperature": pa.array(temperature.numpy()),
-            **{name: fixed_list(label.cpu().numpy().reshape(len(seq), -1)) for name, label in labels.items()},
-        }
-        for name, column in columns.items():
-            rows = rows.append_column(name, column)
-        return rows
+        if not job.top_m:
+            return with_rollout(rows, windows, keys, self.teacher.rollout(windows), None)
+        assert isinstance(self.teacher, ARTeacher), "labels come from the AR teacher"
+        targets, labels = self.teacher.labelled_rollout(windows, job.top_m)
+        return with_rollout(rows, windows, keys, targets, labels)
 
 
 def pass_bytes(backbone: PreTrainedModel, context: int, entries: int) -> int:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.config.schema import RolloutConfig, TrainConfig
+from pipelines.data.rows import positions_of, without_place
 from pipelines.data.token_store import (
     MANIFEST,
     TokenStore,
@@ -66,8 +67,8 @@ def _write_shards(chunks: list[int], folder: Path, read: ReadChunk, job: Rollout
         shards = []
         for start in range(0, len(table), batch):
             rows = table.slice(start, batch)
-            name = _shard_name(rows["position"][0].as_py() // batch)
-            shards.append(write_shard(folder, name, rows.drop_columns(["position", "epoch"])))
+            name = _shard_name(int(positions_of(rows)[0]) // batch)
+            shards.append(write_shard(folder, name, without_place(rows)))
         return pa.Table.from_pylist(shards)
 
     rows = ray.data.from_items([{"id": i} for i in chunks], override_num_blocks=len(chunks)).map_batches(

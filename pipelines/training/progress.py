@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from kforcing.device import peak_gpu_mb, peak_rss_mb
+from pipelines.data.rows import rollout_cost
 from pipelines.training.job import TrainJob
 from pipelines.training.step import largest, reduce_sums
 
@@ -80,8 +81,6 @@ class Progress:
         }
         if self.job.rollout_job is not None:
             record["actors"] = self.job.rollout.actors
-        for name in ("rollout_s", "rollout_rss_mb", "rollout_gpu_mb"):
-            if name in rows.column_names:
-                record[name] = rows[name][0].as_py()
+        record |= rollout_cost(rows)
         self.relay.put.remote(record)
         self.wait, self.mark, self.tokens = 0.0, now, 0

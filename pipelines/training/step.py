@@ -28,9 +28,9 @@ from kforcing.backbone import lm_head
 from kforcing.chunking import CHUNK, loss_in_chunks
 from kforcing.distillation.losses import LossSums, SoftTargets, block_sums, next_token_loss, soft_target_kl, target_nll
 from kforcing.modeling import PushForwardLM
-from kforcing.noise import uniform, window_noise
+from kforcing.noise import uniform
 from kforcing.readout.base import BlockScores
-from pipelines.data.token_store import to_numpy
+from pipelines.data.rows import has_rollout, labels_of, positions_of, targets_of, tokens_of, windows_of
 
 # Training's match is measured on every so-many-th window, since couplings over the whole vocabulary are not free.
 MATCH_STRIDE = 4
@@ -66,28 +66,18 @@ class WindowBatch:
         return self.targets_BWK.numel()
 
 
-def to_batch(table: pa.Table, device: torch.device | str, own_key: int = 0, own_share: float = 0.0) -> Any:
-    """Rows of a token store or of rollouts, as a `TokenBatch` or `WindowBatch`; the noise is recomputed from its key.
+def to_batch(rows: pa.Table, device: torch.device | str, own_key: int = 0, own_share: float = 0.0) -> Any:
+    """Rows of a token store as a `TokenBatch`, rolled-out rows as a `WindowBatch`.
 
-    `own_share` of the sequences, chosen by their row position under `own_key`, are marked for the student to roll out.
+    `own_share` of the sequences are marked for the student to roll out. `own_key` and the positions of the rows choose them.
     """
-
-    def column(name: str, dtype: Any = np.int64) -> Tensor:
-        return torch.from_numpy(to_numpy(table[name]).astype(dtype)).to(device)
-
-    tokens = column("tokens")
-    if "targets" not in table.column_names:
-        return TokenBatch(tokens)
-    anchors = column("anchors")
-    targets = column("targets").unflatten(1, (anchors.shape[1], -1))
-    noise = window_noise(column("noise_key"), column("seq"), anchors, targets.shape[2])
-    windows = Windows(tokens, anchors, noise, column("temperature", np.float32))
-    soft = None
-    if "soft_ids" in table.column_names:
-        logp, ids = column("soft_logp", np.float32), column("soft_ids")
-        soft = SoftTargets(*(x.view(*targets.shape, -1) for x in (logp, ids)))
-    own = uniform(own_key, column("position"), 0, torch.zeros_like(tokens[:, 0])) < own_share if own_share else None
-    return WindowBatch(windows, targets, soft, own)
+    if not has_rollout(rows):
+        return TokenBatch(tokens_of(rows, device))
+    own = None
+    if own_share:
+        positions = torch.from_numpy(positions_of(rows)).to(device)
+        own = uniform(own_key, positions, 0, torch.zeros_like(positions)) < own_share
+    return WindowBatch(windows_of(rows, device), targets_of(rows, device), labels_of(rows, device), own)
 
 
 class StudentStep(nn.Module):

@@ -21,6 +21,7 @@ from kforcing.chunking import checkpoint_layers
 from kforcing.device import pick_device
 from kforcing.noise import derive_key
 from pipelines.config.schema import TrainConfig, node_selector
+from pipelines.data.rows import positions_of
 from pipelines.rollouts.plan import StepPlan
 from pipelines.rollouts.stream import training_rows
 from pipelines.runs.stages import StageError
@@ -128,7 +129,7 @@ def own_share(step: int, train: TrainConfig) -> float:
 
 def check_order(rows: pa.Table, step: int, batch: int) -> None:
     """Raise RuntimeError unless a step's rows are the ones its number says: what makes resuming exact."""
-    positions = rows["position"].to_numpy()
+    positions = positions_of(rows)
     if positions.min() < step * batch or positions.max() >= (step + 1) * batch:
         raise RuntimeError(
             f"step {step} received row positions {positions.min()} to {positions.max()}, expected "

@@ -1,8 +1,8 @@
 import numpy as np
-import pyarrow as pa
 import pytest
 
-from pipelines.data.token_store import LANES, TokenStore, fixed_list, to_numpy, write_manifest, write_shard
+from pipelines.data.rows import to_numpy, token_rows
+from pipelines.data.token_store import LANES, TokenStore, write_manifest, write_shard
 
 
 @pytest.fixture
@@ -11,19 +11,13 @@ def store(tmp_path):
         shards, start = [], 0
         for i, n in enumerate(sizes):
             ids = np.arange(start, start + n)
-            table = pa.table({"seq": ids, "tokens": fixed_list(np.stack([ids, ids * 2], 1).astype(np.int32))})
+            table = token_rows(ids, ids, np.stack([ids, ids * 2], 1))
             shards.append(write_shard(tmp_path, f"shard-{i}", table))
             start += n
         write_manifest(tmp_path, shards)
         return TokenStore(tmp_path, seed)
 
     return make
-
-
-def test_fixed_lists_survive_slicing():
-    values = np.arange(12).reshape(4, 3)
-    table = pa.table({"x": fixed_list(values)}).slice(1, 2)
-    assert (to_numpy(table["x"]) == values[1:3]).all()
 
 
 def test_an_epoch_reads_every_row_once(store):

@@ -5,7 +5,8 @@ from pipelines.config.recipes import recipe
 from pipelines.config.schema import ConfigError, DataConfig, apply
 from pipelines.config.stages import corpus_spec
 from pipelines.data.corpus import document_id, is_heldout, source_digest
-from pipelines.data.token_store import TokenStore, to_numpy
+from pipelines.data.rows import to_numpy
+from pipelines.data.token_store import TokenStore
 from pipelines.data.tokenise import eos_id, load_tokenizer, pack, prepare, sequence_ids
 
 

@@ -1,7 +1,6 @@
 """A rollout actor by itself: what its rows hold, and how many it makes at once."""
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
@@ -10,7 +9,7 @@ from kforcing.attention.windows import Windows
 from kforcing.coupling import inverse_cdf
 from kforcing.design import NoiseConfig
 from kforcing.distillation.teachers import ARTeacher
-from pipelines.data.token_store import fixed_list
+from pipelines.data.rows import rollout_cost, token_rows, with_place
 from pipelines.rollouts.actor import CPU_BATCH, RolloutActor, RolloutJob, fitting_batch, pass_bytes
 from pipelines.training.step import to_batch
 from tests.conftest import VOCAB, make_backbone
@@ -30,9 +29,8 @@ def actor(tmp_path):
 
 
 def rows(n):
-    tokens = np.random.default_rng(0).integers(0, VOCAB, (n, N)).astype(np.int32)
-    numbers = pa.array(np.arange(n))
-    return pa.table({"tokens": fixed_list(tokens), "seq": numbers, "position": numbers, "epoch": pa.array([0] * n)})
+    tokens, numbers = np.random.default_rng(0).integers(0, VOCAB, (n, N)), np.arange(n)
+    return with_place(token_rows(numbers, numbers, tokens), numbers, np.zeros(n, np.int64))
 
 
 def test_training_sees_the_noise_and_anchors_that_targets_were_made_of(actor):
@@ -53,11 +51,17 @@ def test_draws_are_further_windows_of_the_same_anchors(actor):
     assert torch.equal(ARTeacher(make_backbone(), inverse_cdf).rollout(part), thrice.targets_BWK[:, 1::3])
 
 
+def test_the_cost_of_a_rollout_comes_with_its_rows(actor):
+    rolled = actor(batch=2)(rows(3))
+    cost = rollout_cost(rolled)
+    assert cost["rollout_s"] > 0
+    assert cost["rollout_rss_mb"] > 1
+    assert set(cost) == {"rollout_s", "rollout_rss_mb", "rollout_gpu_mb"}
+    assert not set(cost) & set(rolled.column_names)
+
+
 def test_rows_do_not_depend_on_how_many_are_made_at_once(actor):
-    tables = [
-        actor(batch=batch)(rows(CPU_BATCH + 3)).drop_columns(["rollout_s", "rollout_rss_mb", "rollout_gpu_mb"])
-        for batch in (None, 2)
-    ]
+    tables = [actor(batch=batch)(rows(CPU_BATCH + 3)) for batch in (None, 2)]
     assert tables[0].equals(tables[1])
 
 
