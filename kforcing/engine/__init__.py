@@ -4,6 +4,7 @@ request.py     what is asked for: Request, SamplingParams; what comes back: Outp
 config.py      EngineConfig, EngineStats
 scheduler.py   which request has which slot, and when its prompt is read
 runner.py      one step for all slots; fixed and exact mode
+width.py       exact mode: how many tokens the next block has
 sampler.py     tokens from logits, each slot by its request's options
 layers.py      transformer layers over cache.py; packing.py and graphs.py make them fast on CPUs and GPUs
 engine.py      Engine: submit, step, cancel, stream, generate

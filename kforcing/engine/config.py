@@ -23,6 +23,9 @@ class EngineConfig:
     """Tokens a step at most; None takes the student's k, or 1 for an AR model."""
     acceptance: str = "fixed"
     """The mode of requests that do not choose one: `exact` or `fixed` (see `Request.acceptance`)."""
+    adapt_width: bool = True
+    """Exact mode: choose the length of each step's blocks, from 1 to k, by what steps cost and what drafts bring (see
+    `width.py`). The text does not depend on it. Without it every block has k tokens."""
     max_num_batched_tokens: int = 256
     """Prompt tokens that are read between two steps. This bounds how long a new prompt delays the running requests."""
     check_every: int | None = None

@@ -10,6 +10,7 @@ The host keeps lengths by counting and looks at tokens once every `check_every` 
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Several
@@ -35,6 +36,7 @@ from kforcing.engine.packing import can_pack, packed_copy
 from kforcing.engine.request import Completion, Output, Request, SamplingParams
 from kforcing.engine.runner import ModelRunner, StepShape
 from kforcing.engine.scheduler import Move, Scheduler, Sequence
+from kforcing.engine.width import WidthChooser
 from kforcing.readout.base import as_student
 
 
@@ -73,6 +75,7 @@ class Engine:
             self._step: Any = Graphs(self.runner, cuda_capture()) if graphs else self.runner.step
         self._buckets = cuda
         self.stats = EngineStats()
+        self.widths = WidthChooser(self.k)
         self.scheduler = Scheduler(
             config.max_num_seqs, config.max_num_batched_tokens, one_by_one=config.batch_invariant
         )
@@ -213,7 +216,9 @@ class Engine:
     def _decode(self) -> list[Output]:
         """`check_every` steps of the running sequences."""
         running = list(self.scheduler.running)
-        width = self.k if self.config.batch_invariant else max(s.k for s in running)
+        width = self._width(running)
+        settled = all(s.unread == min(s.k, width) for s in running)
+        began = time.perf_counter()
         lengths = [s.length for s in running]
         steps, drafts = [], []
         for ahead in range(self.check_every):
@@ -222,14 +227,26 @@ class Engine:
             for sequence in running:
                 sequence.made_block(min(sequence.k, width))
         made = torch.stack(steps, dim=1).tolist()  # slots, steps, 1 + k
+        if settled:  # the step after a change of width reads a block of another length
+            self.widths.step(len(running), width, (time.perf_counter() - began) / len(steps))
         self.stats.steps += len(steps)
         self.stats.slot_steps += len(steps) * len(running)
         self.stats.widths[width] = self.stats.widths.get(width, 0) + len(steps)
         for i, step in itertools.product(range(len(running)), range(len(steps))):
             self.stats.count_block(drafts[step][i], accepted=made[i][step][0] - 1)
+            self.widths.block(drafts[step][i], accepted=made[i][step][0] - 1)
         outputs = [self._finish(sequence, made[i]) for i, sequence in enumerate(running)]
         self._apply(self.scheduler.leave([s for s, o in zip(running, outputs, strict=True) if o.finish_reason]))
         return outputs
+
+    def _width(self, running: list[Sequence]) -> int:
+        """How many tokens the next block has: what fixed sequences ask for, and what brings most to exact ones."""
+        if self.config.batch_invariant:
+            return self.k
+        most = max(s.k for s in running)
+        if not self.config.adapt_width or not any(s.exact for s in running):
+            return most
+        return self.widths.choose(len(running), max((s.k for s in running if not s.exact), default=1), most)
 
     def _shape(self, running: list[Sequence], lengths: list[int], width: int, ahead: int) -> StepShape:
         """The shape of the step that comes `ahead` steps after the known lengths."""

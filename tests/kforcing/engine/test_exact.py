@@ -150,7 +150,7 @@ def test_greedy_exact_mode_is_greedy_decoding_of_transformers(backbone):
 def test_drafts_that_are_always_right_bring_k_tokens_a_step():
     """A student with a copy of the whole trunk as hints and greedy repetition: see the accepted counts."""
     m = repeating_student()
-    engine = Engine(m, EngineConfig(max_num_seqs=1, max_model_len=60, acceptance="exact"))
+    engine = Engine(m, EngineConfig(max_num_seqs=1, max_model_len=60, acceptance="exact", adapt_width=False))
     done = engine.generate([Request([2], 33, sampling=SamplingParams(temperature=0))])
     assert done[0].tokens == [2] * 33
     assert done[0].steps == 9  # the first step verifies nothing and returns one token; 8 steps return four
@@ -171,7 +171,7 @@ def repeating_student():
 
 def test_wrong_drafts_cost_steps_and_no_tokens():
     m = student("head alone")
-    config = EngineConfig(max_num_seqs=1, max_model_len=60, acceptance="exact")
+    config = EngineConfig(max_num_seqs=1, max_model_len=60, acceptance="exact", adapt_width=False)
     engine = Engine(m, config)
     done = engine.generate([Request([1, 2], 40, seed=5)])[0]
     assert len(done.tokens) == 40
@@ -212,7 +212,7 @@ def test_a_student_without_its_ar_model_refuses_exact_mode(m, message):
     with pytest.raises(ValueError, match=f"acceptance=exact needs the AR model inside.*{message}"):
         engine.submit(Request([1], 4, acceptance="exact"))
     with pytest.raises(ValueError, match="acceptance=exact needs the AR model"):
-        Engine(m(), EngineConfig(acceptance="exact"))
+        Engine(m(), EngineConfig(acceptance="exact", adapt_width=False))
 
 
 def test_an_unknown_acceptance_is_refused():
@@ -222,7 +222,7 @@ def test_an_unknown_acceptance_is_refused():
 
 def test_a_stream_in_exact_mode_gives_one_to_k_tokens_a_step():
     m = student("all hints")
-    engine = Engine(m, EngineConfig(max_num_seqs=2, max_model_len=60, acceptance="exact"))
+    engine = Engine(m, EngineConfig(max_num_seqs=2, max_model_len=60, acceptance="exact", adapt_width=False))
     sizes = [len(output.tokens) for output in engine.stream(Request([1, 2, 3], 40, seed=1))]
     assert sum(sizes) == 40
     assert sizes[0] == 1

@@ -1,0 +1,105 @@
+"""The width of a step in exact mode: how many tokens a block should have, given what steps cost and what drafts bring.
+
+A step of width w brings 1 + Σ a_j tokens a request, where a_j is the share of blocks in which drafts 1 … j were accepted, and
+takes the time that earlier steps of this width took with about as many requests. The width with the most tokens a second is
+taken. Under load a step is bound by arithmetic and drafts cost more than they bring, so the width falls to 1, which is AR
+decoding. The text does not depend on the widths, so they may change with every step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from dataclasses import dataclass
+
+logger = logging.getLogger(__name__)
+
+FIRST_LOOK = 4
+"""Steps of each width that are timed before the first choice."""
+LOOK_AGAIN = 256
+"""Steps after which a width that was not chosen is timed again, for one step."""
+MEMORY = 0.1
+"""Weight of the newest observation in running means."""
+ENOUGH_BLOCKS = 500
+"""Verified blocks after which acceptance is judged."""
+
+
+@dataclass
+class _Timing:
+    seconds: float = 0.0
+    steps: int = 0
+    last: int = 0
+    """The number of the newest observation, counted over all widths."""
+
+
+class WidthChooser:
+    """Chooses among widths 1 … k.
+
+    Args:
+        k: the largest width.
+    """
+
+    def __init__(self, k: int):
+        self.k = k
+        self.acceptance = [0.5**j for j in range(1, k)]
+        """For each draft of a block, the running share of blocks in which it and all before it were accepted."""
+        self._blocks = 0
+        self._judged = False
+        self._observations = 0
+        self._timings: dict[tuple[int, int], _Timing] = defaultdict(_Timing)
+
+    def block(self, drafted: int, accepted: int) -> None:
+        """Note that of so many drafts of a block the first `accepted` were kept."""
+        for j in range(drafted):
+            self.acceptance[j] += MEMORY / 10 * ((j < accepted) - self.acceptance[j])
+        self._blocks += drafted > 0
+        if self._blocks == ENOUGH_BLOCKS and not self._judged:
+            self._judged = True
+            self._judge()
+
+    def step(self, requests: int, width: int, seconds: float) -> None:
+        """Note the seconds of a step of this width."""
+        timing = self._timings[_bucket(requests), width]
+        self._observations += 1
+        # The first step of a shape chooses kernels and is not typical.
+        weight = 1.0 if timing.steps <= 1 else max(MEMORY, 1 / timing.steps)
+        timing.seconds += weight * (seconds - timing.seconds)
+        timing.steps += 1
+        timing.last = self._observations
+
+    def choose(self, requests: int, least: int, most: int) -> int:
+        """The width of the next step, for so many requests, from `least` to `most`."""
+        if least >= most:
+            return most
+        bucket, widths = _bucket(requests), range(least, most + 1)
+        timings = {width: self._timings[bucket, width] for width in widths}
+        for width in widths:
+            if timings[width].steps < FIRST_LOOK:
+                return width
+        oldest = min(widths, key=lambda width: timings[width].last)
+        if self._observations - timings[oldest].last > LOOK_AGAIN:
+            return oldest
+        return max(widths, key=lambda width: self.tokens(width) / timings[width].seconds)
+
+    def tokens(self, width: int) -> float:
+        """The expected tokens of a step of this width."""
+        return 1 + sum(self.acceptance[: width - 1])
+
+    def _judge(self) -> None:
+        first = self.acceptance[0]
+        if first < 0.2:
+            logger.warning(
+                "only %.0f%% of the first drafts equal the AR model's token: drafts hardly pay. Train the student longer, "
+                "or on text like the one that is served; the text itself is not affected",
+                100 * first,
+            )
+        elif first > 0.999:
+            logger.warning(
+                "every draft equals the AR model's token, which is suspicious unless the text repeats itself: check that the "
+                "student was not compared with itself"
+            )
+
+
+def _bucket(requests: int) -> int:
+    """Numbers of requests whose steps are taken to cost the same: powers of two."""
+    return 1 << (requests - 1).bit_length()

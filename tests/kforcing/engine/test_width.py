@@ -1,0 +1,111 @@
+"""The width of a step: which one is chosen for given costs and acceptances, and that texts do not depend on it."""
+
+import random
+
+import pytest
+
+from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
+from kforcing.engine.width import ENOUGH_BLOCKS, FIRST_LOOK, LOOK_AGAIN, WidthChooser
+from tests.kforcing.engine.test_exact import alone, student
+
+
+def settled(chooser, requests, seconds, steps=400):
+    """The width that is chosen most often when a step of width w takes `seconds[w]`."""
+    chosen = []
+    for _ in range(steps):
+        width = chooser.choose(requests, 1, chooser.k)
+        chosen.append(width)
+        chooser.step(requests, width, seconds[width])
+    return max(set(chosen), key=chosen.count)
+
+
+def test_all_widths_are_timed_before_the_first_choice():
+    chooser, chosen = WidthChooser(3), []
+    for _ in range(3 * FIRST_LOOK):
+        chosen.append(chooser.choose(1, 1, 3))
+        chooser.step(1, chosen[-1], 1.0)
+    assert chosen == [1] * FIRST_LOOK + [2] * FIRST_LOOK + [3] * FIRST_LOOK
+
+
+def test_the_widest_step_is_chosen_when_steps_cost_nearly_the_same_and_drafts_are_right():
+    chooser = WidthChooser(4)
+    for _ in range(2000):
+        chooser.block(3, 3)
+    assert settled(chooser, 1, {1: 1.0, 2: 1.1, 3: 1.2, 4: 1.3}) == 4
+
+
+def test_ar_decoding_is_chosen_when_drafts_are_wrong_or_arithmetic_binds():
+    chooser = WidthChooser(4)
+    for _ in range(2000):
+        chooser.block(3, 0)
+    assert settled(chooser, 1, {1: 1.0, 2: 1.1, 3: 1.2, 4: 1.3}) == 1
+    chooser = WidthChooser(4)
+    for _ in range(2000):
+        chooser.block(3, 3)
+    assert settled(chooser, 64, {1: 1.0, 2: 2.2, 3: 3.3, 4: 4.4}) == 1
+
+
+def test_the_choice_depends_on_the_number_of_requests():
+    chooser = WidthChooser(2)
+    for _ in range(2000):
+        chooser.block(1, 1)
+    assert settled(chooser, 1, {1: 1.0, 2: 1.2}) == 2
+    assert settled(chooser, 16, {1: 1.0, 2: 2.5}) == 1
+    assert settled(chooser, 1, {1: 1.0, 2: 1.2}, steps=50) == 2
+
+
+def test_a_width_that_was_not_chosen_is_timed_again():
+    chooser = WidthChooser(2)
+    for _ in range(2000):
+        chooser.block(1, 1)
+    assert settled(chooser, 1, {1: 1.0, 2: 3.0}) == 1
+    assert settled(chooser, 1, {1: 1.0, 2: 1.0}, steps=20 * LOOK_AGAIN) == 2
+
+
+def test_limits_of_the_requests_bound_the_width():
+    chooser = WidthChooser(4)
+    assert chooser.choose(1, 2, 2) == 2
+    assert chooser.choose(1, 4, 2) == 2
+    assert chooser.choose(1, 3, 4) == 3
+
+
+def test_expected_tokens_follow_the_observed_acceptance():
+    chooser, source = WidthChooser(3), random.Random(0)
+    for _ in range(20_000):
+        chooser.block(2, 2 if source.random() < 0.25 else 1 if source.random() < 2 / 3 else 0)
+    assert chooser.tokens(1) == 1
+    assert chooser.tokens(2) == pytest.approx(1.75, abs=0.15)
+    assert chooser.tokens(3) == pytest.approx(2.0, abs=0.2)
+
+
+@pytest.mark.parametrize(("accepted", "words"), [(0, "drafts hardly pay"), (1, "suspicious")])
+def test_a_warning_is_given_once_when_acceptance_is_very_low_or_complete(accepted, words, caplog):
+    chooser = WidthChooser(2)
+    chooser.acceptance = [float(accepted)]
+    for _ in range(2 * ENOUGH_BLOCKS):
+        chooser.block(1, accepted)
+    assert [words in record.message for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_text_is_the_same_under_any_sequence_of_widths(seed):
+    source = random.Random(seed)
+    m = student("all hints", coupling=("gumbel", "inverse_cdf")[seed % 2])
+    config = EngineConfig(max_num_seqs=3, max_model_len=60, acceptance="exact", check_every=1 + seed % 2)
+    engine = Engine(m, config)
+    engine.widths.choose = lambda requests, least, most: source.randint(min(least, most), most)
+    sampling = SamplingParams(temperature=(0.0, 0.8, 1.0)[seed % 3], frequency_penalty=seed % 2)
+    requests = [Request([1 + i, 4, 2], 30 + i, seed=i, sampling=sampling) for i in range(5)]
+    done = engine.generate(requests)
+    coupling = m.config.design.coupling
+    assert [c.tokens for c in done] == [alone(m.backbone, request, coupling, None)[:60] for request in requests]
+    assert len(engine.stats.widths) > 1
+
+
+def test_fixed_requests_keep_their_block_length_whatever_the_width_of_others():
+    m = student("all hints")
+    engine = Engine(m, EngineConfig(max_num_seqs=4, max_model_len=40, acceptance="exact"))
+    fixed = Request([3, 1], 17, seed=2, k=3, acceptance="fixed")
+    done = engine.generate([fixed, *(Request([i, 2], 20, seed=i) for i in range(3))])
+    assert done[0].tokens == alone(m, fixed, "gumbel", 3)
+    assert done[0].steps == 6
