@@ -151,7 +151,10 @@ class ModelRunner:
     def load(self, slot: int, prompt: list[int]) -> None:
         """Put a prompt into a slot, where it will be read."""
         self.tokens_SC[slot, : len(prompt)] = torch.tensor(prompt, device=self.tokens_SC.device)
-        self.length_S[slot] = len(prompt)  # steps may run over the slot; they write behind this only
+        # Steps of other requests may cover the slot while the prompt is read. Without drafts they write behind it only.
+        self.length_S[slot] = len(prompt)
+        self.exact_S[slot] = False
+        self.drafted_S[slot] = 0
 
     def start(self, slot: int, length: int, seed: int, k: int, exact: bool, sampling: SamplingParams) -> None:
         """Let the request whose prompt of this length was read run, with at most k tokens a step."""

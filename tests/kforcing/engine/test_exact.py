@@ -120,7 +120,7 @@ def run(engine, requests, arrivals, cancels):
 
 def alone(model, request, coupling, k):
     """The request by itself in an engine of its own: AR decoding for a backbone, fixed blocks of k for a student."""
-    engine = Engine(model, EngineConfig(max_num_seqs=1, max_model_len=40, coupling=coupling, packed=False))
+    engine = Engine(model, EngineConfig(max_num_seqs=1, max_model_len=60, coupling=coupling, packed=False))
     plain = Request(
         request.prompt, request.max_new_tokens, request.seed, request.stop_ids, k, request.sampling, "fixed"
     )
@@ -235,3 +235,16 @@ def test_an_ar_model_accepts_the_option_and_decodes_as_before(backbone):
     exact = Request([1, 2], 10, seed=4, acceptance="exact")
     engine = Engine(backbone, config)
     assert engine.generate([exact])[0].tokens == engine.generate([request])[0].tokens
+
+
+def test_a_prompt_that_is_read_over_many_steps_is_untouched_by_the_drafts_of_its_slots_former_request():
+    m = student("head alone")
+    config = EngineConfig(
+        max_num_seqs=2, max_model_len=60, max_num_batched_tokens=1, batch_invariant=True, acceptance="exact"
+    )
+    engine = Engine(m, config)
+    first, short = Request([5, 3], 40, seed=1), Request([7], 6, seed=2)
+    late = Request([2, 9, 4, 1, 8, 8, 3, 6, 0, 5, 11, 7], 12, seed=3)
+    requests = [first, short, late]
+    made, _ = run(engine, requests, [0, 0, 3], [None] * 3)
+    assert made == [alone(m.backbone, request, "gumbel", None) for request in requests]
