@@ -1,6 +1,8 @@
 # make distill      corpus → AR teacher → k=1 → k=2 → k=4 → report, on this machine
 # make evaluate     its models against the AR model and every rival: fidelity, text, speed, cost → report
-# make test         everything CI runs; make test-fast leaves out what starts a cluster
+# make test         everything CI runs, in less than 15 minutes on two cores
+# make test-fast    what needs no cluster, no server and no other process, in less than a minute
+# make test-slow    what takes minutes, some of it with a real pretrained model
 # make check        lint, format, types
 # make serve        the quickstart's k=4 student behind an OpenAI-compatible endpoint on port 8000
 
@@ -21,9 +23,10 @@ serve: setup ; RAY_SERVE_THROUGHPUT_OPTIMIZED=1 RAY_SERVE_ENABLE_DIRECT_INGRESS=
 ui: setup ; $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
 check: .venv/.dev ; $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 format: .venv/.dev ; $(BIN)/ruff format . && $(BIN)/ruff check --fix .
-test: .venv/.dev ; $(BIN)/pytest -m "not slow"
-test-fast: .venv/.dev ; $(BIN)/pytest -m "not slow and not cluster"
-test-slow: .venv/.dev .venv/.gguf ; $(BIN)/pytest -m slow
+# Tests of one file stay together in a worker, so that they share its fixtures.
+test: .venv/.dev ; $(BIN)/pytest -m "not slow" -n 2 --dist loadfile --durations=20
+test-fast: .venv/.dev ; $(BIN)/pytest -m "not slow and not cluster and not long" -n 2 --dist worksteal
+test-slow: .venv/.dev .venv/.gguf ; $(BIN)/pytest -m slow --durations=20
 
 # torch comes first and by exact version, so that no other requirement picks a build.
 .venv/.installed: pyproject.toml constraints.txt

@@ -1,70 +1,62 @@
+"""Fixtures for all tests, and the tiers: see the markers in `pyproject.toml` and the targets in the Makefile.
+
+This module imports no library at its top, because every process of pytest-xdist would wait for it.
+"""
+
+import os
+
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
-from kforcing import Design, NoiseConfig, PushForwardLM, SequentialConfig
-
-torch.set_num_threads(1)  # threads cost more than they bring on models this small
-
-VOCAB = 23
-CONFIGS = {
-    "llama": LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-    ),
-    "qwen2": Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    ),
-    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=4, n_positions=64),
-}
+os.environ["OMP_NUM_THREADS"] = "1"  # threads cost more than they bring on models this small
+ALL_CLUSTER = "\npytestmark = pytest.mark.cluster\n"
 
 
-def make_backbone(name: str = "llama", seed: int = 0, scale: float = 8.0):
-    """A random backbone whose distributions are far from uniform."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="sdpa").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(scale)
-    return model
+def pytest_ignore_collect(collection_path, config):
+    """The fast tier does not import files whose tests are all of the cluster tier: their libraries take seconds."""
+    if collection_path.suffix == ".py" and "not cluster" in config.option.markexpr:
+        return ALL_CLUSTER in collection_path.read_text() or None
+    return None
 
 
-@pytest.fixture(params=list(CONFIGS))
+@pytest.fixture(params=["llama", "qwen2", "gpt2"])
 def backbone(request):
+    from tests.models import make_backbone
+
     return make_backbone(request.param)
 
 
 @pytest.fixture
 def student():
+    from kforcing import Design, NoiseConfig, PushForwardLM
+    from tests.models import make_backbone
+
     return PushForwardLM.from_backbone(make_backbone(), k=4, design=Design(noise=NoiseConfig(0.25, 32.0))).eval()
-
-
-def make_sequential(backbone, k=4, coupling="gumbel", **parts):
-    """A sequential student whose head, unlike a new one's, has something to say."""
-    design = Design("sequential", coupling, sequential=SequentialConfig(**parts))
-    student = PushForwardLM.from_backbone(backbone, k=k, design=design).eval()
-    torch.nn.init.normal_(student.readout.correct.weight, std=0.5)
-    return student
 
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory):
-    """One undisturbed smoke run, started from a folder that is not the project's: (run directory, its process)."""
-    from tests.pipelines.test_distill import distill
+    """One undisturbed smoke run, started from a folder that is not the project's: (run directory, its output).
 
-    folder = tmp_path_factory.mktemp("smoke")
-    done = distill("--recipe", "smoke", "output_dir=runs/smoke", cwd=folder)
-    return folder / "runs" / "smoke", done
+    Parallel workers share it: the first makes it while the others wait. Tests only read it, and change copies of it.
+    """
+    from filelock import FileLock
+
+    from tests.pipeline_runs import distill
+
+    parallel = "PYTEST_XDIST_WORKER" in os.environ
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if parallel else base) / "shared-smoke"
+    output = folder / "output.txt"
+    with FileLock(f"{folder}.lock", timeout=900):
+        if not output.exists():
+            folder.mkdir(exist_ok=True)
+            done = distill("--recipe", "smoke", "output_dir=runs/smoke", cwd=folder)
+            output.write_text(done.stdout + done.stderr)
+    return folder / "runs" / "smoke", output.read_text()
+
+
+def __getattr__(name):
+    """Names that moved to `tests.models`; for imports that have not moved yet."""
+    import tests.models
+
+    return getattr(tests.models, name)

@@ -15,7 +15,7 @@ from kforcing.reference import decode
 from serve.api import create_app
 from serve.service import Service
 from serve.settings import Settings
-from tests.conftest import VOCAB, make_backbone, make_sequential
+from tests.models import VOCAB, make_backbone, make_sequential
 
 LETTERS = "abcdefghijklmnopqrst u|"  # token i is letter i; the last is end-of-text
 EOS = VOCAB - 1

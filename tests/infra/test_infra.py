@@ -16,6 +16,7 @@ from serve.app import build
 from serve.metrics import EngineMetrics, Metrics
 from serve.settings import read_settings
 
+pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
 
 

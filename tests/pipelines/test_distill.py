@@ -1,14 +1,9 @@
 """The whole pipeline for real: embedded Ray, DeepSpeed on two ranks, sqlite MLflow, processes killed in the middle."""
 
 import json
-import os
 import re
-import shutil
-import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,31 +13,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from kforcing import PushForwardLM
-from tests.conftest import CONFIGS
+from tests.models import CONFIGS
+from tests.pipeline_runs import command, copy_of, distill, environment, report, run_command
 
 pytestmark = pytest.mark.cluster
-ROOT = Path(__file__).parents[2]
 
 
-def command(*words):
-    return [sys.executable, str(ROOT / "pipelines" / "distill.py"), *words]
-
-
-def environment(**extra):
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
-    return {**clean, "HF_HUB_OFFLINE": "1", **extra}
-
-
-def distill(*words, cwd, **extra):
-    done = subprocess.run(
-        command(*words), capture_output=True, text=True, cwd=cwd, env=environment(**extra), timeout=900
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return done
-
-
-def report(run):
-    return json.loads((run / "report.json").read_text())
+def same_data(smoke):
+    """Words of a run of the smoke recipe over the smoke run's prepared data."""
+    return ("--recipe", "smoke", f"data.cache_dir={smoke[0].parent / 'data'}")
 
 
 def figures(stage):
@@ -71,8 +50,8 @@ def test_every_stage_leaves_a_loadable_model_and_the_report_says_so(smoke):
 
 def test_the_teacher_is_inside_every_student(smoke):
     """k = 1 is the teacher without training, and later stages leave its weights alone."""
-    run, done = smoke
-    assert "k1  is the teacher itself: nothing to train" in done.stdout
+    run, output = smoke
+    assert "k1  is the teacher itself: nothing to train" in output
     stages = report(run)["stages"]
     assert stages[0]["match"][0]["value"] == 1.0
     assert all(s["match"][0]["value"] > 0.999 for s in stages)
@@ -83,10 +62,10 @@ def test_the_teacher_is_inside_every_student(smoke):
 
 
 def test_progress_is_one_readable_line_and_ray_is_quiet(smoke):
-    _, done = smoke
+    _, output = smoke
     line = r"k4       step 24/24  loss \d+\.\d+  match( \d\.\d\d){4}  [\d,]+ tokens/s  data wait \d+%  ETA 0:00"
-    assert re.search(line, done.stdout)
-    noise = [x for x in (done.stdout + done.stderr).splitlines() if "pid=" in x or "INFO" in x or "Warning" in x]
+    assert re.search(line, output)
+    noise = [x for x in output.splitlines() if "pid=" in x or "INFO" in x or "Warning" in x]
     assert noise == []
 
 
@@ -122,10 +101,10 @@ def test_mlflow_holds_a_parent_and_comparable_children(smoke):
     assert {"report.md", "match.png"} <= {a.path for a in client.list_artifacts(parent.info.run_id)}
 
 
-def test_a_second_run_skips_what_is_finished(smoke):
-    run, _ = smoke
+def test_a_second_run_skips_what_is_finished(smoke, tmp_path):
+    run = copy_of(smoke[0], tmp_path / "run")
     before = {name: (run / name / "model.safetensors").stat().st_mtime_ns for name in ("teacher", "k1", "k2", "k4")}
-    done = distill("--recipe", "smoke", "output_dir=runs/smoke", cwd=run.parent.parent)
+    done = distill(*same_data(smoke), f"output_dir={run}", cwd=tmp_path)
     for name in ("k1", "k2", "k4", "teacher"):
         assert f"{name}  finished before, skipped" in done.stdout
     assert before == {name: (run / name / "model.safetensors").stat().st_mtime_ns for name in before}
@@ -133,27 +112,23 @@ def test_a_second_run_skips_what_is_finished(smoke):
 
 def test_a_killed_run_continues_to_the_same_figures(smoke, tmp_path):
     """A longer k2 from the same finished stages, undisturbed and killed in the middle."""
-    words = (
-        "--recipe",
-        "smoke",
-        "student.k=2",
-        "stages.k2.train.steps=240",
-        f"data.cache_dir={smoke[0].parent / 'data'}",
-    )
+    words = (*same_data(smoke), "student.k=2", "stages.k2.train.steps=240")
     runs = {name: tmp_path / name / "run" for name in ("undisturbed", "killed")}
     for run in runs.values():
-        shutil.copytree(smoke[0], run, ignore=shutil.ignore_patterns("k2", "k4", "mlflow.json"))
+        copy_of(smoke[0], run, "k2", "k4")
     distill(*words, f"output_dir={runs['undisturbed']}", cwd=tmp_path)
     again = (*words, f"output_dir={runs['killed']}")
     with open(tmp_path / "out.txt", "w") as out:
-        process = subprocess.Popen(command(*again), stdout=out, stderr=out, cwd=tmp_path, env=environment())
+        process = subprocess.Popen(
+            command("distill.py", *again), stdout=out, stderr=out, cwd=tmp_path, env=environment()
+        )
         deadline = time.monotonic() + 400
         while not re.search(r"k2 +step (40|44|48)/240", (tmp_path / "out.txt").read_text()):
             assert process.poll() is None, (tmp_path / "out.txt").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.wait(timeout=60)
     done = distill(*again, cwd=tmp_path)
     assert "teacher  finished before, skipped" in done.stdout
     assert "k1  finished before, skipped" in done.stdout
@@ -166,9 +141,10 @@ def test_a_killed_run_continues_to_the_same_figures(smoke, tmp_path):
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4)
 
 
-def test_a_changed_stage_reruns_alone_and_the_old_one_is_kept(smoke):
+def test_a_changed_stage_runs_again_alone_and_its_predecessor_is_archived(smoke, tmp_path):
     """k4 again: cached rollouts without labels, and windows of the student's own."""
-    run, _ = smoke
+    run = copy_of(smoke[0], tmp_path / "run")
+    words = (*same_data(smoke), f"output_dir={run}")
     before = {name: (run / name / "model.safetensors").stat().st_mtime_ns for name in ("teacher", "k1", "k2")}
     change = (
         "stages.k4.rollout.top_m=none",
@@ -176,7 +152,7 @@ def test_a_changed_stage_reruns_alone_and_the_old_one_is_kept(smoke):
         "stages.k4.train.own_windows=0.5",
         "stages.k4.train.steps=12",
     )
-    done = distill("--recipe", "smoke", "output_dir=runs/smoke", *change, cwd=run.parent.parent)
+    done = distill(*words, *change, cwd=tmp_path)
     assert "k2  finished before, skipped" in done.stdout
     assert "k4       step 12/12" in done.stdout
     assert before == {name: (run / name / "model.safetensors").stat().st_mtime_ns for name in before}
@@ -184,7 +160,7 @@ def test_a_changed_stage_reruns_alone_and_the_old_one_is_kept(smoke):
     assert len(archived) == 1
     manifest = json.loads((run / "k4" / "rollouts" / "manifest.json").read_text())
     assert manifest["rows"] == 24  # 12 steps × 8 sequences, each trained on 4 times
-    back = distill("--recipe", "smoke", "output_dir=runs/smoke", cwd=run.parent.parent)
+    back = distill(*words, cwd=tmp_path)
     assert "k4  finished before, skipped" in back.stdout
 
 
@@ -233,9 +209,7 @@ def test_the_papers_recipe_on_a_given_teacher_and_jsonl_corpus_with_tracking_unr
 
 
 def test_mistakes_end_in_one_line_without_a_traceback(tmp_path):
-    done = subprocess.run(
-        command("--recipe", "smoke", "train.stepz=3"), capture_output=True, text=True, cwd=tmp_path, env=environment()
-    )
+    done = run_command(command("distill.py", "--recipe", "smoke", "train.stepz=3"), tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip() == "error: unknown config key 'train.stepz'; did you mean 'train.steps'?"
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from pipelines.config.fingerprint import fingerprint
 from pipelines.config.recipes import recipe
 from pipelines.config.schema import apply
 from pipelines.config.stages import evaluation_fingerprint, resolve, teacher_spec
-from tests.pipelines.test_distill import distill, report
+from tests.pipeline_runs import distill, report
 
 DATA = Path(__file__).parents[1] / "data"
 PINNED = json.loads((DATA / "fingerprints.json").read_text())

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kforcing import PushForwardLM
-from tests.pipelines.test_distill import distill
+from tests.pipeline_runs import distill
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 

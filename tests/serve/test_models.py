@@ -5,6 +5,8 @@ import pytest
 from serve.models import default_name, pinned, resolve
 from tests.endpoint import endpoint, save_model
 
+pytestmark = pytest.mark.cluster
+
 
 def test_a_registered_model_is_found_by_its_alias_and_served(tmp_path, monkeypatch):
     """Registered as the pipeline registers students."""

@@ -92,6 +92,7 @@ def run_eagerly(step):
     return step
 
 
+@pytest.mark.long
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(scenes())
 def test_engine_equals_the_loop_without_cache(scene):
@@ -348,6 +349,7 @@ def test_the_cache_is_as_large_as_its_formula_says():
     assert engine.runner.cache.bytes == 2 * layers * 3 * (40 + 4) * heads * width * 4
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_over_2000_steps_of_joining_and_leaving():
     m = model("argmax")
     engine = Engine(m, EngineConfig(max_num_seqs=4, max_model_len=40))

@@ -86,6 +86,7 @@ def nats(rng, counts):
     return rng.gamma(counts, rng.gamma(9, 0.3, len(counts)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("documents", [30, 60])
 @pytest.mark.parametrize(("draw", "truth"), [(rates, 0.6), (nats, 2.7)])
 def test_intervals_cover_the_truth(draw, truth, documents):

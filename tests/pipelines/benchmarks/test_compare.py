@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipelines.test_distill import environment
+from tests.pipeline_runs import environment
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[3]

@@ -56,6 +56,7 @@ def test_k_tokens_a_step_stop_paying_where_arithmetic_binds():
     assert at == 1 or rates[at - 1][0] > rates[at - 1][1]
 
 
+@pytest.mark.cluster
 def test_the_command_prints_tables_and_one_json_object(tmp_path):
     make_sequential(make_backbone()).save_pretrained(tmp_path / "student")
     words = ["--student", tmp_path / "student", "--batch", "1,2", "--context", "8", "--tokens", "4", "--rounds", "2"]

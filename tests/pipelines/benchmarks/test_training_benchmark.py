@@ -13,6 +13,7 @@ TINY = (
 )
 
 
+@pytest.mark.cluster
 def test_the_command_prints_tables_and_one_json_object():
     words = [*TINY.split(), "--chunk", "8", "--device", "cpu"]
     done = subprocess.run(

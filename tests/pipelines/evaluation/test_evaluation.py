@@ -24,7 +24,7 @@ from pipelines.evaluation.plan import _check_positions
 from pipelines.evaluation.report import REPORTED, cost_record, flops
 from pipelines.evaluation.subject import Student, block_sizes, config_of, open_subject
 from pipelines.training.single_process import shortened
-from tests.pipelines.test_distill import environment
+from tests.pipeline_runs import copy_with_tracking, environment
 
 ROOT = Path(__file__).parents[3]
 SMALL = [
@@ -63,9 +63,14 @@ def figures(tree):
 
 
 @pytest.fixture(scope="module")
-def killed(smoke):
+def run(smoke, tmp_path_factory):
+    """A smoke run of this module's own, with its MLflow store."""
+    return copy_with_tracking(smoke[0], tmp_path_factory.mktemp("evaluated"))
+
+
+@pytest.fixture(scope="module")
+def killed(run):
     """An evaluation of the smoke run, killed with the first rows done, and continued."""
-    run, _ = smoke
     words = [str(run), *SMALL]
     cwd, root = run.parent.parent, run / "evaluation"
     with open(cwd / "evaluation.log", "w") as log:
@@ -78,7 +83,7 @@ def killed(smoke):
             assert time.monotonic() < deadline
             time.sleep(0.2)
         os.killpg(first.pid, signal.SIGKILL)
-        first.wait()
+        first.wait(timeout=60)
     before = {f: f.stat().st_mtime_ns for f in root.glob("*/manifest.json")}
     return root, before, evaluate(*words, cwd=cwd)
 
@@ -153,8 +158,7 @@ def test_what_must_be_exact_is(killed):
 
 
 @pytest.mark.cluster
-def test_mlflow_holds_the_evaluation_below_the_run_and_a_row_below_it(killed, smoke):
-    run, _ = smoke
+def test_mlflow_holds_the_evaluation_below_the_run_and_a_row_below_it(killed, run):
     client = MlflowClient(f"sqlite:///{run.parent}/mlflow.db")
     parent = json.loads((run / "mlflow.json").read_text())["parent"]
     experiment = client.get_run(parent).info.experiment_id
@@ -173,8 +177,7 @@ def test_mlflow_holds_the_evaluation_below_the_run_and_a_row_below_it(killed, sm
 
 
 @pytest.mark.cluster
-def test_a_registered_model_is_evaluated_with_the_teacher_it_carries(smoke, tmp_path):
-    run, _ = smoke
+def test_a_registered_model_is_evaluated_with_the_teacher_it_carries(killed, run, tmp_path):
     uri = f"sqlite:///{run.parent}/mlflow.db"
     words = [*SMALL, "rivals.only=off", f"tracking.uri={uri}", f"output_dir={tmp_path}/out"]
     evaluate("models:/kforcing-smoke@k4", *words, cwd=run.parent.parent)

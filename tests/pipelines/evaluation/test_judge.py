@@ -18,6 +18,7 @@ from pipelines.config.schema import ConfigError
 from pipelines.evaluation.judge import JudgeConfig, Pair, judge
 from pipelines.runs.stages import StageError
 
+pytestmark = pytest.mark.cluster
 PAIRS = [
     Pair("Once", "short", "much longer"),
     Pair("Once", "the longer one", "short"),

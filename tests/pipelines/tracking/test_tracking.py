@@ -21,6 +21,7 @@ from pipelines.tracking.tracker import Tracker, flatten, progress_line
 from tests.conftest import make_backbone
 from tests.ranks import free_port
 
+pytestmark = pytest.mark.cluster
 PARAMS = {"k": 2, "train": {"lr": 0.002}}
 RECORD = {
     "stage": "k2",
@@ -118,7 +119,6 @@ def log_lines(config):
     return [json.loads(line) for line in (config.root / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.cluster
 def test_a_server_holds_runs_inputs_and_registered_students(server, tmp_path, prepared, monkeypatch):
     uri, _ = server
     _, tracker = tracker_for(tmp_path, uri, [RECORD])
@@ -146,7 +146,6 @@ def test_a_server_holds_runs_inputs_and_registered_students(server, tmp_path, pr
     assert again.children == tracker.children
 
 
-@pytest.mark.cluster
 def test_a_server_that_dies_costs_a_warning_and_no_record(server, tmp_path, prepared, capsys):
     uri, process = server
     config, tracker = tracker_for(tmp_path, uri)
@@ -170,7 +169,6 @@ def test_no_server_at_all_costs_a_warning(tmp_path, prepared, capsys, monkeypatc
     assert [r["event"] for r in log_lines(config)].count("train") == 1
 
 
-@pytest.mark.cluster
 def test_a_store_that_forgot_the_run_gets_a_new_one(tmp_path, prepared, capsys):
     uri = f"sqlite:///{tmp_path}/one.db"
     _, tracker = tracker_for(tmp_path, uri)

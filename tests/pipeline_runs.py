@@ -1,0 +1,53 @@
+"""Start `pipelines/distill.py` and `pipelines/evaluate.py` as users do, in a process of their own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(script, *words):
+    """The command line of a script in `pipelines/`."""
+    return [sys.executable, str(ROOT / "pipelines" / script), *words]
+
+
+def environment(**extra):
+    """This process's environment without its settings of Ray and MLflow, and without network access to the hub."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+    return {**clean, "HF_HUB_OFFLINE": "1", **extra}
+
+
+def run_command(line, cwd, timeout=600, **extra):
+    """The finished process of a command line, whatever its exit code."""
+    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=environment(**extra), timeout=timeout)
+
+
+def distill(*words, cwd, **extra):
+    """The finished process of a run of the pipeline that must succeed."""
+    done = run_command(command("distill.py", *words), cwd, timeout=900, **extra)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return done
+
+
+def report(run):
+    """The report of a run directory."""
+    return json.loads((run / "report.json").read_text())
+
+
+def copy_of(run, folder, *without):
+    """A copy of a run directory that shares no file and no MLflow run with it."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("mlflow.json", *without))
+    return folder
+
+
+def copy_with_tracking(run, folder):
+    """A copy of a run directory with the data and the MLflow store beside it, and its MLflow runs in that store."""
+    shutil.copytree(run.parent, folder / "runs")
+    copy = folder / "runs" / run.name
+    state = copy / "mlflow.json"
+    state.write_text(state.read_text().replace(str(run.parent), str(copy.parent)))
+    return copy
