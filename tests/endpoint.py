@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import threading
-import time
 from collections import Counter
 
 import uvicorn
@@ -16,6 +15,7 @@ from serve.api import create_app
 from serve.service import Service
 from serve.settings import Settings
 from tests.models import VOCAB, make_backbone, make_sequential
+from tests.waiting import wait_until
 
 LETTERS = "abcdefghijklmnopqrst u|"  # token i is letter i; the last is end-of-text
 EOS = VOCAB - 1
@@ -42,14 +42,6 @@ def text_of(ids):
 
 def ids_of(text):
     return [LETTERS.index(c) for c in text]
-
-
-def wait_until(condition, failure, seconds=30):
-    """Return as soon as the condition holds; fail with this message if it does not within the deadline."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, failure
-        time.sleep(0.01)
 
 
 class HeldSteps:

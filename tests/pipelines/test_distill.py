@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import time
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from kforcing import PushForwardLM
 from tests.models import CONFIGS
 from tests.pipeline_runs import command, copy_of, distill, environment, report, run_command
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -118,17 +118,19 @@ def test_a_killed_run_continues_to_the_same_figures(smoke, tmp_path):
         copy_of(smoke[0], run, "k2", "k4")
     distill(*words, f"output_dir={runs['undisturbed']}", cwd=tmp_path)
     again = (*words, f"output_dir={runs['killed']}")
-    with open(tmp_path / "out.txt", "w") as out:
+    log = tmp_path / "out.txt"
+    with open(log, "w") as out:
         process = subprocess.Popen(
             command("distill.py", *again), stdout=out, stderr=out, cwd=tmp_path, env=environment()
         )
-        deadline = time.monotonic() + 400
-        while not re.search(r"k2 +step (40|44|48)/240", (tmp_path / "out.txt").read_text()):
-            assert process.poll() is None, (tmp_path / "out.txt").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.kill()
-        process.wait(timeout=60)
+
+    def far_enough():
+        assert process.poll() is None, log.read_text()
+        return re.search(r"k2 +step (40|44|48)/240", log.read_text())
+
+    wait_until(far_enough, log.read_text, 400)
+    process.kill()
+    process.wait(timeout=60)
     done = distill(*again, cwd=tmp_path)
     assert "teacher  finished before, skipped" in done.stdout
     assert "k1  finished before, skipped" in done.stdout

@@ -1,8 +1,11 @@
 """Chat completions."""
 
 import httpx
+import pytest
 
 from tests.endpoint import endpoint, events, expected, save_model, text_of
+
+pytestmark = pytest.mark.cluster
 
 
 def test_chat_messages_are_formatted_by_the_chat_template(http, student):

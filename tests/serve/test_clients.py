@@ -7,7 +7,9 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.endpoint import wait_until
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.cluster
 
 
 def test_the_openai_client_completes_streams_and_chats(served):

@@ -2,11 +2,14 @@
 
 import concurrent.futures
 
+import pytest
 import torch
 
 from kforcing import PushForwardLM
 from kforcing.engine import Engine, EngineConfig, Request
 from tests.endpoint import EOS, complete, events, expected, ids_of, text_of, without_eos
+
+pytestmark = pytest.mark.cluster
 
 
 def test_a_token_limit_does_not_hide_an_earlier_stop_string_and_no_text_follows_it(http, student):

@@ -1,6 +1,10 @@
 """The metrics of a replica."""
 
+import pytest
+
 from tests.endpoint import complete, metrics
+
+pytestmark = pytest.mark.cluster
 
 
 def test_time_per_output_token_is_divided_by_tokens_and_not_by_chunks(http, served):

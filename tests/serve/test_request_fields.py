@@ -7,6 +7,8 @@ from kforcing import PushForwardLM
 from tests.conftest import make_backbone
 from tests.endpoint import endpoint, save_model
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.mark.parametrize(
     ("body", "param", "message"),

@@ -21,7 +21,8 @@ from kforcing.reference import decode
 from serve.app import build
 from serve.overhead import replicas
 from tests.conftest import make_backbone, make_sequential
-from tests.endpoint import EOS, ids_of, save_model, text_of, wait_until
+from tests.endpoint import EOS, ids_of, save_model, text_of
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,10 @@ import httpx
 import pytest
 
 from tests.conftest import make_backbone, make_sequential
-from tests.endpoint import HeldSteps, endpoint, expected, metrics, save_model, text_of, wait_until
+from tests.endpoint import HeldSteps, endpoint, expected, metrics, save_model, text_of
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.cluster
 
 
 def test_health_fails_when_the_engine_is_dead_while_the_process_still_answers(tmp_path):

@@ -5,8 +5,12 @@ import json
 import threading
 
 import httpx
+import pytest
 
-from tests.endpoint import HeldSteps, complete, endpoint, events, metrics, save_model, wait_until, without_eos
+from tests.endpoint import HeldSteps, complete, endpoint, events, metrics, save_model, without_eos
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.cluster
 
 
 def test_a_stream_has_the_text_and_the_usage_of_the_whole_answer(http):
