@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from kforcing.model_uri import parse_model_uri
 from pipelines.config.schema import ConfigError
 from pipelines.tracking.mlflow_client import mlflow_client
 
@@ -39,15 +39,13 @@ def registered_student(name: str, uri: str | None) -> Registered:
     from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd()}/runs/mlflow.db"
-    found = re.fullmatch(r"models:/([^@/]+)(?:@([^@/]+)|/(\d+))", name)
-    if not found:
-        raise ConfigError(f"{name}: write models:/NAME@ALIAS or models:/NAME/VERSION")
+    try:
+        model, alias, number = parse_model_uri(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     client = mlflow_client(uri)
     try:
-        model, alias, number = found.groups()
-        version = (
-            client.get_model_version_by_alias(model, alias) if alias else client.get_model_version(model, str(number))
-        )
+        version = client.get_model_version_by_alias(model, alias) if alias else client.get_model_version(model, number)
         child = client.get_run(version.run_id)
         parent = client.get_run(child.data.tags.get(MLFLOW_PARENT_RUN_ID, version.run_id))
     except MlflowException as error:
@@ -64,6 +62,8 @@ def model_files(folder: Path) -> list[Path]:
         "tokenizer*",
         "special_tokens_map.json",
         "vocab*",
+        "added_tokens.json",
+        "chat_template*",
         "merges*",
     )
     return sorted({f for pattern in names for f in folder.glob(pattern)})

@@ -21,6 +21,7 @@ from typing import Any
 from pipelines.config.schema import Config, leaves
 from pipelines.data.tokenise import Prepared
 from pipelines.files import write_json
+from pipelines.tracking.flavour import log_flavour
 from pipelines.tracking.mlflow_client import mlflow_client, open_experiment
 from pipelines.tracking.registry import model_files
 
@@ -233,6 +234,7 @@ class Tracker:
             run = self.children[f"k{k}-{fingerprint}"]
             for file in model_files(folder):
                 client.log_artifact(run, str(file), "model")
+            log_flavour(client, run, "model")
             try:
                 client.create_registered_model(name, description="Push-forward students; alias k<k> is the newest of k")
             except MlflowException as error:

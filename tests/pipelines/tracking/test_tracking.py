@@ -137,6 +137,7 @@ def test_a_server_holds_runs_inputs_and_registered_students(server, tmp_path, pr
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     local = download_artifacts("models:/kforcing-smoke@k2", dst_path=str(tmp_path / "downloaded"))
     assert PushForwardLM.from_pretrained(Path(local)).k == 2
+    assert (Path(local) / "MLmodel").is_file()
     # The same run directory continues the same runs.
     _, again = tracker_for(tmp_path, uri)
     again.begin(prepared)

@@ -1,0 +1,53 @@
+"""The loader of registered students for `mlflow.pyfunc`: MLflow imports this module and calls `_load_pyfunc`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kforcing.engine import Engine, Request, SamplingParams
+from kforcing.loading import load_model, load_tokenizer
+
+
+class TextGenerator:
+    """A student's folder with the `predict` that `mlflow.pyfunc` calls."""
+
+    def __init__(self, folder: str):
+        self.tokenizer = load_tokenizer(folder)
+        self.engine = Engine(load_model(folder))
+        eos = self.tokenizer.eos_token_id
+        self.stop_ids = frozenset() if eos is None else frozenset([eos])
+
+    def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
+        """The continuation of each prompt, without the prompt. All prompts use the same seed.
+
+        Args:
+            model_input: a list of strings, or a DataFrame with the column `prompt`.
+            params: `max_new_tokens` (default 64), `temperature` (default 1), `seed` (default 0), and `k`, the tokens per
+                forward pass (default 0: the student's k).
+        Raises:
+            ValueError: for another column, or a value that the student does not support.
+        """
+        given = params or {}
+        sampling = SamplingParams(temperature=given.get("temperature", 1.0))
+        limit, seed, k = given.get("max_new_tokens", 64), given.get("seed", 0), given.get("k") or None
+        requests = [
+            Request(self.tokenizer(prompt).input_ids, limit, seed, self.stop_ids, k, sampling)
+            for prompt in _prompts(model_input)
+        ]
+        return [self.tokenizer.decode(c.tokens, skip_special_tokens=True) for c in self.engine.generate(requests)]
+
+
+def _prompts(model_input: Any) -> list[str]:
+    """The strings of a list, or of the only column of a DataFrame (MLflow turns a list into one with the column 0)."""
+    if not hasattr(model_input, "columns"):
+        return list(model_input)
+    name = model_input.columns[0]
+    if name not in ("prompt", 0):
+        raise ValueError(
+            f"the input has the column {name!r}; give a list of strings or a DataFrame with the column prompt"
+        )
+    return list(model_input[name])
+
+
+def _load_pyfunc(data_path: str) -> TextGenerator:
+    return TextGenerator(data_path)
