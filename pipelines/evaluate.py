@@ -24,7 +24,8 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from pipelines.config.fingerprint import fingerprint  # noqa: E402
-from pipelines.config.schema import ConfigError, describe_fields  # noqa: E402
+from pipelines.config.help import describe_fields  # noqa: E402
+from pipelines.config.section import ConfigError  # noqa: E402
 from pipelines.data.tokenise import Prepared  # noqa: E402
 from pipelines.evaluation.config import EvaluationConfig, evaluation_config  # noqa: E402
 from pipelines.evaluation.heldout import EvalJob, evaluate_student  # noqa: E402

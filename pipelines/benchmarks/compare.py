@@ -49,8 +49,10 @@ from kforcing.metrics.joint import independent, joint_tv, position_entropy, samp
 from kforcing.modeling import PushForwardLM
 from kforcing.noise import derive_key, sample_anchors, window_noise
 from pipelines.config.fingerprint import fingerprint
+from pipelines.config.overrides import apply, override
 from pipelines.config.recipes import recipe
-from pipelines.config.schema import Config, ConfigError, apply, override
+from pipelines.config.schema import Config
+from pipelines.config.section import ConfigError
 from pipelines.config.stages import resolve, stage_spec
 from pipelines.config.validation import validate
 from pipelines.data.rows import sequences_of, tokens_of
@@ -91,10 +93,10 @@ def variants() -> list[Variant]:
         "hints: adapters": {part + "hints": "adapter"},
         "hints see no token": {part + "draft": "none"},
         "hints see a bigram draft": {part + "draft": "bigram"},
-        "m = 8": {"rollout.top_m": 8},
-        "m = full": {"rollout.top_m": 10**9},
-        "local labels": {"rollout.top_m": None},
-        "local, own windows": {"rollout.top_m": None, "train.own_windows": 0.5},
+        "m = 8": {"rollout.teacher_top_k": 8},
+        "m = full": {"rollout.teacher_top_k": 10**9},
+        "local labels": {"rollout.teacher_top_k": None},
+        "local, own windows": {"rollout.teacher_top_k": None, "train.on_policy_fraction": 0.5},
         "hard targets": {"loss": "hard"},
         "all weights": {part + "freeze_trunk": False},
         "shortlist of 32": {part + "shortlist": 32},

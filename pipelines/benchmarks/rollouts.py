@@ -23,8 +23,11 @@ from typing import Any
 
 import torch
 
-from pipelines.config.schema import Config, ConfigError, override
-from pipelines.config.validation import read_command_line
+from pipelines.config.command_line import read_command_line
+from pipelines.config.overrides import override
+from pipelines.config.schema import Config
+from pipelines.config.section import ConfigError
+from pipelines.config.stages import stage_spec
 from pipelines.log import show_progress
 from pipelines.runs.cluster import connected, work_of_run
 from pipelines.runs.costs import training_log
@@ -77,7 +80,7 @@ def measure(config: Config, name: str, fingerprint: str) -> dict[str, Any]:
     """Figures of a stage from its log, without the first point when there are more."""
     records = training_log(config.root, name, fingerprint)
     records = records[1:] or records
-    stage = config.stage(name)
+    stage = stage_spec(config, config.student.k)
     result = {
         "train_tokens_per_s": spread([r["tokens_per_s"] for r in records]),
         "data_wait": spread([r["data_wait"] for r in records]),

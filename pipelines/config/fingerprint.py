@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import typing
 from typing import Any
+
+from pipelines.config.section import RUNTIME, Formerly
 
 
 def fingerprint(*parts: Any) -> str:
@@ -15,8 +19,23 @@ def fingerprint(*parts: Any) -> str:
 
 
 def material(part: Any) -> Any:
-    """What is hashed of a value: a dataclass as a dictionary without its RUNTIME fields, anything else as it is."""
+    """What is hashed of a value: a dataclass as a dictionary without its RUNTIME fields, anything else as it is.
+
+    A renamed field goes by its former name, so that work of earlier releases keeps its own.
+    """
     if dataclasses.is_dataclass(part) and not isinstance(part, type):
-        fields = [f for f in dataclasses.fields(part) if not f.metadata.get("runtime")]
-        return {f.name: material(getattr(part, f.name)) for f in fields}
+        return {name: material(getattr(part, field)) for field, name in _hashed_fields(type(part)).items()}
     return part
+
+
+@functools.cache
+def _hashed_fields(section: type) -> dict[str, str]:
+    """Field → the name that it is hashed under."""
+    hints = typing.get_type_hints(section, include_extras=True)
+    names = {}
+    for field in dataclasses.fields(section):
+        marks = getattr(hints[field.name], "__metadata__", ())
+        if RUNTIME in marks or field.metadata.get("runtime"):
+            continue
+        names[field.name] = next((mark.name for mark in marks if isinstance(mark, Formerly)), field.name)
+    return names

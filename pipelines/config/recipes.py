@@ -10,7 +10,6 @@ from typing import Any
 from kforcing.design import Design, NoiseConfig, SequentialConfig
 from pipelines.config.schema import (
     Config,
-    ConfigError,
     DataConfig,
     EvalConfig,
     RolloutConfig,
@@ -19,6 +18,7 @@ from pipelines.config.schema import (
     TokenizerConfig,
     TrainConfig,
 )
+from pipelines.config.section import ConfigError
 
 
 def sequential(config: Config, **parts: Any) -> Config:

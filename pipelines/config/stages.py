@@ -14,6 +14,7 @@ from typing import Any
 
 from kforcing.design import Design
 from pipelines.config.fingerprint import fingerprint, material
+from pipelines.config.overrides import leaves, override
 from pipelines.config.schema import (
     Config,
     DataConfig,
@@ -103,8 +104,8 @@ class StageSpec:
         if not self.learns:
             return [design]
         train, rollout = material(self.train), material(self.rollout)
-        if not self.train.own_windows:
-            train["own_from"] = 0.0
+        if not self.train.on_policy_fraction:
+            train["own_from"] = 0.0  # its name in fingerprints
         if not self.rollout.cache:
             rollout["cache_epochs"] = 0
         return [design, train, rollout, self.targets, self.loss]
@@ -137,12 +138,14 @@ def resolve(config: Config) -> list[StageSpec]:
 def stage_spec(config: Config, k: int) -> StageSpec:
     """One student stage: the sections of the run, the stage's exceptions, and what follows from k and the loss."""
     name = f"k{k}"
-    own = config.stage(name)
+    own = config
+    for path, value in leaves(config.stages.get(name, {})):
+        own = override(own, path, value)
     targets, train, rollout = own.targets, own.train, own.rollout
     if k == 1:  # there is no student before it
         targets, train = "ar", dataclasses.replace(train, warm_start="teacher")
     if own.loss != "soft":  # only a soft loss reads the teacher's probabilities
-        rollout = dataclasses.replace(rollout, top_m=None)
+        rollout = dataclasses.replace(rollout, teacher_top_k=None)
     return StageSpec(name, k, config.seed, targets, own.loss, config.student.design, train, rollout)
 
 

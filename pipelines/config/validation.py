@@ -1,48 +1,23 @@
-"""The command line, and every check that can be made before a cluster starts."""
+"""Every check of a config that can be made before a cluster starts and that concerns more than one field.
+
+The range of a single field is part of its type, in `schema.py`.
+"""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
-from pipelines.config.recipes import RECIPES, recipe
-from pipelines.config.schema import Config, ConfigError, TrainConfig, apply, describe_fields, load_file, node_selector
+from kforcing.design import Design
+from pipelines.config.schema import Config, TrainConfig
+from pipelines.config.section import ConfigError
 from pipelines.config.stages import StageSpec, corpus_spec, resolve
 from pipelines.data.corpus import check_source, is_remote
 from pipelines.data.tokenise import eos_id, load_tokenizer
-from pipelines.runs.cluster import with_lasting_root
 from pipelines.runs.stages import claim
-
-
-def read_command_line(description: str, words: list[str] | None = None, defaults: Sequence[str] = ()) -> Config:
-    """`[--recipe NAME | --config FILE] [section.field=value …]` → a validated config. Raises ConfigError.
-
-    `defaults` are overrides that come before the file and the words.
-    """
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=f"recipes: {', '.join(RECIPES)}\n\nfields:\n{describe_fields()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--recipe", metavar="NAME", help="starting point (default: quickstart)")
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON with `recipe` and sections of fields")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    options = parser.parse_intermixed_args(words)
-    tree = load_file(options.config) if options.config else {}
-    named = tree.pop("recipe", None)
-    start = apply(recipe(options.recipe or named or "quickstart"), {}, defaults)
-    config = with_lasting_root(apply(start, tree, options.overrides))
-    # A recipe's exceptions for stages that this run does not train are not the user's mistake.
-    learning = [f"k{k}" for k in config.ks() if config.student.design.learns(k)]
-    kept = {n: s for n, s in config.stages.items() if n in learning or s != start.stages.get(n)}
-    config = dataclasses.replace(config, stages=kept)
-    validate(config)
-    return config
 
 
 def validate(config: Config) -> None:
@@ -53,10 +28,23 @@ def validate(config: Config) -> None:
     except ValueError as error:
         raise ConfigError(f"student.design: {error}") from None
     k = config.student.k
-    if k < 1 or k & (k - 1):
+    if k & (k - 1):
         raise ConfigError(
             f"student.k={k} is not reachable by doubling from 1 (each stage's teacher makes two passes); choose 1, 2, 4, 8 …"
         )
+    _check_exceptions(config)
+    if config.teacher.path is None:
+        _check_batch("teacher.train", config.teacher.train)
+    for spec in resolve(config):
+        if spec.learns:
+            _check_stage(spec, config.data.block)
+    check_source(config.data)
+    _check_lengths(config)
+    _check_teacher(config)
+
+
+def _check_exceptions(config: Config) -> None:
+    """Exceptions must belong to stages that this run trains."""
     known = [f"k{k}" for k in config.ks()]
     for name in config.stages:
         if name not in known:
@@ -66,49 +54,18 @@ def validate(config: Config) -> None:
                 f"stages.{name}: with student.design.readout={config.student.design.readout} a student of one token a step "
                 "is its teacher and trains nothing; leave it out"
             )
-    if config.teacher.path is None:
-        _check_train("teacher.train", config.teacher.train)
-    for spec in resolve(config):
-        if spec.learns:
-            _check_stage(spec, config.data.block)
-    _check_data(config)
-    _check_teacher(config)
 
 
 def _check_stage(spec: StageSpec, block: int) -> None:
-    _check_train(f"{spec.name}: train", spec.train)
+    _check_batch(f"{spec.name}: train", spec.train)
     check_targets(spec)
-    rollout = spec.rollout
-    if not 1 <= rollout.windows <= block:
+    if spec.rollout.windows > block:
         raise ConfigError(
-            f"rollout.windows={rollout.windows}: a block of data.block={block} tokens has 1 to {block} windows"
+            f"rollout.windows={spec.rollout.windows}: a block of data.block={block} tokens has 1 to {block} windows"
         )
-    node_selector(rollout.label)
-    for field in ("actors", "batch", "cache_epochs", "steps_per_chunk", "draws"):
-        if getattr(rollout, field) is not None:
-            _check_positive(f"rollout.{field}", getattr(rollout, field))
 
 
-def _check_choices(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}={value}: choose one of {', '.join(map(str, choices))}")
-
-
-def _check_positive(name: str, value: float) -> None:
-    if value <= 0:
-        raise ConfigError(f"{name}={value} must be positive")
-
-
-def _check_train(section: str, train: TrainConfig) -> None:
-    _check_choices(f"{section}.zero_stage", train.zero_stage, (1, 2, 3))
-    _check_choices(f"{section}.precision", train.precision, ("fp32", "bf16"))
-    _check_choices(f"{section}.schedule", train.schedule, ("constant", "cosine"))
-    node_selector(train.label)
-    _check_choices(f"{section}.warm_start", train.warm_start, ("previous", "teacher"))
-    for field in ("steps", "batch", "micro_batch", "lr", "workers", "checkpoint_every", "log_every", "loss_chunk"):
-        _check_positive(f"{section}.{field}", getattr(train, field))
-    if not 0 <= train.ema < 1:
-        raise ConfigError(f"{section}.ema={train.ema}: the decay must be in [0, 1); 0 switches the average off")
+def _check_batch(section: str, train: TrainConfig) -> None:
     if train.batch % (train.workers * train.micro_batch):
         raise ConfigError(
             f"{section}.batch={train.batch} cannot be dealt to {train.workers} ZeRO workers in micro-batches of "
@@ -118,118 +75,137 @@ def _check_train(section: str, train: TrainConfig) -> None:
 
 def check_targets(stage: StageSpec) -> None:
     """Targets, labels and loss of a stage that learns must fit each other and the student's read-out."""
-    name = stage.name
-    _check_choices(f"{name}: targets", stage.targets, ("self", "ar"))
-    _check_choices(f"{name}: loss", stage.loss, ("hard", "soft"))
-    design, train, top_m = stage.design, stage.train, stage.rollout.top_m
-    if top_m is not None:
-        _check_positive(f"{name}: rollout.top_m", top_m)
-    for field in ("own_windows", "own_from"):
-        if not 0 <= getattr(train, field) <= 1:
-            raise ConfigError(f"{name}: train.{field}={getattr(train, field)} is a share: give 0 to 1")
-    local = stage.loss == "soft" and top_m is None
-    if stage.loss == "soft" and not design.conditional:
-        raise ConfigError(
-            f"{name}: loss=soft with student.design.readout={design.readout}: its logits are a function of the noise, not a "
-            "distribution to bring near the teacher's; use loss=hard, or student.design.readout=sequential"
-        )
-    if local and not design.exact_trunk:
-        raise ConfigError(
-            f"{name}: rollout.top_m=none takes labels from the AR model inside the student, which "
-            "student.design.sequential.freeze_trunk=false trains away; give rollout.top_m, for example 32"
-        )
-    if stage.loss == "soft" and not local and stage.targets == "self":
-        raise ConfigError(
-            f"{name}: targets=self has no AR teacher on the rollout actors to make rollout.top_m={top_m} labels; "
-            "use targets=ar, or rollout.top_m=none"
-        )
+    if stage.loss == "hard":
+        _check_hard_loss(stage.name, stage.design)
+    else:
+        _check_soft_loss(stage)
+    _check_on_policy(stage)
+
+
+def _check_hard_loss(name: str, design: Design) -> None:
     temperatures = design.noise.temperature_min, design.noise.temperature_max
-    if stage.loss == "hard" and design.conditional and temperatures != (1.0, 1.0):
+    if design.conditional and temperatures != (1.0, 1.0):
         raise ConfigError(
             f"{name}: loss=hard with temperatures {temperatures[0]} to {temperatures[1]}: tokens drawn at another "
             "temperature would teach a sequential student other distributions; use loss=soft, or temperature 1"
         )
-    if local and train.precision == "bf16":
+
+
+def _check_soft_loss(stage: StageSpec) -> None:
+    """A soft loss needs a student whose logits are distributions, and an AR model that labels its targets."""
+    name, design, top_k = stage.name, stage.design, stage.rollout.teacher_top_k
+    if not design.conditional:
         raise ConfigError(
-            f"{name}: rollout.top_m=none with train.precision=bf16 would take labels from a rounded AR model; give "
-            "rollout.top_m, for example 32"
+            f"{name}: loss=soft with student.design.readout={design.readout}: its logits are a function of the noise, not a "
+            "distribution to bring near the teacher's; use loss=hard, or student.design.readout=sequential"
         )
-    if train.own_windows and design.sequential.shortlist and train.zero_stage == 3:
+    if top_k is None and not design.exact_trunk:
         raise ConfigError(
-            f"{name}: train.own_windows with a shortlist reads rows of the LM head, which train.zero_stage=3 scatters; use "
-            "zero_stage=1 or 2"
+            f"{name}: rollout.teacher_top_k=none takes labels from the AR model inside the student, which "
+            "student.design.sequential.freeze_trunk=false trains away; give rollout.teacher_top_k, for example 32"
         )
-    if train.own_windows and not local:
+    if top_k is None and stage.train.precision == "bf16":
         raise ConfigError(
-            f"{name}: train.own_windows={train.own_windows} needs labels for windows no rollout actor has seen: set "
-            "loss=soft and rollout.top_m=none"
+            f"{name}: rollout.teacher_top_k=none with train.precision=bf16 would take labels from a rounded AR model; give "
+            "rollout.teacher_top_k, for example 32"
+        )
+    if top_k is not None and stage.targets == "self":
+        raise ConfigError(
+            f"{name}: targets=self has no AR teacher on the rollout actors to make rollout.teacher_top_k={top_k} labels; "
+            "use targets=ar, or rollout.teacher_top_k=none"
         )
 
 
-def _check_data(config: Config) -> None:
-    data = config.data
-    check_source(data)
-    if not 0 < data.heldout_fraction < 1:
-        raise ConfigError(f"data.heldout_fraction={data.heldout_fraction} must lie between 0 and 1")
-    for field in ("block", "docs_per_shard"):
-        _check_positive(f"data.{field}", getattr(data, field))
-    if data.max_docs is not None:
-        _check_positive("data.max_docs", data.max_docs)
-    for field in ("blocks", "windows", "bootstrap", "prompts", "prompt_tokens", "new_tokens", "batch", "actors"):
-        _check_positive(f"eval.{field}", getattr(config.eval, field))
-    if config.eval.windows > data.block:
+def _check_on_policy(stage: StageSpec) -> None:
+    """Windows that the student itself rolls out need labels from the AR model inside it."""
+    name, train = stage.name, stage.train
+    if not train.on_policy_fraction:
+        return
+    if stage.design.sequential.shortlist and train.zero_stage == 3:
         raise ConfigError(
-            f"eval.windows={config.eval.windows}: a block of data.block={data.block} tokens has fewer windows"
+            f"{name}: train.on_policy_fraction with a shortlist reads rows of the LM head, which train.zero_stage=3 "
+            "scatters; use zero_stage=1 or 2"
         )
-    if config.eval.prompt_tokens > data.block:
-        raise ConfigError(f"eval.prompt_tokens={config.eval.prompt_tokens} exceeds data.block={data.block}")
+    if stage.loss != "soft" or stage.rollout.teacher_top_k is not None:
+        raise ConfigError(
+            f"{name}: train.on_policy_fraction={train.on_policy_fraction} needs labels for windows no rollout actor has "
+            "seen: set loss=soft and rollout.teacher_top_k=none"
+        )
+
+
+def _check_lengths(config: Config) -> None:
+    """The windows and prompts of the evaluation must fit in a block."""
+    block = config.data.block
+    if config.eval.windows > block:
+        raise ConfigError(f"eval.windows={config.eval.windows}: a block of data.block={block} tokens has fewer windows")
+    if config.eval.prompt_tokens > block:
+        raise ConfigError(f"eval.prompt_tokens={config.eval.prompt_tokens} exceeds data.block={block}")
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """Sizes of an AR model; None where its config does not say."""
+
+    positions: int | None
+    vocabulary: int | None
+    layers: int | None
 
 
 def _check_teacher(config: Config) -> None:
+    """The AR model must be there, hold the tokenizer's ids, and be long and deep enough."""
     teacher = config.teacher
     if teacher.path is None:
-        limits: tuple[int | None, int | None, int | None] = (teacher.max_positions, None, teacher.layers)
         if teacher.hidden % teacher.heads or teacher.hidden // teacher.heads % 2:
             raise ConfigError(
                 f"teacher.hidden={teacher.hidden} must be an even multiple of teacher.heads={teacher.heads} (rotary halves)"
             )
+        limits = _Limits(teacher.max_positions, None, teacher.layers)
     else:
         limits = _limits(teacher.path, teacher.gguf_file)
-    positions, vocabulary, layers = limits
-    if teacher.path is not None:
         _check_attention_window(config, teacher.path)
     wanted = config.student.design.sequential.hint_layers
-    if config.student.design.conditional and layers is not None and wanted > layers:
+    if config.student.design.conditional and limits.layers is not None and wanted > limits.layers:
         raise ConfigError(
-            f"student.design.sequential.hint_layers={wanted}: the teacher has {layers} layers; choose 1 to {layers}, or 0 "
-            "for all"
+            f"student.design.sequential.hint_layers={wanted}: the teacher has {limits.layers} layers; choose 1 to "
+            f"{limits.layers}, or 0 for all"
         )
+    _check_tokenizer(config, limits.vocabulary)
+    if limits.positions is not None:
+        _check_positions(config, limits.positions)
+
+
+def _check_tokenizer(config: Config, vocabulary: int | None) -> None:
     corpus = corpus_spec(config)
-    path, gguf_file = corpus.given_tokenizer, corpus.gguf_file
-    if path is not None:
-        try:
-            tokenizer = load_tokenizer(path, gguf_file)
-        except Exception as error:
+    path = corpus.given_tokenizer
+    if path is None:
+        if config.tokenizer.vocab_size < 257:
             raise ConfigError(
-                f"no tokenizer in {path}: {_first_line(error)}; give one beside the teacher's weights or in tokenizer.path"
-            ) from None
-        eos_id(tokenizer)
-        size = len(tokenizer)
-        if vocabulary is not None and size > vocabulary:
-            raise ConfigError(
-                f"teacher.path={path}: its tokenizer has {size} tokens and its model {vocabulary}; ids beyond the model's "
-                "vocabulary would be read out of bounds. Use the tokenizer the model was trained with"
+                f"tokenizer.vocab_size={config.tokenizer.vocab_size}: 256 bytes and <|endoftext|> need 257"
             )
-    elif config.tokenizer.vocab_size < 257:
-        raise ConfigError(f"tokenizer.vocab_size={config.tokenizer.vocab_size}: 256 bytes and <|endoftext|> need 257")
-    longest = config.data.block + config.student.k
-    if positions is not None and longest > positions:
+        return
+    try:
+        tokenizer = load_tokenizer(path, corpus.gguf_file)
+    except Exception as error:
+        raise ConfigError(
+            f"no tokenizer in {path}: {_first_line(error)}; give one beside the teacher's weights or in tokenizer.path"
+        ) from None
+    eos_id(tokenizer)
+    size = len(tokenizer)
+    if vocabulary is not None and size > vocabulary:
+        raise ConfigError(
+            f"teacher.path={path}: its tokenizer has {size} tokens and its model {vocabulary}; ids beyond the model's "
+            "vocabulary would be read out of bounds. Use the tokenizer the model was trained with"
+        )
+
+
+def _check_positions(config: Config, positions: int) -> None:
+    if config.data.block + config.student.k > positions:
         raise ConfigError(
             f"data.block={config.data.block} + student.k={config.student.k} exceeds the teacher's {positions} positions; "
             "use shorter blocks"
         )
     decoded = config.eval.prompt_tokens + config.eval.new_tokens + config.student.k
-    if positions is not None and decoded > positions:
+    if decoded > positions:
         raise ConfigError(
             f"eval.prompt_tokens + eval.new_tokens + student.k = {decoded} exceeds the teacher's {positions} positions"
         )
@@ -253,18 +229,18 @@ def _gguf(file: str | None) -> dict[str, str]:
     return {"gguf_file": file} if file else {}
 
 
-def _limits(path: str, gguf_file: str | None) -> tuple[int | None, int | None, int | None]:
-    """(longest context, vocabulary, layers) of a Hugging Face model, from its config alone."""
+def _limits(path: str, gguf_file: str | None) -> _Limits:
+    """The sizes of a Hugging Face model, from its config alone."""
     try:
-        config = AutoConfig.from_pretrained(path, **_gguf(gguf_file))
+        config: Any = AutoConfig.from_pretrained(path, **_gguf(gguf_file))
     except Exception as error:
         kind = "folder" if Path(path).exists() or is_remote(path) or path.startswith((".", "/")) else "hub id"
         raise ConfigError(
             f"teacher.path={path}: no causal LM there ({kind}; {_first_line(error)}). Give a folder with config.json and "
             "weights, or a hub id this machine can reach"
         ) from None
-    positions, vocabulary = getattr(config, "max_position_embeddings", None), getattr(config, "vocab_size", None)
-    return positions, vocabulary, getattr(config, "num_hidden_layers", None)
+    names = ("max_position_embeddings", "vocab_size", "num_hidden_layers")
+    return _Limits(*(getattr(config, name, None) for name in names))
 
 
 def _first_line(error: Exception) -> str:

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.config.schema import ConfigError, DataConfig
+from pipelines.config.schema import DataConfig
+from pipelines.config.section import ConfigError
 
 if TYPE_CHECKING:
     import ray.data

@@ -26,7 +26,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipelines.config.fingerprint import fingerprint
-from pipelines.config.schema import ConfigError, DataConfig, TokenizerConfig
+from pipelines.config.schema import DataConfig, TokenizerConfig
+from pipelines.config.section import ConfigError
 from pipelines.config.stages import CorpusSpec
 from pipelines.data.corpus import documents, is_heldout, source_digest
 from pipelines.data.rows import token_rows

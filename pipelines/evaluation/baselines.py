@@ -150,9 +150,11 @@ def method_config(method: str, config: Config, k: int, seed: int) -> Config:
     }
     own = config.student.design
     design = own if (method == "sequential") == own.conditional and method != "head" else designs[method]
-    train = dataclasses.replace(config.train, warm_start="previous", own_windows=0.0)
+    train = dataclasses.replace(config.train, warm_start="previous", on_policy_fraction=0.0)
     soft = method != "paper"
-    rollout = dataclasses.replace(config.rollout, top_m=(config.rollout.top_m or 32) if soft else None, cache=False)
+    rollout = dataclasses.replace(
+        config.rollout, teacher_top_k=(config.rollout.teacher_top_k or 32) if soft else None, cache=False
+    )
     return dataclasses.replace(
         config,
         seed=seed,

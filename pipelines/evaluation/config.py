@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.config.schema import RUNTIME, ConfigError, TrackingConfig, override
+from pipelines.config.overrides import override
+from pipelines.config.schema import TrackingConfig
+from pipelines.config.section import RUNTIME, ConfigError
 
 PROTOCOLS = {"lm1b": (1024, 6, 122), "owt": (1024, 64, 960)}
 """The paper's: prompts, tokens of each, new tokens (prefix 6 of 128, and 64 of 1,024)."""

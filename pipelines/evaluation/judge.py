@@ -25,7 +25,7 @@ import numpy as np
 import requests
 
 from kforcing.metrics.intervals import Interval, over_clusters
-from pipelines.config.schema import ConfigError
+from pipelines.config.section import ConfigError
 from pipelines.runs.stages import StageError
 
 _SAY_EVERY_S = 2.0

@@ -156,11 +156,12 @@ def cost(folder: Path, job: Job, given: Any) -> dict[str, Any]:
     stages = []
     if config.teacher.path is None:
         stages.append(_teacher_cost(subject))
-    local, previous = LocalStudent(resolve(config), subject.teacher, subject.train, str(folder), "count"), None
+    specs = resolve(config)
+    local, previous = LocalStudent(specs, subject.teacher, subject.train, str(folder), "count"), None
     have = {student.k: Path(student.path) for student in subject.students}
-    for k in config.ks():
-        stage = config.stage(f"k{k}")
-        if stage.student.design.learns(k):
+    for stage in specs:
+        k = stage.k
+        if stage.learns:
             flops, steps = local.count(k, previous), stage.train.steps
             times = 1 / stage.rollout.cache_epochs if stage.rollout.cache else 1.0  # cached rollouts are made once
             rollouts, train = steps * flops.batch * times, steps * flops.train

@@ -19,7 +19,8 @@ from transformers import AutoConfig
 
 from kforcing.configuration import PushForwardConfig
 from kforcing.metrics.gen_ppl import SMOLLM2, check_external
-from pipelines.config.schema import Config, ConfigError
+from pipelines.config.schema import Config
+from pipelines.config.section import ConfigError
 from pipelines.evaluation import measure
 from pipelines.evaluation.baselines import METHODS, STAGED, Row, Trial, method_config, rows_of, train_rival
 from pipelines.evaluation.config import EvaluationConfig

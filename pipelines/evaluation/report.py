@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
+from pipelines.config.stages import resolve
 from pipelines.data.tokenise import load_tokenizer
 from pipelines.evaluation.baselines import METHODS, Row
 from pipelines.evaluation.config import GPT2_LARGE, EvaluationConfig
@@ -156,10 +157,12 @@ def _seconds(subject: Subject) -> dict[str, Record]:
     root, found = subject.config.root, {}
     if not (root / "report.json").is_file() or made_by(root).get("parent") != subject.parent:
         return {}
+    specs = {spec.name: spec for spec in resolve(subject.config)}
     for cost in json.loads((root / "report.json").read_text())["costs"]:
-        stage = subject.config.stage(cost["name"])
-        train = subject.config.teacher.train if cost["name"] == "teacher" else stage.train
-        rollout, cached = stage.rollout, stage.rollout.cache
+        stage = specs.get(cost["name"])
+        train = stage.train if stage else subject.config.teacher.train
+        rollout = stage.rollout if stage else subject.config.rollout
+        cached = rollout.cache
         times = {"wall_s": cost["seconds"], "trainer_s": cost["seconds"] * (1 - cost["data_wait"]) * train.workers}
         held_s = cost["seconds"] * train.workers * train.gpus_per_worker
         if "rollout_s" in cost:

@@ -15,8 +15,10 @@ import torch
 from kforcing.configuration import PushForwardConfig
 from kforcing.modeling import PushForwardLM
 from pipelines.config.fingerprint import fingerprint
+from pipelines.config.overrides import override
 from pipelines.config.recipes import RECIPES, recipe
-from pipelines.config.schema import Config, ConfigError, override
+from pipelines.config.schema import Config
+from pipelines.config.section import ConfigError
 from pipelines.config.stages import corpus_spec
 from pipelines.data.tokenise import prepare
 from pipelines.evaluation.config import EvaluationConfig

@@ -22,12 +22,11 @@ from transformers import PreTrainedModel
 from kforcing.attention.windows import Windows
 from kforcing.backbone import key_heads, load_ar
 from kforcing.coupling import COUPLINGS
-from kforcing.design import Design
+from kforcing.design import Design, NoiseConfig
 from kforcing.device import peak_gpu_mb, peak_rss_mb, pick_device
 from kforcing.distillation.teachers import ARTeacher, StudentTeacher
 from kforcing.modeling import PushForwardLM
 from kforcing.noise import derive_key, sample_anchors, uniform, window_noise
-from pipelines.config.schema import NoiseConfig
 from pipelines.data.rows import epochs_of, sequences_of, tokens_of, with_rollout, with_rollout_cost
 
 # Sequences in one forward on a CPU, where nothing is gained by more.
@@ -49,7 +48,7 @@ class RolloutJob:
     """Names the noise stream, with the epoch."""
     design: Design
     """The student's: its coupling and temperatures."""
-    top_m: int | None
+    teacher_top_k: int | None
     """How many of the teacher's likeliest tokens label each target; none for tokens alone."""
     batch: int | None
     """Sequences in one forward; none for as many as the device has room for."""
@@ -99,10 +98,10 @@ class RolloutActor:
         noise = window_noise(torch.from_numpy(keys), seq, anchors, job.k)
         temperature = draw_temperature(anchor_keys, seq, job.design.noise)
         windows = Windows(*(x.to(self.device) for x in (tokens, anchors, noise, temperature)))
-        if not job.top_m:
+        if not job.teacher_top_k:
             return with_rollout(rows, windows, keys, self.teacher.rollout(windows), None)
         assert isinstance(self.teacher, ARTeacher), "labels come from the AR teacher"
-        targets, labels = self.teacher.labelled_rollout(windows, job.top_m)
+        targets, labels = self.teacher.labelled_rollout(windows, job.teacher_top_k)
         return with_rollout(rows, windows, keys, targets, labels)
 
 

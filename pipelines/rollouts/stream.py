@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipelines.config.schema import RolloutConfig, node_selector
+from pipelines.config.schema import RolloutConfig
+from pipelines.config.section import node_selector
 from pipelines.rollouts.actor import RolloutActor, RolloutJob
 from pipelines.rollouts.plan import ReadChunk, StepPlan
 

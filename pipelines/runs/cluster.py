@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.config.schema import Config, ConfigError, EvalConfig, TrainConfig, node_selector
+from pipelines.config.schema import Config, EvalConfig, TrainConfig
+from pipelines.config.section import ConfigError, node_selector
 from pipelines.config.stages import StageSpec, TeacherSpec, resolve, teacher_spec
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipelines.config.schema import ConfigError
+from pipelines.config.section import ConfigError
 from pipelines.files import write_json
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipelines.config.schema import leaves
+from pipelines.config.overrides import leaves
 from pipelines.files import write_json
 from pipelines.tracking.mlflow_client import _log_values, _numbers, mlflow_client, open_experiment
 from pipelines.tracking.tracker import Record, made_by

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kforcing.model_uri import parse_model_uri
-from pipelines.config.schema import ConfigError
+from pipelines.config.section import ConfigError
 from pipelines.tracking.mlflow_client import mlflow_client
 
 

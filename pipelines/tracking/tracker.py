@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipelines.config.schema import Config, leaves
+from pipelines.config.overrides import leaves
+from pipelines.config.schema import Config
 from pipelines.data.tokenise import Prepared
 from pipelines.files import write_json
 from pipelines.tracking.flavour import log_flavour

@@ -50,7 +50,7 @@ def stage_job(spec: StageSpec, folder: str, store: str, teacher: str, previous: 
         spec.seed,
         spec.name,
         spec.design,
-        spec.rollout.top_m,
+        spec.rollout.teacher_top_k,
         spec.rollout.batch,
         threads=max(1, int(spec.rollout.cpus_per_actor)),
         draws=spec.rollout.draws,

@@ -27,7 +27,7 @@ from pipelines.rollouts.actor import RolloutActor
 from pipelines.rollouts.plan import StepPlan
 from pipelines.training.job import TrainJob, stage_job
 from pipelines.training.step import StudentStep, learning_rate, to_batch
-from pipelines.training.worker import own_share
+from pipelines.training.worker import on_policy_share
 
 KEEP_EVERY_S = 30.0
 
@@ -199,7 +199,7 @@ class LocalStudent:
         rolled_out = self._rolled_out(job, k, train.batch)
 
         def batches(step: int, steps: int) -> list[Any]:
-            return rolled_out(step, own_share(step, train))
+            return rolled_out(step, on_policy_share(step, train))
 
         seconds = train_here(module, batches, train, f"{self.name}  k{k}", self.folder / f"k{k}.pt")
         self.spent += steps * flops.total
@@ -229,9 +229,9 @@ class LocalStudent:
         train = job.train
         rolled_out = self._rolled_out(job, k, train.micro_batch)
         flops = count_step(module, lambda *_: rolled_out(0, 0.0))
-        if train.own_windows:
-            own = count_step(module, lambda *_: rolled_out(0, train.own_windows))
-            flops = StepFlops(flops.batch, train.own_from * flops.train + (1 - train.own_from) * own.train)
+        if train.on_policy_fraction:
+            own = count_step(module, lambda *_: rolled_out(0, train.on_policy_fraction))
+            flops = StepFlops(flops.batch, train.on_policy_from * flops.train + (1 - train.on_policy_from) * own.train)
         return flops.times(train.batch / train.micro_batch)
 
 

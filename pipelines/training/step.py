@@ -66,17 +66,18 @@ class WindowBatch:
         return self.targets_BWK.numel()
 
 
-def to_batch(rows: pa.Table, device: torch.device | str, own_key: int = 0, own_share: float = 0.0) -> Any:
+def to_batch(rows: pa.Table, device: torch.device | str, on_policy_key: int = 0, on_policy_share: float = 0.0) -> Any:
     """Rows of a token store as a `TokenBatch`, rolled-out rows as a `WindowBatch`.
 
-    `own_share` of the sequences are marked for the student to roll out. `own_key` and the positions of the rows choose them.
+    `on_policy_share` of the sequences are marked for the student to roll out; `on_policy_key` and the positions of the
+    rows choose them.
     """
     if not has_rollout(rows):
         return TokenBatch(tokens_of(rows, device))
     own = None
-    if own_share:
+    if on_policy_share:
         positions = torch.from_numpy(positions_of(rows)).to(device)
-        own = uniform(own_key, positions, 0, torch.zeros_like(positions)) < own_share
+        own = uniform(on_policy_key, positions, 0, torch.zeros_like(positions)) < on_policy_share
     return WindowBatch(windows_of(rows, device), targets_of(rows, device), labels_of(rows, device), own)
 
 

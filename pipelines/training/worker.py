@@ -20,7 +20,8 @@ import torch
 from kforcing.chunking import checkpoint_layers
 from kforcing.device import pick_device
 from kforcing.noise import derive_key
-from pipelines.config.schema import TrainConfig, node_selector
+from pipelines.config.schema import TrainConfig
+from pipelines.config.section import node_selector
 from pipelines.data.rows import positions_of
 from pipelines.rollouts.plan import StepPlan
 from pipelines.rollouts.stream import training_rows
@@ -104,7 +105,7 @@ def train_worker(config: dict[str, Any]) -> None:
         check_order(rows, step, job.train.batch)
         train = job.train
         strategy.set_lr(engine, learning_rate(step, train.steps, train.lr, train.warmup, train.schedule))
-        own = derive_key(job.seed, job.stage, "own"), own_share(step, train)
+        own = derive_key(job.seed, job.stage, "own"), on_policy_share(step, train)
         micro = [
             to_batch(rows.slice(i, train.micro_batch), pick_device(), *own)
             for i in range(0, len(rows), train.micro_batch)
@@ -122,9 +123,9 @@ def train_worker(config: dict[str, Any]) -> None:
         export(job, weights)
 
 
-def own_share(step: int, train: TrainConfig) -> float:
+def on_policy_share(step: int, train: TrainConfig) -> float:
     """Share of a step's sequences whose windows the student itself rolls out."""
-    return train.own_windows if step >= train.own_from * train.steps else 0.0
+    return train.on_policy_fraction if step >= train.on_policy_from * train.steps else 0.0
 
 
 def check_order(rows: pa.Table, step: int, batch: int) -> None:

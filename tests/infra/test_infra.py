@@ -9,8 +9,8 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from pipelines.config.overrides import apply
 from pipelines.config.recipes import recipe
-from pipelines.config.schema import apply
 from pipelines.runs.cluster import preflight, work_of_run
 from serve.app import build
 from serve.metrics import EngineMetrics, Metrics

@@ -149,9 +149,9 @@ def test_a_changed_stage_runs_again_alone_and_its_predecessor_is_archived(smoke,
     words = (*same_data(smoke), f"output_dir={run}")
     before = {name: (run / name / "model.safetensors").stat().st_mtime_ns for name in ("teacher", "k1", "k2")}
     change = (
-        "stages.k4.rollout.top_m=none",
+        "stages.k4.rollout.teacher_top_k=none",
         "stages.k4.rollout.cache=true",
-        "stages.k4.train.own_windows=0.5",
+        "stages.k4.train.on_policy_fraction=0.5",
         "stages.k4.train.steps=12",
     )
     done = distill(*words, *change, cwd=tmp_path)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.config.fingerprint import fingerprint
+from pipelines.config.overrides import apply
 from pipelines.config.recipes import recipe
-from pipelines.config.schema import apply
 from pipelines.config.stages import evaluation_fingerprint, resolve, teacher_spec
 from tests.pipeline_runs import distill, report
 

@@ -16,7 +16,7 @@ def test_progress_goes_to_stdout_as_it_is_and_warnings_to_stderr(capsys):
     show_progress()
     show_progress()  # a second call does not print lines twice
     logging.getLogger("kforcing").info("k2  finished before, skipped")
-    log.warning("train.own_windows is now train.on_policy_fraction")
+    log.warning("train.on_policy_fraction is now train.on_policy_fraction")
     out, err = capsys.readouterr()
     assert out == "k2  finished before, skipped\n"
-    assert err == "warning  train.own_windows is now train.on_policy_fraction\n"
+    assert err == "warning  train.on_policy_fraction is now train.on_policy_fraction\n"

@@ -1,10 +1,15 @@
 import dataclasses
 
 import pytest
+import yaml
+from pydantic import ValidationError
 
-from pipelines.config.fingerprint import fingerprint
+from pipelines.config.fingerprint import fingerprint, material
+from pipelines.config.help import describe_fields
+from pipelines.config.overrides import apply, override
 from pipelines.config.recipes import RECIPES, recipe
-from pipelines.config.schema import ConfigError, apply, describe_fields, override
+from pipelines.config.schema import Config, TrainConfig
+from pipelines.config.section import ConfigError
 from pipelines.config.stages import resolve
 from pipelines.config.validation import check_targets
 
@@ -69,13 +74,50 @@ def test_runtime_fields_do_not_change_fingerprints():
     assert fingerprint(train) != fingerprint(dataclasses.replace(train, lr=9.0))
 
 
+def test_a_renamed_field_keeps_its_name_in_fingerprints():
+    assert material(recipe("smoke").train)["own_windows"] == 0.0
+    assert material(recipe("smoke").rollout)["top_m"] == 32
+    assert "on_policy_fraction" not in material(recipe("smoke").train)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("train.own_windows=0.5", "train.on_policy_fraction=0.5"),
+        ("teacher.train.own_from=0.25", "teacher.train.on_policy_from=0.25"),
+        ("stages.k4.rollout.top_m=none", "stages.k4.rollout.teacher_top_k=none"),
+    ],
+)
+def test_an_old_key_works_with_one_warning_that_names_the_new_one(old, new, caplog):
+    config = apply(recipe("smoke"), {}, [old])
+    assert config == apply(recipe("smoke"), {}, [new])
+    (old_key, value), new_key = old.split("="), new.split("=")[0]
+    assert caplog.messages == [f"{old_key} is now {new_key}"]
+    caplog.clear()
+    *sections, field = old_key.split(".")
+    tree = {field: yaml.safe_load(value) if value != "none" else None}
+    for section in reversed(sections):
+        tree = {section: tree}
+    assert apply(recipe("smoke"), tree, []) == config
+    assert caplog.messages == [f"{old_key} is now {new_key}"]
+
+
+def test_ranges_hold_wherever_a_section_is_made():
+    with pytest.raises(ValidationError, match="greater than 0"):
+        dataclasses.replace(recipe("smoke").train, steps=0)
+    with pytest.raises(ValidationError, match=r"lear_rate"):
+        TrainConfig(lear_rate=1.0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe("smoke").train.steps = 3
+
+
 def test_stages_double_up_to_k():
     assert override(recipe("smoke"), "student.k", 8).ks() == [1, 2, 4, 8]
     assert override(recipe("smoke"), "student.k", 1).ks() == [1]
 
 
 def test_help_lists_every_field_with_its_docstring():
-    text = describe_fields()
+    text = describe_fields(Config)
     for field in (
         "data.source",
         "teacher.train.steps",

@@ -1,5 +1,5 @@
+from pipelines.config.overrides import apply
 from pipelines.config.recipes import recipe
-from pipelines.config.schema import apply
 from pipelines.config.stages import corpus_spec, evaluation_fingerprint, resolve, stage_spec, teacher_spec
 
 
@@ -21,8 +21,8 @@ def test_the_first_stage_has_the_ar_teacher_alone():
 
 
 def test_only_a_soft_loss_asks_for_probabilities():
-    assert stage_spec(config(), 2).rollout.top_m == 32
-    assert stage_spec(config("loss=hard"), 2).rollout.top_m is None
+    assert stage_spec(config(), 2).rollout.teacher_top_k == 32
+    assert stage_spec(config("loss=hard"), 2).rollout.teacher_top_k is None
 
 
 def test_settings_without_an_effect_do_not_rename_a_stage():
@@ -31,7 +31,7 @@ def test_settings_without_an_effect_do_not_rename_a_stage():
 
     plain = name()
     assert name("rollout.cache_epochs=9") == plain
-    assert name("train.own_from=0.1") == plain
+    assert name("train.on_policy_from=0.1") == plain
     assert name("train.workers=1", "rollout.actors=2") == plain
     assert name("train.lr=1") != plain
     assert name("rollout.cache=true") != plain

@@ -6,9 +6,10 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForCausalLM, MistralConfig
 
+from pipelines.config.command_line import read_command_line
+from pipelines.config.overrides import apply
 from pipelines.config.recipes import recipe
-from pipelines.config.schema import ConfigError, apply
-from pipelines.config.validation import read_command_line
+from pipelines.config.section import ConfigError
 from pipelines.runs.cluster import check_labels, preflight, work_of_run
 from tests.conftest import make_backbone
 
@@ -85,7 +86,7 @@ def files(tmp_path):
         (["data.source={files}/good.parquet", "data.text_column=body"], "its columns are id, text"),
         (["data.source={files}/good.parquet", "data.id_column=key"], "data.id_column=key is not in"),
         (["data.source={files}/words.txt", "data.id_column=key"], "text files have no columns"),
-        (["data.heldout_fraction=1.5"], "must lie between 0 and 1"),
+        (["data.heldout_fraction=1.5"], "data.heldout_fraction=1.5 must be less than 1"),
         (["student.k=3"], "not reachable by doubling"),
         (["targets=both"], "targets=both: choose one of self, ar"),
         (["stages.k8.train.steps=3"], "this run has the stages k1, k2, k4"),
@@ -95,8 +96,16 @@ def files(tmp_path):
         (["train.workers=3"], "batch=8 cannot be dealt to 3 ZeRO workers"),
         (["train.workers=0"], "workers=0 must be positive"),
         (["train.precision=fp8"], "choose one of fp32, bf16"),
-        (["train.ema=1.0"], r"must be in \[0, 1\)"),
-        (["train.steps=0"], "must be positive"),
+        (["train.ema=1.0"], "train.ema=1.0 must be less than 1"),
+        (["train.steps=0"], "train.steps=0 must be positive"),
+        (["train.lr=nan"], "train.lr=nan must be a finite number"),
+        (["train.clip=-1"], "train.clip=-1.0 must be greater than or equal to 0"),
+        (["train.beta1=1.5"], "train.beta1=1.5 must be less than 1"),
+        (["teacher.layers=0"], "teacher.layers=0 must be positive"),
+        (["teacher.train.eps=0"], "teacher.train.eps=0.0 must be positive"),
+        (["seed=18446744073709551616"], "seed=18446744073709551616 must be less than"),
+        (["stages.k2.train.lr=inf"], "stages.k2.train.lr=inf must be a finite number"),
+        (["eval.cpus_per_actor=-1"], "eval.cpus_per_actor=-1.0 must be greater than or equal to 0"),
         (["rollout.windows=33"], "has 1 to 32 windows"),
         (["tokenizer.vocab_size=100"], "need 257"),
         (["teacher.heads=5"], "even multiple of teacher.heads=5"),
@@ -120,13 +129,16 @@ def files(tmp_path):
         (["student.design.sequential.hints=some"], "hints=some: choose one of none, copy, adapter"),
         (["student.design.sequential.hint_layers=3"], "the teacher has 2 layers"),
         (["loss=medium"], "loss=medium: choose one of hard, soft"),
-        (["rollout.top_m=0"], "rollout.top_m=0 must be positive"),
-        (["rollout.top_m=none", "student.design.sequential.freeze_trunk=false"], "freeze_trunk=false trains away"),
+        (["rollout.teacher_top_k=0"], "rollout.teacher_top_k=0 must be positive"),
+        (
+            ["rollout.teacher_top_k=none", "student.design.sequential.freeze_trunk=false"],
+            "freeze_trunk=false trains away",
+        ),
         (["targets=self"], "targets=self has no AR teacher"),
-        (["train.own_windows=0.5"], "needs labels for windows no rollout actor has seen"),
-        (["train.own_windows=2"], "is a share: give 0 to 1"),
+        (["train.on_policy_fraction=0.5"], "needs labels for windows no rollout actor has seen"),
+        (["train.on_policy_fraction=2"], "train.on_policy_fraction=2.0 must be less than or equal to 1"),
         (["loss=hard", "student.design.noise.temperature_min=0.7"], "would teach a sequential student other"),
-        (["rollout.top_m=none", "train.precision=bf16"], "labels from a rounded AR model"),
+        (["rollout.teacher_top_k=none", "train.precision=bf16"], "labels from a rounded AR model"),
         (["student.design.sequential.side_weight=-1"], "side_weight=-1.0 must be at least 0"),
     ],
 )

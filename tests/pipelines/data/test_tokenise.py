@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 
+from pipelines.config.overrides import apply
 from pipelines.config.recipes import recipe
-from pipelines.config.schema import ConfigError, DataConfig, apply
+from pipelines.config.schema import DataConfig
+from pipelines.config.section import ConfigError
 from pipelines.config.stages import corpus_spec
 from pipelines.data.corpus import document_id, is_heldout, source_digest
 from pipelines.data.rows import to_numpy

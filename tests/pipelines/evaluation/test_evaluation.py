@@ -14,7 +14,8 @@ from mlflow import MlflowClient
 from transformers import GPT2Config, LlamaConfig
 
 from pipelines.config.recipes import RECIPES, recipe
-from pipelines.config.schema import ConfigError, TrainConfig
+from pipelines.config.schema import TrainConfig
+from pipelines.config.section import ConfigError
 from pipelines.evaluation.baselines import METHODS, Row, rows_of, spent_by
 from pipelines.evaluation.config import EvaluationConfig, evaluation_config
 from pipelines.evaluation.determinism import flips
@@ -227,7 +228,7 @@ def test_a_folder_that_is_no_run_and_a_name_that_is_none_are_refused(tmp_path):
 def test_a_config_comes_back_from_its_fields_as_text(name):
     import dataclasses
 
-    from pipelines.config.schema import leaves
+    from pipelines.config.overrides import leaves
 
     config = recipe(name)
     assert config_of({k: str(v) for k, v in leaves(dataclasses.asdict(config))}, "x") == config

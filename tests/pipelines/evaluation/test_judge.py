@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kforcing.metrics.intervals import cluster_bootstrap
-from pipelines.config.schema import ConfigError
+from pipelines.config.section import ConfigError
 from pipelines.evaluation.judge import JudgeConfig, Pair, judge
 from pipelines.runs.stages import StageError
 

@@ -14,8 +14,8 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 
 from kforcing import PushForwardLM
+from pipelines.config.overrides import apply
 from pipelines.config.recipes import recipe
-from pipelines.config.schema import apply
 from pipelines.data.tokenise import Prepared
 from pipelines.tracking.tracker import Tracker, flatten, progress_line
 from tests.conftest import make_backbone

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.config.overrides import apply
 from pipelines.config.recipes import recipe
-from pipelines.config.schema import apply
 from pipelines.config.stages import resolve, stage_spec
 from pipelines.training.initial_model import Grown, Wrapped
 from pipelines.training.job import stage_job
@@ -25,9 +25,9 @@ def test_a_stage_begins_with_the_student_before_it_or_with_the_teacher():
 
 def test_targets_come_from_the_ar_teacher_or_from_the_student_before():
     rollout = job().rollout_job
-    assert (rollout.teacher, rollout.ar, rollout.top_m) == ("teacher", True, 32)
+    assert (rollout.teacher, rollout.ar, rollout.teacher_top_k) == ("teacher", True, 32)
     rollout = job("targets=self", "loss=hard").rollout_job
-    assert (rollout.teacher, rollout.ar, rollout.top_m) == ("k1", False, None)
+    assert (rollout.teacher, rollout.ar, rollout.teacher_top_k) == ("k1", False, None)
     assert job("targets=self", "loss=hard", previous=None).rollout_job.ar
 
 

@@ -1,0 +1,58 @@
+"""What sections of a config are made of: their error, their pydantic settings, and the types that hold ranges.
+
+A section is a frozen pydantic dataclass with one docstring a field:
+
+    @dataclass(frozen=True, config=SECTION)          # pydantic.dataclasses.dataclass
+    class SpeedConfig:
+        rounds: Annotated[Count, RUNTIME] = 5
+        '''Measurements of each batch, of which the median counts.'''
+
+Every construction checks types and ranges, and so does `dataclasses.replace`. A field marked RUNTIME says where or how
+visibly work runs, not what it computes; it stays out of the hashes that name stages, so changing it never reruns anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import AfterValidator, ConfigDict, Field
+
+
+class ConfigError(ValueError):
+    """A mistake of the person who started the run; its text names the value and what to do."""
+
+
+SECTION = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+RUNTIME = {"runtime": True}
+"""Marks a field that has no effect on results, in `Annotated[…, RUNTIME]`."""
+
+
+@dataclass(frozen=True)
+class Formerly:
+    """Marks a renamed field, in `Annotated[…, Formerly("old_name")]`: fingerprints keep the old name."""
+
+    name: str
+
+
+def _label(text: str) -> str:
+    key, equals, value = text.partition("=")
+    if not (key and equals and value):
+        raise ValueError("must be written key=value, as given to `ray start --labels`")
+    return text
+
+
+Count = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+NodeLabel = Annotated[str, AfterValidator(_label)]
+"""A `key=value` label of cluster nodes."""
+
+
+def node_selector(label: str | None) -> dict[str, str] | None:
+    """A `key=value` label as Ray's label selector."""
+    return None if label is None else dict([label.split("=", 1)])
