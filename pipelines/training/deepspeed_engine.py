@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 from pipelines.config.schema import TrainConfig
 from pipelines.files import write_json
 from pipelines.runs.stages import StageError
+from pipelines.training.schedule import ema_decay
 
 LATEST = "latest.json"
 
@@ -124,8 +125,8 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move towards the current weights; early steps move faster, by min(decay, (1 + step) / (10 + step))."""
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        """Move the average towards the current weights; `ema_decay` says by how much."""
+        weight = 1 - ema_decay(step, self.decay)
         for name, parameter in self.parameters.items():
             self.average[name].lerp_(_partition(parameter).float(), weight)
 

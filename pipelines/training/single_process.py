@@ -26,8 +26,8 @@ from pipelines.files import atomic_file, write_json
 from pipelines.rollouts.actor import RolloutActor
 from pipelines.rollouts.plan import StepPlan
 from pipelines.training.job import TrainJob, stage_job
-from pipelines.training.step import StudentStep, learning_rate, to_batch
-from pipelines.training.worker import on_policy_share
+from pipelines.training.schedule import ema_decay, learning_rate, on_policy_fraction
+from pipelines.training.step import StudentStep, to_batch
 
 KEEP_EVERY_S = 30.0
 
@@ -88,7 +88,7 @@ def train_here(
     started = kept = time.monotonic()
     for step in range(first, train.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, train.steps, train.lr, train.warmup, train.schedule)
+            group["lr"] = learning_rate(step, train)
         optimizer.zero_grad()
         loss, tokens = 0.0, 0
         for batch in batches(step, train.steps):
@@ -101,7 +101,7 @@ def train_here(
         if train.clip:
             torch.nn.utils.clip_grad_norm_(trained, train.clip)
         optimizer.step()
-        _follow(average, trained, min(train.ema, (1 + step) / (10 + step)))
+        _follow(average, trained, ema_decay(step, train.ema))
         if step % 200 == 199:
             print(f"{name}  {step + 1}/{train.steps}  loss {loss / tokens:.3f}", flush=True)
         if checkpoint and time.monotonic() - kept > KEEP_EVERY_S:
@@ -199,7 +199,7 @@ class LocalStudent:
         rolled_out = self._rolled_out(job, k, train.batch)
 
         def batches(step: int, steps: int) -> list[Any]:
-            return rolled_out(step, on_policy_share(step, train))
+            return rolled_out(step, on_policy_fraction(step, train))
 
         seconds = train_here(module, batches, train, f"{self.name}  k{k}", self.folder / f"k{k}.pt")
         self.spent += steps * flops.total

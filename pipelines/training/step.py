@@ -1,12 +1,14 @@
-"""One optimiser step: what a batch is, what each kind of stage computes from it, and how its loss is normalised.
+"""One optimiser step: the batches, the loss of each kind of stage, and the normalisation of the loss.
 
-Global-token normalisation. Every rank sums its loss over its own tokens; the gradient we want is that of
-(sum over all ranks) / (tokens of all ranks). DeepSpeed divides a micro-batch's loss by the number of accumulated
+Global-token normalisation. Every rank sums its loss over its own tokens. The gradient that we want is that of
+(sum over all ranks) / (tokens of all ranks). DeepSpeed divides the loss of a micro-batch by the number of accumulated
 micro-batches and averages gradients over ranks, so each local sum is multiplied by
 
     world size × micro-batches / tokens of the whole step on all ranks.
 
-Then neither the number of ranks, nor accumulation, nor ranks with different numbers of tokens change the gradient.
+The gradient then does not depend on the number of ranks, on accumulation, or on how tokens are spread over ranks.
+
+Shapes: B batch, N tokens of a sequence, W windows, K tokens of a block, R = B · W rows, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ from kforcing.noise import uniform
 from kforcing.readout.base import BlockScores
 from pipelines.data.rows import has_rollout, labels_of, positions_of, targets_of, tokens_of, windows_of
 
-# Training's match is measured on every so-many-th window, since couplings over the whole vocabulary are not free.
+# Training measures match on one window out of so many: each draw is a pass over the whole vocabulary.
 MATCH_STRIDE = 4
 
 
@@ -41,10 +42,11 @@ class TokenBatch:
     """Token blocks of a micro-batch, for AR training."""
 
     tokens_BN: Tensor
+    """int64 token ids."""
 
     @property
     def target_tokens(self) -> int:
-        """Tokens the loss is summed over."""
+        """Number of tokens that the loss is summed over."""
         return self.tokens_BN.shape[0] * (self.tokens_BN.shape[1] - 1)
 
 
@@ -54,40 +56,45 @@ class WindowBatch:
 
     windows: Windows
     targets_BWK: Tensor
-    """int64 tokens the teacher made."""
+    """int64 tokens that the teacher made."""
     soft: SoftTargets | None = None
-    """The teacher's distributions along the targets, when rollouts ship them."""
-    own_B: Tensor | None = None
-    """bool, sequences whose windows the student itself rolls out anew; none when there are none."""
+    """The teacher's distributions at the targets; None when they do not come with the rollouts."""
+    on_policy_B: Tensor | None = None
+    """bool, the sequences whose windows the student rolls out again itself; None when there are no such sequences."""
 
     @property
     def target_tokens(self) -> int:
-        """Tokens the loss is summed over."""
+        """Number of tokens that the loss is summed over."""
         return self.targets_BWK.numel()
 
 
-def to_batch(rows: pa.Table, device: torch.device | str, on_policy_key: int = 0, on_policy_share: float = 0.0) -> Any:
+def to_batch(
+    rows: pa.Table, device: torch.device | str, on_policy_key: int = 0, on_policy_fraction: float = 0.0
+) -> Any:
     """Rows of a token store as a `TokenBatch`, rolled-out rows as a `WindowBatch`.
 
-    `on_policy_share` of the sequences are marked for the student to roll out; `on_policy_key` and the positions of the
-    rows choose them.
+    Args:
+        rows: see `pipelines.data.rows`.
+        device: of the tensors.
+        on_policy_key: key that chooses on-policy sequences by the positions of their rows.
+        on_policy_fraction: fraction of the sequences that the student will roll out itself.
     """
     if not has_rollout(rows):
         return TokenBatch(tokens_of(rows, device))
-    own = None
-    if on_policy_share:
+    on_policy = None
+    if on_policy_fraction:
         positions = torch.from_numpy(positions_of(rows)).to(device)
-        own = uniform(on_policy_key, positions, 0, torch.zeros_like(positions)) < on_policy_share
-    return WindowBatch(windows_of(rows, device), targets_of(rows, device), labels_of(rows, device), own)
+        on_policy = uniform(on_policy_key, positions, 0, torch.zeros_like(positions)) < on_policy_fraction
+    return WindowBatch(windows_of(rows, device), targets_of(rows, device), labels_of(rows, device), on_policy)
 
 
 class StudentStep(nn.Module):
-    """The push-forward loss of a micro-batch of rolled-out windows: `hard` or `soft` targets.
+    """The loss of a student on a micro-batch of rolled-out windows.
 
     Args:
         model: the student.
-        loss: `hard` or `soft`.
-        chunk: tokens whose logits exist at a time.
+        loss: `hard` for the negative log-likelihood of the targets, `soft` for the KL divergence from the teacher.
+        chunk: number of tokens whose logits exist at the same time.
     """
 
     def __init__(self, model: PushForwardLM, loss: str = "hard", chunk: int = CHUNK):
@@ -96,7 +103,7 @@ class StudentStep(nn.Module):
 
     def forward(self, batch: WindowBatch) -> LossSums:
         """Sums of the loss over the windows."""
-        windows, targets = batch.windows, self._own_windows(batch)
+        windows, targets = batch.windows, self._targets(batch)
         context = read_context(self.model.backbone, windows.context_BN)
         scores = self.model.scores(windows, targets, context)
         labels = None if self.loss == "hard" else self._labels(batch.soft, windows, context, targets)
@@ -104,21 +111,24 @@ class StudentStep(nn.Module):
         part = ChunkLoss(self.model, scores, windows, targets, labels, measured)
         size = max(1, self.chunk // windows.k)
         loss, nll_RK, right_RK = loss_in_chunks(part, part.states, scores.head, size)
-        if batch.own_B is not None and not batch.own_B.all():  # a student's own tokens always match its noise
-            given_B = ~batch.own_B
-            right_RK = right_RK[given_B.repeat_interleave(len(measured))]
-            nll_RK = nll_RK[given_B.repeat_interleave(targets.shape[1])]
+        if batch.on_policy_B is not None and not batch.on_policy_B.all():
+            off_policy_B = (
+                ~batch.on_policy_B
+            )  # the student's own tokens are the ones that it draws: a match says nothing
+            right_RK = right_RK[off_policy_B.repeat_interleave(len(measured))]
+            nll_RK = nll_RK[off_policy_B.repeat_interleave(targets.shape[1])]
         return block_sums(loss, rows, right_RK, nll_RK)
 
-    def _own_windows(self, batch: WindowBatch) -> Tensor:
-        if batch.own_B is None:
+    def _targets(self, batch: WindowBatch) -> Tensor:
+        """The teacher's tokens, and in on-policy sequences the student's own: (B, W, K) int64."""
+        if batch.on_policy_B is None:
             return batch.targets_BWK
-        with torch.no_grad():  # all sequences, so that every rank gathers the same parameters under ZeRO 3
+        with torch.no_grad():  # of all sequences, so that every rank gathers the same parameters under ZeRO 3
             own = self.model.tokens(batch.windows)
-        return torch.where(batch.own_B[:, None, None], own, batch.targets_BWK)
+        return torch.where(batch.on_policy_B[:, None, None], own, batch.targets_BWK)
 
     def _labels(self, soft: SoftTargets | None, windows: Windows, context: Context, targets_BWK: Tensor) -> Labels:
-        """The labels that rollouts ship, or whole distributions from the AR model inside the student."""
+        """The labels that come with the rollouts, or whole distributions of the AR model inside the student."""
         if soft is not None:
             return soft.rows
         assert self.model.config.design.exact_trunk, "no labels in the rollouts, and no AR model in the student"
@@ -134,24 +144,24 @@ class StudentStep(nn.Module):
 
 
 Labels = Callable[[slice], SoftTargets]
-"""Some windows, those of all sequences in a line → the teacher's distributions along their targets."""
+"""A slice of the R windows of the batch → the teacher's distributions at their targets, (1, r, K, …)."""
 
 
 def measured_windows(windows: int) -> range:
-    """The windows of each sequence that match is measured on."""
+    """The windows of each sequence on which match is measured, when a sequence has so many."""
     return range(min(MATCH_STRIDE, windows) // 2, windows, MATCH_STRIDE)
 
 
 class ChunkLoss:
-    """Loss, NLL and matches of some windows, from their states: what `loss_in_chunks` calls.
+    """Loss, NLL and matches of a slice of the windows, computed from their states; `loss_in_chunks` calls it.
 
     Args:
         model: the student.
         scores: of all windows.
-        windows: B · W of them, taken as R rows here.
+        windows: all windows; here they are R = B · W rows.
         targets_BWK: int64 tokens.
-        labels: soft targets; none when the tokens are the targets.
-        measured: windows of each sequence that match is measured on.
+        labels: soft targets; None when the tokens are the targets.
+        measured: the windows of each sequence on which match is measured.
     """
 
     def __init__(
@@ -165,7 +175,7 @@ class ChunkLoss:
     ):
         self.model, self.head, self.labels, self.measured = model, scores.head, labels, measured
         self.states = [states.flatten(0, 1) for states in (scores.states_BWKD, *scores.side_states)]
-        """What `loss_in_chunks` cuts: (R, K, D), and (R, K − 1, D) of each side."""
+        """The tensors that `loss_in_chunks` slices: (R, K, D), and (R, K − 1, D) for each of the side states."""
         self.targets_RK = targets_BWK.flatten(0, 1)
         self.noise_RK = windows.noise_BWK.flatten(0, 1)
         self.temperature_R = windows.temperature_BW.flatten()
@@ -174,7 +184,11 @@ class ChunkLoss:
         self.measured_rows = rows[:, measured.start :: measured.step].flatten()
 
     def __call__(self, rows: slice, states_RKD: Tensor, *side_states: Tensor) -> tuple[Tensor, ...]:
-        """(r,) loss with gradient, (r, K) NLL, and (s, K) whether tokens of the measured windows are the targets."""
+        """Loss and figures of r rows, of which match is measured on s.
+
+        Returns:
+            (r,) loss with gradient, (r, K) NLL of the targets, and (s, K) bool, whether the drawn tokens are the targets.
+        """
         targets, logits = self.targets_RK[rows], self.head(states_RKD).float()
         soft = None if self.labels is None else self.labels(rows)
         token_loss_RK = _token_loss(logits, targets, soft)
@@ -183,7 +197,7 @@ class ChunkLoss:
         for states in side_states:
             side_RK = _token_loss(self.head(states), targets[:, 1:], later)
             loss_R = loss_R + self.model.config.design.sequential.side_weight * side_RK.sum(dim=-1)
-        with torch.no_grad():  # last, so that recomputing the loss stops before it
+        with torch.no_grad():  # last, so that a second computation for the gradients can stop before it
             nll_RK = token_loss_RK.detach() if soft is None else target_nll(logits, targets)
             return loss_R, nll_RK, self._right(logits, rows)
 
@@ -194,7 +208,7 @@ class ChunkLoss:
         return self.model.readout.pick(logits_RKV[here - rows.start], noise, temperature) == self.targets_RK[here]
 
     def _measured_before(self, row: int) -> int:
-        """How many measured windows lie before a row: known without asking the device."""
+        """Number of measured windows before a row, computed on the host without waiting for the device."""
         sequences, window = divmod(row, self.width)
         return sequences * len(self.measured) + len(range(self.measured.start, window, self.measured.step))
 
@@ -204,7 +218,7 @@ def _token_loss(logits_RKV: Tensor, targets_RK: Tensor, soft: SoftTargets | None
 
 
 class ARStep(nn.Module):
-    """The next-token loss of a micro-batch of token blocks; `chunk` tokens' logits exist at a time."""
+    """The next-token loss of a micro-batch of token blocks; logits of `chunk` tokens exist at the same time."""
 
     def __init__(self, model: PreTrainedModel, chunk: int = CHUNK):
         super().__init__()
@@ -216,17 +230,17 @@ class ARStep(nn.Module):
 
 
 def optimizer_step(engine: Any, micro_batches: Sequence[TokenBatch | WindowBatch]) -> LossSums:
-    """Forward, backward and update over accumulated micro-batches; returns this rank's sums.
+    """Forward and backward passes over the micro-batches, and one update of the weights. Returns the sums of this rank.
 
-    Ranks may have different numbers of tokens below ZeRO 3. There weights are gathered for each call of a module, and
-    ranks with other numbers of tokens would make other numbers of calls.
+    Below ZeRO 3, ranks may have different numbers of tokens. ZeRO 3 gathers the weights for each call of a module, and the
+    number of calls depends on the number of tokens, so there all ranks must have the same.
     """
     tokens = torch.tensor([b.target_tokens for b in micro_batches], device=engine.device)
     every = [torch.empty_like(tokens) for _ in range(dist.get_world_size())]
     dist.all_gather(every, tokens)
-    counts = torch.stack(every).tolist()  # the host waits once
+    counts = torch.stack(every).tolist()  # the only time that the host waits for the device
     assert engine.zero_optimization_stage() < 3 or all(count == counts[0] for count in counts), (
-        f"ranks have micro-batches of {counts} target tokens: ZeRO 3 needs equal ones, or ranks wait for each other for ever"
+        f"ranks have micro-batches of {counts} target tokens: ZeRO 3 needs equal numbers, or ranks wait forever"
     )
     scale = len(counts) * len(micro_batches) / sum(map(sum, counts))
     total: LossSums | None = None
@@ -241,7 +255,10 @@ def optimizer_step(engine: Any, micro_batches: Sequence[TokenBatch | WindowBatch
 
 
 def reduce_sums(sums: LossSums) -> dict[str, Any]:
-    """Means over all ranks: loss, per-offset NLL and match, block match, target tokens."""
+    """Means over all ranks: `loss`, `nll` and `match` by offset, `block_match`; and the number of target `tokens`.
+
+    Collective: every rank must call it.
+    """
     K = len(sums.nll_K)
     scalars = torch.stack([sums.block, sums.loss.detach(), torch.full_like(sums.block, float(sums.windows))])
     packed = torch.cat([sums.nll_K, sums.match_K, scalars]).double()
@@ -257,17 +274,7 @@ def reduce_sums(sums: LossSums) -> dict[str, Any]:
 
 
 def largest(value: float, device: torch.device) -> float:
-    """The largest of all ranks' numbers."""
+    """The largest value among the ranks. Collective: every rank must call it."""
     packed = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(packed, dist.ReduceOp.MAX)
     return packed.item()
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """Linear warm-up, then constant or cosine down to a tenth of the peak; a pure function of the step."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if schedule == "constant":
-        return peak
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * progress)))

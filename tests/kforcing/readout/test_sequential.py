@@ -174,7 +174,7 @@ def test_own_windows_are_scored_along_the_students_tokens():
     targets = torch.zeros(2, 3, 4, dtype=torch.int64)
     step = StudentStep(student, "soft")
     with torch.no_grad():
-        mixed = step(WindowBatch(w, targets, own_B=torch.tensor([False, True])))
+        mixed = step(WindowBatch(w, targets, on_policy_B=torch.tensor([False, True])))
         drawn = student.draw(w).tokens_BWK
         parts = [
             step(WindowBatch(w.rows(torch.tensor([0])), targets[:1])),
@@ -188,7 +188,7 @@ def test_own_windows_do_not_count_as_matches():
     w = windows(W=8)
     wrong = (student.draw(w).tokens_BWK + 1) % VOCAB
     with torch.no_grad():
-        sums = StudentStep(student, "soft")(WindowBatch(w, wrong, own_B=torch.tensor([False, True])))
+        sums = StudentStep(student, "soft")(WindowBatch(w, wrong, on_policy_B=torch.tensor([False, True])))
     assert sums.match_K[0] == 0
     assert sums.windows == 16
 

@@ -16,12 +16,15 @@ from kforcing.distillation.losses import LossSums, hard_target_loss
 from pipelines.config.schema import TrainConfig
 from pipelines.training import deepspeed_engine as strategy
 from pipelines.training.progress import Progress
-from pipelines.training.step import StudentStep, WindowBatch, learning_rate, optimizer_step, reduce_sums
+from pipelines.training.schedule import learning_rate
+from pipelines.training.step import StudentStep, WindowBatch, optimizer_step, reduce_sums
 from tests.conftest import VOCAB, make_backbone, make_sequential
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.cluster
-TRAIN = TrainConfig(batch=8, micro_batch=2, lr=1e-2, clip=1.0, ema=0.9, workers=2)
+TRAIN = TrainConfig(
+    batch=8, micro_batch=2, lr=1e-2, clip=1.0, ema=0.9, workers=2, steps=10, warmup=2, schedule="cosine"
+)
 
 
 def step_module(chunk=10**6):
@@ -100,7 +103,7 @@ def train(rank, world, out, zero_stage, deal, steps=3, resume_at=None, precision
     assert start == (resume_at or 0)
     losses = []
     for step in range(start, steps):
-        strategy.set_lr(engine, learning_rate(step, 10, config.lr, 2, "cosine"))
+        strategy.set_lr(engine, learning_rate(step, config))
         sums = optimizer_step(engine, deal(step, rank, world))
         average.update(step)
         losses.append(reduce_sums(sums)["loss"])
@@ -138,7 +141,7 @@ def train_plainly(module):
     losses = []
     for step in range(3):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, 10, TRAIN.lr, 2, "cosine")
+            group["lr"] = learning_rate(step, TRAIN)
         sums = module(windows(step, range(8), 3))
         optimizer.zero_grad()
         (sums.loss / sums.tokens).backward()
@@ -221,16 +224,6 @@ def test_a_run_of_two_ranks_is_resumed_by_one(tmp_path, plain, zero_stage):
     again = run(tmp_path, "shrunk", 1, zero_stage, even_micro_batches, steps=3, resume_at=2)
     again["losses"] = torch.cat([plain["losses"][:2], again["losses"]])
     assert_same(again, plain)
-
-
-def test_learning_rate_schedules():
-    lrs = [learning_rate(s, 100, 1.0, 10, "cosine") for s in range(100)]
-    assert lrs[0] == pytest.approx(0.1)
-    assert lrs[9] == pytest.approx(1.0)
-    assert lrs[10] == pytest.approx(1.0)
-    assert lrs[55] == pytest.approx(0.55)
-    assert lrs[99] == pytest.approx(0.1, abs=0.01)
-    assert learning_rate(99, 100, 1.0, 10, "constant") == 1.0
 
 
 def test_the_loss_sums_of_two_ranks_reduce_to_global_means(tmp_path):
