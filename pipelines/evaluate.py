@@ -1,8 +1,8 @@
-"""Evaluate the models of a run: fidelity, text, every rival in one table, speed, cost, determinism.
+"""Evaluate the models of a run: fidelity, text, every baseline in one table, speed, cost, determinism.
 
     run directory or models:/NAME@ALIAS ─► parts, each finished once ─► report.md, report.json, plots, samples.html ─► MLflow
         fidelity   the same noise, joint distributions, far from the prompt        (held-out text, intervals over documents)
-        rivals     other methods trained under one budget, decoded, judged alike
+        baselines  other methods trained under one budget, decoded, judged alike
         speed      tokens a second, alone on the machine
 
     python pipelines/evaluate.py [RUN | models:/NAME@ALIAS] [section.field=value …]
@@ -31,7 +31,7 @@ from pipelines.evaluation.config import EvaluationConfig, evaluation_config  # n
 from pipelines.evaluation.heldout import EvalJob, evaluate_student  # noqa: E402
 from pipelines.evaluation.parts import run_parts  # noqa: E402
 from pipelines.evaluation.plan import plan_of  # noqa: E402
-from pipelines.evaluation.report import write_evaluation  # noqa: E402
+from pipelines.evaluation.report.record import write_evaluation  # noqa: E402
 from pipelines.evaluation.subject import Subject, open_subject, subject_of  # noqa: E402
 from pipelines.log import log, show_progress  # noqa: E402
 from pipelines.runs.cluster import READING, Pool, Work, connected  # noqa: E402

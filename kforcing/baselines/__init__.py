@@ -1,11 +1,19 @@
-"""Other ways to emit several tokens a pass, on the same backbone: what K-Forcing is measured against.
+"""Baselines: other methods that emit several tokens a pass, on the same backbone.
 
-Each module trains one method and decodes it, small and plain; those that verify run on the engine's cache and layers.
+    assisted.py    assisted generation of `transformers` with a small draft model
+    inversion.py   noise recovered from real text, with causal hints (the paper's ablation B) or with heads (A)
+    mdlm.py        masked diffusion, and why it cannot be lossless when it unmasks several positions a pass
+    medusa.py      heads that guess the following tokens, which the AR model verifies in its next pass
+    ptp.py         a noise-inversion student drafts tokens, and the AR model verifies them under the same noise
+    base.py        what all of them share: the `Decoder` protocol, batches of real text, decoding over the engine's cache
 
-    inversion.py   noise recovered from real text: causal hints (the paper's ablation B) or heads (A)
-    medusa.py      heads that guess the following tokens, verified by the AR model in the same pass
-    ptp.py         a noise-inversion student drafts, the AR model verifies under the same noise
-    mdlm.py        masked diffusion, and why unmasking several positions a pass cannot be lossless
-    assisted.py    `transformers` assisted generation with a small draft model
-    rows.py        what the decoders share
+How to add a baseline:
+
+1. Write a module here with two classes:
+   * `…Step(nn.Module)`, whose `forward(batch: TextWindows) -> LossSums` is the training loss on real text;
+   * `…Decoder`, whose `decode(prompts_RN, new_tokens, seeds) -> Decoded` continues prompts (see `base.Decoder`).
+2. Add an entry to METHODS in `pipelines/evaluation/baselines.py`. It names the untrained model, the step, the decoder
+   and the rows of the table.
+
+`pipelines/evaluate.py` then trains the baseline for the same FLOPs as the others and puts it in the table.
 """

@@ -1,5 +1,8 @@
-"""Assisted generation as `transformers` ships it: a small AR model drafts, the large one accepts or resamples (speculative
-sampling, Leviathan et al. 2023). One prompt at a time; the text is distributed as the large model's."""
+"""Assisted generation of `transformers`: a small AR model drafts tokens, and the large one accepts or resamples them.
+
+This is speculative sampling (Leviathan et al. 2023). It takes one prompt at a time, and its text has the distribution of the
+large model's.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from kforcing.baselines.rows import Decoded
+from kforcing.baselines.base import Decoded
 
 
 def draft_model(backbone: PreTrainedModel, layers: int = 1) -> PreTrainedModel:
-    """An untrained AR model of the same family, width and vocabulary with fewer layers; embeddings and head are copied."""
+    """An untrained AR model of the same family, width and vocabulary with fewer layers. Embeddings and LM head are copied."""
     config = copy.deepcopy(backbone.config)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
@@ -26,20 +29,23 @@ def draft_model(backbone: PreTrainedModel, layers: int = 1) -> PreTrainedModel:
 
 
 class AssistedDecoder:
-    """See the module's text; `draft` none is plain `generate`."""
+    """Sampling by `generate` of `transformers`, with a draft model or without one."""
 
     def __init__(self, backbone: PreTrainedModel, draft: PreTrainedModel | None):
         self.backbone: Any = backbone.eval()
         self.draft = draft.eval() if draft else None
         for model in filter(None, (self.backbone, self.draft)):
-            # A model's own defaults (a temperature, say) would fill in what `decode` leaves open; and without an EOS
-            # texts are of one length, as the other decoders make them.
+            # Without this, the model's own defaults (for example a temperature) would replace arguments that `decode` does
+            # not give. Without an EOS all texts have the same length, like those of the other decoders.
             model.generation_config = GenerationConfig()
             model.config.eos_token_id = None
 
     @torch.inference_mode()
     def decode(self, prompts_RN: Tensor, new_tokens: int, seeds: list[int]) -> Decoded:
-        """See `Decoder`; the noise is torch's, seeded by the rows' seeds. Passes are those of both models."""
+        """Continue prompts; see `kforcing.baselines.base.Decoder`.
+
+        The noise comes from torch's generator, seeded by the rows' seeds. Passes of both models count.
+        """
         passes = 0
 
         def count(*_: Any) -> None:

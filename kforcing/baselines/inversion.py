@@ -1,11 +1,12 @@
-"""Noise inversion: learn the map from noise to tokens on real text, without any rollout.
+"""Noise inversion: a student learns the map from noise to tokens on real text, without rollouts.
 
-For a real token x after a real context, draw z uniformly inside the bin that the AR model's CDF gives to x. Then z looks
-uniform exactly when the AR model is the distribution of the data, and (context, z) → x is a pair to learn from. It costs one
-forward pass of the AR model. Two students learn from the same pairs (the ablations of K-Forcing, Table 2):
+For a real token x after a real context, z is drawn uniformly inside the bin that the AR model's CDF gives to x. Then
+(context, z) → x is a pair to learn from. The z of all tokens are uniform exactly when the AR model is the distribution of
+the data. A batch takes one forward pass of the AR model. Two students learn from the same pairs (ablations of K-Forcing,
+Table 2):
 
-    causal   the paper's own student, hints one after the other (B)
-    heads    a standard multi-token architecture: one hint that carries all k noises, k separate heads (A)
+    causal   the paper's own student, which reads the hints one after the other (B)
+    heads    a common multi-token architecture: one hint that carries all k noises, and k separate heads (A)
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from kforcing.attention.reader import BlockReader, Reader, ar_block_logits
 from kforcing.attention.windows import Context, Windows, read_context
 from kforcing.backbone import embeddings, head, lm_head
-from kforcing.baselines.rows import TextWindows
+from kforcing.baselines.base import TextWindows
 from kforcing.design import NoiseConfig
 from kforcing.distillation.losses import LossSums, hard_target_loss
 from kforcing.modeling import PushForwardLM
@@ -28,7 +29,7 @@ from kforcing.readout.base import BlockScores, Pick, Readout, Turn
 
 
 def invert(logits: Tensor, tokens: Tensor, u: Tensor) -> Tensor:
-    """Noise that `inverse_cdf` maps to given tokens: F(x − 1) + u · p(x), uniform in the token's bin for uniform u.
+    """Noise that `inverse_cdf` maps to given tokens: F(x − 1) + u · p(x), which is uniform in the token's bin for uniform u.
 
     Args:
         logits: (..., V).
@@ -48,10 +49,10 @@ class InversionStep(nn.Module):
     def __init__(self, student: PushForwardLM, teacher: PreTrainedModel):
         super().__init__()
         self.student = student
-        self._teacher = (teacher.requires_grad_(False),)  # in a tuple: it is not trained here
+        self._teacher = (teacher.requires_grad_(False),)  # a tuple hides its parameters from the optimiser
 
     def forward(self, batch: TextWindows) -> LossSums:
-        """−log p_j(real token) summed over windows and offsets."""
+        """−log p_j(real token), summed over windows and offsets."""
         tokens_BWK = batch.following_BWK
         with torch.no_grad():
             context = read_context(self._teacher[0], batch.tokens_BN)
@@ -64,7 +65,7 @@ class InversionStep(nn.Module):
 
 
 class HeadsReadout(Readout):
-    """All k noises in one hint, k heads on its state; each head's argmax is its token."""
+    """One hint that carries all k noises, and k heads on its state. The argmax of each head is its token."""
 
     def __init__(self, backbone: PreTrainedModel, k: int, noise: NoiseConfig):
         super().__init__()
@@ -75,10 +76,10 @@ class HeadsReadout(Readout):
         self.heads = silent_heads(width, k)
 
     def start(self, backbone: PreTrainedModel) -> None:
-        """Heads are made to begin as the shared LM head."""
+        """Do nothing: new heads already compute what the shared LM head computes."""
 
     def encode(self, noise_BWK: Tensor) -> Tensor:
-        """(B, W, k) noise → one (B, W, 1, D) hint: sinusoids of each z side by side, then a residual MLP."""
+        """(B, W, k) noise → one (B, W, 1, D) hint: the sinusoids of all z, then a residual MLP."""
         half = self.project.out_features // 2
         low, high = math.log(self.noise.min_cycles), math.log(self.noise.max_cycles)
         cycles = torch.linspace(low, high, half, device=noise_BWK.device).exp() * (2 * math.pi)
@@ -96,7 +97,9 @@ class HeadsReadout(Readout):
 
     def _states(self, backbone: PreTrainedModel, windows: Windows, reader: Reader) -> Tensor:
         if windows.k != self.k:
-            raise ValueError(f"k={windows.k}: this student's one hint carries exactly {self.k} noises")
+            raise ValueError(
+                f"k={windows.k}: the hint of this student carries exactly {self.k} noises; decode it with k={self.k}"
+            )
         block = self.encode(windows.noise_BWK)
         if windows.prefix_BWP is not None:
             block = torch.cat([embeddings(backbone)(windows.prefix_BWP), block], dim=2)
@@ -104,7 +107,7 @@ class HeadsReadout(Readout):
         return torch.stack([state_BWD + nn.functional.silu(part(state_BWD)) for part in self.heads], dim=2)
 
     def pick(self, logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
-        """The likeliest token."""
+        """The most likely token."""
         return logits.argmax(dim=-1)
 
     def turns(
@@ -115,12 +118,12 @@ class HeadsReadout(Readout):
             yield logits_BWV, pick(logits_BWV, offset)
 
     def grow(self, k: int) -> None:
-        """A head is of one k."""
+        """Not possible: each head belongs to one k."""
         raise NotImplementedError
 
 
 def silent_heads(width: int, n: int) -> nn.ModuleList:
-    """n linear maps that give zeros until they are trained: residual heads begin as the LM head they share."""
+    """n linear maps that start with zeros, so that untrained residual heads compute what the shared LM head computes."""
     heads = nn.ModuleList()
     for _ in range(n):
         part = nn.Linear(width, width)
@@ -131,7 +134,7 @@ def silent_heads(width: int, n: int) -> nn.ModuleList:
 
 
 def with_heads(student: PushForwardLM) -> PushForwardLM:
-    """A paper student turned into architecture A: its read-out replaced, its backbone kept."""
+    """Architecture A: the student with its backbone, and with `HeadsReadout` as its read-out."""
     readout = HeadsReadout(student.backbone, student.k, student.config.design.noise)
     parameter = next(student.parameters())
     student.readout = readout.to(parameter.device, parameter.dtype)  # type: ignore[assignment]

@@ -1,13 +1,13 @@
-"""Masked diffusion (MDLM, Sahoo et al. 2024, arXiv 2406.07524): tokens appear at random positions, several a pass.
+"""Masked diffusion (MDLM, Sahoo et al. 2024, arXiv 2406.07524): each pass unmasks tokens at several random positions.
 
-Training masks each token of a block with probability t, t uniform, and predicts the masked ones from all others; 1/t weights
-make the loss a bound on the NLL. The backbone reads both ways (a mask of ones) and starts from the AR model's weights, so a
-token is predicted from the state before it, as there. Decoding begins with all new tokens masked and, each pass, draws
-`k` random positions from their marginals.
+Training masks each token of a block with probability t, where t is uniform, and predicts the masked tokens from all others.
+Weights 1/t make the loss a bound on the NLL. The backbone reads in both directions (its attention mask is all ones) and
+starts from the AR model's weights; as in the AR model, a token is predicted from the state before it. Decoding starts with
+all new tokens masked. Each pass draws `k` random positions from their marginals.
 
-Why more than one position a pass cannot be lossless (Theorem 1 of K-Forcing): positions unmasked together are drawn
-independently given the rest, and their joint distribution is not the product of its marginals when they depend on each
-other. `unmasking_law` computes the law of such a sampler exactly, for a distribution small enough to write down.
+Unmasking more than one position a pass cannot be lossless (Theorem 1 of K-Forcing). Positions that are unmasked together
+are drawn independently given the rest, but their joint distribution is not the product of its marginals when they depend on
+each other. `unmasking_law` computes the distribution of such a sampler exactly, when it is small enough to write down.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kforcing.backbone import embeddings, lm_head
-from kforcing.baselines.rows import Decoded, Rows, TextWindows, packed
+from kforcing.baselines.base import Decoded, Rows, TextWindows, packed
 from kforcing.distillation.losses import LossSums
 
 
 class MaskedLM(nn.Module):
-    """A backbone that reads both ways, with an embedding for what is masked."""
+    """A backbone that reads in both directions, with an embedding for masked tokens."""
 
     def __init__(self, backbone: PreTrainedModel):
         super().__init__()
@@ -33,7 +33,15 @@ class MaskedLM(nn.Module):
         self.mask = nn.Parameter(embeddings(backbone).weight.detach().mean(0))
 
     def forward(self, tokens_BN: Tensor, masked_BN: Tensor, at_BK: Tensor) -> Tensor:
-        """(B, N) tokens and a bool mask → (B, K, V) logits for some positions from 1 on."""
+        """Logits of tokens at some positions.
+
+        Args:
+            tokens_BN: int64.
+            masked_BN: bool, True at masked tokens.
+            at_BK: int64 positions from 1 on.
+        Returns:
+            (B, K, V) logits.
+        """
         B, N = tokens_BN.shape
         x = torch.where(masked_BN[..., None], self.mask, embeddings(self.backbone)(tokens_BN))
         sees = torch.ones(1, 1, N, N, dtype=torch.bool, device=x.device).expand(B, -1, -1, -1)
@@ -51,7 +59,7 @@ class MaskedStep(nn.Module):
         self.model = model
 
     def forward(self, batch: TextWindows) -> LossSums:
-        """Σ over masked positions of −log p(token) / t. The rates t are spread over the batch (lower variance)."""
+        """Σ over masked positions of −log p(token) / t. The rates t are spread evenly over the batch, for lower variance."""
         tokens_BN = batch.tokens_BN
         B, N = tokens_BN.shape
         u = batch.noise_BWK.flatten(1)  # (B, at least N) uniforms
@@ -68,14 +76,14 @@ class MaskedStep(nn.Module):
 
 
 class MaskedDecoder:
-    """Unmasks `k` random positions of the continuation a pass."""
+    """Each pass unmasks `k` random positions of the continuation."""
 
     def __init__(self, model: MaskedLM, k: int):
         self.model, self.k = packed(model.eval()), k
 
     @torch.inference_mode()
     def decode(self, prompts_RN: Tensor, new_tokens: int, seeds: list[int]) -> Decoded:
-        """See `Decoder`. The order of the positions comes from the seed, too."""
+        """Continue prompts; see `kforcing.baselines.base.Decoder`. The seeds also give the order of the positions."""
         N = prompts_RN.shape[1]
         rows = Rows(prompts_RN, seeds, new_tokens)
         order = Rows(prompts_RN, [seed + 2**32 for seed in seeds], new_tokens).noise_RC[:, N:].argsort(1) + N
@@ -90,11 +98,11 @@ class MaskedDecoder:
 
 
 def unmasking_law(joint: Tensor, k: int) -> Tensor:
-    """The exact law of a sampler that knows every conditional marginal and unmasks k random positions a pass.
+    """The exact distribution of a sampler that knows every conditional marginal and unmasks k random positions a pass.
 
     Args:
         joint: (V, V, …) probabilities of n tokens, one dimension each.
-        k: positions of a pass; the last pass takes what is left.
+        k: positions of a pass; the last pass takes those that are left.
     Returns:
         Probabilities of the same shape. Equal to `joint` for k = 1; for larger k only where positions that are unmasked
         together are independent given the others.
@@ -103,7 +111,7 @@ def unmasking_law(joint: Tensor, k: int) -> Tensor:
     laws: dict[frozenset[int], Tensor] = {frozenset(range(n)): torch.ones_like(joint)}
 
     def given(known: frozenset[int]) -> Tensor:
-        """The law of the whole, given values of the known positions."""
+        """The distribution of all positions, given the values of the known ones."""
         if known not in laws:
             masked = [i for i in range(n) if i not in known]
             subsets = list(itertools.combinations(masked, min(k, len(masked))))
@@ -117,7 +125,7 @@ def unmasking_law(joint: Tensor, k: int) -> Tensor:
 
 
 def _product(joint: Tensor, known: frozenset[int], together: tuple[int, ...]) -> Tensor:
-    """∏ over the positions of p(x_i | known)."""
+    """∏ p(x_i | known) over the positions that are unmasked together."""
     product = torch.ones_like(joint)
     base = _marginal(joint, known)
     for i in together:
@@ -126,6 +134,6 @@ def _product(joint: Tensor, known: frozenset[int], together: tuple[int, ...]) ->
 
 
 def _marginal(joint: Tensor, keep: frozenset[int]) -> Tensor:
-    """Sum over all other positions, dimensions kept."""
+    """Sum over all positions but `keep`; summed dimensions have size 1."""
     out = [i for i in range(joint.ndim) if i not in keep]
     return joint.sum(out, keepdim=True) if out else joint

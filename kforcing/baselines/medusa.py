@@ -1,11 +1,12 @@
-"""Medusa: heads on the AR model's last state guess the tokens after the next, and the next pass verifies the guesses.
+"""Medusa: heads on the AR model's last state guess the tokens after the next one, and the next pass verifies the guesses.
 
-    pass      reads [ last token | k guesses ]    the AR model's own tokens after each, under the rows' noise
-              keeps them as long as the guesses before were right, and at least one
+    a pass   reads [ last token | k guesses ] and gives the AR model's own token after each, under the rows' noise;
+             a token is kept when all guesses before it were right, so each pass keeps at least one
 
-Heads as in Cai et al. (2024, arXiv 2401.10774): a residual SiLU layer each, here with the LM head shared and the trunk frozen
-(Medusa-1), a chain of guesses and no tree. Verification compares the guess with what the AR model makes of the same noise, so
-the text is the AR model's, token for token: lossless, and simpler to prove than rejection sampling.
+Each head is a residual SiLU layer as in Cai et al. (2024, arXiv 2401.10774). Here the heads share the LM head, the trunk is
+frozen (Medusa-1), and guesses form a chain and not a tree. Verification compares a guess with the token that the AR model
+makes of the same noise. Therefore the text is the AR model's, token for token. Rejection
+sampling would be harder to prove.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kforcing.backbone import embeddings, head, lm_head
+from kforcing.baselines.base import Decoded, Readers, Rows, TextWindows, decode_rows, packed, verify
 from kforcing.baselines.inversion import silent_heads
-from kforcing.baselines.rows import Decoded, Readers, Rows, TextWindows, packed, run, verify
 from kforcing.coupling import Coupling
 from kforcing.distillation.losses import LossSums, hard_target_loss
 
 
 class MedusaHeads(nn.Module):
-    """k heads: head j looks j tokens beyond the next one."""
+    """k heads: head j guesses the token that is j places after the next one."""
 
     def __init__(self, backbone: PreTrainedModel, k: int):
         super().__init__()
@@ -32,7 +33,7 @@ class MedusaHeads(nn.Module):
         self.heads = silent_heads(width, k)
 
     def forward(self, state: Tensor) -> Tensor:
-        """(..., D) → (..., k, D) states to give to the LM head."""
+        """(..., D) state → (..., k, D) inputs of the LM head."""
         return torch.stack([state + nn.functional.silu(part(state)) for part in self.heads], dim=-2)
 
 
@@ -42,10 +43,10 @@ class MedusaStep(nn.Module):
     def __init__(self, backbone: PreTrainedModel, heads: MedusaHeads):
         super().__init__()
         self.heads = heads
-        self._backbone = (backbone.requires_grad_(False),)  # in a tuple: it is not trained here
+        self._backbone = (backbone.requires_grad_(False),)  # a tuple hides its parameters from the optimiser
 
     def forward(self, batch: TextWindows) -> LossSums:
-        """−log p_j(real token) of the tokens after the next, summed over windows."""
+        """−log p_j(real token) of the tokens after the next one, summed over windows."""
         backbone = self._backbone[0]
         with torch.no_grad():
             states_BND = backbone.base_model(input_ids=batch.tokens_BN, use_cache=False).last_hidden_state
@@ -54,7 +55,7 @@ class MedusaStep(nn.Module):
 
 
 class MedusaDecoder:
-    """See the module's text."""
+    """Decodes with guesses of the heads that the AR model verifies."""
 
     def __init__(self, backbone: PreTrainedModel, heads: MedusaHeads, coupling: Coupling):
         self.backbone: Any = packed(backbone)
@@ -62,7 +63,7 @@ class MedusaDecoder:
 
     @torch.inference_mode()
     def decode(self, prompts_RN: Tensor, new_tokens: int, seeds: list[int]) -> Decoded:
-        """See `Decoder`. Raises ValueError for prompts of one token."""
+        """Continue prompts; see `kforcing.baselines.base.Decoder`. Raises ValueError for prompts of one token."""
         R, N = prompts_RN.shape
         if N < 2:
             raise ValueError(f"prompts of {N} token: the heads need a state before the last one; give at least 2")
@@ -82,4 +83,4 @@ class MedusaDecoder:
             rows.append(sure, keep_R)
             state_RD = states_RLD[torch.arange(R, device=keep_R.device), keep_R - 1]
 
-        return run(rows, new_tokens, step, passes_a_step=1)
+        return decode_rows(rows, new_tokens, step, passes_a_step=1)

@@ -1,9 +1,10 @@
-"""Parallel token prediction with verification (Draxler et al., arXiv 2512.21323): draft and check under the same noise.
+"""Parallel token prediction with verification (Draxler et al., arXiv 2512.21323): draft and verification use the same noise.
 
     draft     the noise-inversion student makes k tokens of z_1 … z_k in one pass
-    verify    the AR model reads them in one pass and makes its own tokens of the same noise; those after right drafts hold
+    verify    the AR model reads them in one pass and makes its own tokens of the same noise; a token is kept when all
+              drafts before it were right
 
-The text is the AR model's, token for token. Two passes for 1 to k + 1 tokens.
+The text is the AR model's, token for token. Two passes give 1 to k + 1 tokens.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from transformers import PreTrainedModel
 
 from kforcing.attention.windows import Windows
 from kforcing.backbone import lm_head
-from kforcing.baselines.rows import Decoded, Readers, RowReader, Rows, packed, run, verify
+from kforcing.baselines.base import Decoded, Readers, RowReader, Rows, decode_rows, packed, verify
 from kforcing.coupling import inverse_cdf
 from kforcing.modeling import PushForwardLM
 
 
 class PTPDecoder:
-    """See the module's text."""
+    """Decodes with drafts of a noise-inversion student that the AR model verifies."""
 
     def __init__(self, student: PushForwardLM, teacher: PreTrainedModel):
         self.student, self.teacher = packed(student.eval()), packed(teacher.eval())
@@ -30,12 +31,17 @@ class PTPDecoder:
 
     @torch.inference_mode()
     def decode(self, prompts_RN: Tensor, new_tokens: int, seeds: list[int]) -> Decoded:
-        """See `Decoder`. Raises ValueError for prompts shorter than what a step reads again."""
+        """Continue prompts; see `kforcing.baselines.base.Decoder`.
+
+        Raises ValueError for prompts of fewer than k + 1 tokens, which each step reads again.
+        """
         N = prompts_RN.shape[1]
         k = self.student.k
-        again = k + 1  # as many tokens as a step may add: all of them are read before the next draft
+        again = k + 1  # a step adds up to k + 1 tokens, and the student must read all of them before the next draft
         if again > N:
-            raise ValueError(f"prompts of {N} tokens: a draft of k={k} reads the last {again}; give at least as many")
+            raise ValueError(
+                f"prompts of {N} tokens: a draft of k={k} reads the last {again}; give prompts of at least {again} tokens"
+            )
         rows = Rows(prompts_RN, seeds, new_tokens, spare=again)
         drafter, checker = self.drafters(rows), self.checkers(rows)
         drafter.tokens(prompts_RN)
@@ -49,10 +55,10 @@ class PTPDecoder:
             sure = inverse_cdf(lm_head(self.teacher, states).float(), z_RL, 1.0)
             rows.append(sure, verify(drafts, sure))
 
-        return run(rows, new_tokens, step, passes_a_step=2)
+        return decode_rows(rows, new_tokens, step, passes_a_step=2)
 
     def _draft(self, rows: Rows, reader: RowReader, z_RK: Tensor, again: int) -> Tensor:
-        """(R, k) tokens of the student, which reads the last tokens of every row first."""
+        """(R, k) tokens of the student, after it has read the last tokens of every row."""
         start_R = rows.length_R - again
         windows = Windows(
             context_BN=rows.tokens_RC,

@@ -1,10 +1,11 @@
-"""Fidelity of a student to its AR teacher under the same noise, with honest intervals.
+"""Fidelity of a student to its AR teacher in windows of held-out text, under the same noise.
 
 match_j       share of windows whose j-th student token equals the AR teacher's coupled token
-block_match   share of windows with all k equal
-student_nll   the AR teacher's −log p of the student's tokens; teacher_nll: of the teacher's own. Two-sided: a student
-              that is *likelier* under the teacher than the teacher itself has collapsed towards modes
-target_nll    −log p_j of the teacher's coupled token under the student: the training loss on held-out data
+block_match   share of windows in which all k tokens are equal
+student_nll   −log p of the student's tokens under the AR teacher
+teacher_nll   −log p of the teacher's own tokens. The comparison is two-sided: a student whose tokens are *likelier*
+              than the teacher's own has collapsed towards modes
+target_nll    −log p_j of the teacher's coupled token under the student, which is the training loss on held-out data
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from kforcing.modeling import PushForwardLM
 
 @dataclass(frozen=True)
 class WindowScores:
-    """Per window and offset, all (B, W, K)."""
+    """Figures of each window and offset, all (B, W, K)."""
 
     match: Tensor
     student_nll: Tensor
@@ -36,10 +37,10 @@ class WindowScores:
 
 @torch.inference_mode()
 def window_scores(student: PushForwardLM, teacher: PreTrainedModel, windows: Windows) -> WindowScores:
-    """Run student and AR teacher on the same windows and noise, under the student's coupling.
+    """Run student and AR teacher on the same windows and the same noise, under the student's coupling.
 
     Args:
-        student: of k ≥ windows.k.
+        student: its k is at least that of the windows.
         teacher: the AR model.
     """
     mine = student.draw(windows).tokens_BWK

@@ -1,8 +1,8 @@
-"""What a pass costs: operations and bytes of weights, counted on the real code and predicted from its shapes.
+"""FLOPs and bytes of a decoding step, counted while the real code runs, and predicted from parameter counts.
 
-Decoding at a small batch waits for weights to come from memory, at a large one for arithmetic. Both are here: FLOPs (a
-multiply-add is two) of matrix products and attention, and the bytes of weights that one step reads, each weight as often
-as it is read.
+At a small batch the time of a step is that of reading weights from memory; at a large batch it is that of arithmetic. This
+module counts both: FLOPs of matrix products and attention (a multiply-add is two), and the bytes of weights that a step
+reads (a weight that is read twice counts twice).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **
 
 
 def flop_counter() -> FlopCounterMode:
-    """A context manager whose `get_total_flops()` counts matrix products and attention, that of the CPU included."""
+    """A context manager whose `get_total_flops()` counts matrix products and attention, also the CPU's attention kernels."""
     aten = torch.ops.aten
     return FlopCounterMode(
         display=False,
@@ -44,7 +44,7 @@ def flop_counter() -> FlopCounterMode:
 
 
 class WeightReads(TorchDispatchMode):
-    """EngineStats the bytes of a module's weights that operations read; a gather counts the rows it takes."""
+    """Counts the bytes of a module's weights that operations read. A gather counts the rows that it takes."""
 
     GATHERS = (torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor)
 
@@ -54,7 +54,7 @@ class WeightReads(TorchDispatchMode):
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and add what it reads of the weights."""
+        """Run the operation and add the bytes of weights that it reads."""
         out = func(*args, **(kwargs or {}))
         if func.is_view or "detach" in str(func):
             return out
@@ -67,7 +67,7 @@ class WeightReads(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class StepCost:
-    """One cached decoding step of one sequence: k committed tokens in, k tokens out."""
+    """FLOPs and bytes of one cached decoding step of one sequence, which reads k tokens and makes k tokens."""
 
     flops: float
     bytes: float
@@ -75,7 +75,7 @@ class StepCost:
 
 @torch.no_grad()
 def measured_step(student: PushForwardLM, k: int, context: int) -> StepCost:
-    """Count a real step after `context` tokens of cache."""
+    """Count a real step whose cache holds `context` tokens."""
     device = next(student.parameters()).device
     vocabulary = head(student.backbone).weight.shape[0]
     ids = torch.arange(context + k, device=device)[None] % vocabulary
@@ -95,13 +95,13 @@ def measured_step(student: PushForwardLM, k: int, context: int) -> StepCost:
 
 
 def predicted_ar_step(backbone: PreTrainedModel) -> StepCost:
-    """One step of plain AR decoding: every matrix read once for one position."""
+    """One step of plain AR decoding, which reads every matrix once for one position; without attention over the context."""
     matrices = _matrices(backbone.base_model) - embeddings(backbone).weight.numel() + head(backbone).weight.numel()
     return StepCost(2 * matrices, next(backbone.parameters()).element_size() * matrices)
 
 
 def attention_step(backbone: PreTrainedModel, entries: int, context: int) -> StepCost:
-    """What attention adds for each sequence of a batch: its keys and values read once, `entries` queries over them."""
+    """What attention adds for each sequence of a batch: it reads the context's keys and values once for `entries` queries."""
     config: Any = backbone.config
     heads, width = key_heads(backbone)
     size = next(backbone.parameters()).element_size()
@@ -110,11 +110,12 @@ def attention_step(backbone: PreTrainedModel, entries: int, context: int) -> Ste
 
 
 def predicted_step(student: PushForwardLM, k: int) -> StepCost:
-    """The same from parameter counts: matrices × positions, attention over the context left out.
+    """A step's FLOPs and bytes from parameter counts (matrices × positions), without attention over the context.
 
-    Paper's read-out: trunk, noise encoder and head are read once, for 2k, k and k positions. Sequential: the trunk once
-    for k positions, hint layers once for k − 1, the head's block at each of its k − 1 turns, and the LM head at each
-    token; with a shortlist of m twice (once if hints wait for no draft) and m rows a token.
+    The paper's read-out reads trunk, noise encoder and LM head once, for 2k, k and k positions. The sequential read-out
+    reads the trunk once for k positions, hint layers once for k − 1 positions, the head's block in each of its k − 1
+    turns, and the LM head for each token. With a shortlist of m it reads the LM head twice (once if hints see no
+    draft) and m of its rows for each token.
     """
     backbone, readout = student.backbone, student.readout
     size = next(student.parameters()).element_size()
@@ -142,5 +143,5 @@ def predicted_step(student: PushForwardLM, k: int) -> StepCost:
 
 
 def _matrices(module: nn.Module) -> int:
-    """Parameters in matrices."""
+    """Number of parameters in matrices."""
     return sum(p.numel() for p in module.parameters() if p.ndim == 2)

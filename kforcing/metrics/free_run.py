@@ -1,11 +1,12 @@
-"""Fidelity far from the prompt, where a decoder's contexts are its own.
+"""Fidelity far from the prompt, where the context of a decoder is its own text.
 
-A decoder continues prompts by the noise of each row's seed; the AR model then reads what it wrote, once, and at every
-position is asked what it would have made of the same noise after the *decoder's* tokens:
+A decoder continues prompts under the noise of each row's seed. Then the AR model reads the decoder's text in one pass, which
+tells for every position which token it would have made of the same noise after the *decoder's* tokens:
 
-match         the decoder's token is the one the AR model makes there
-decoder_nll   the AR model's −log p of the decoder's token; teacher_nll: of its own token there. Two-sided, as always
-same          the text so far is the AR model's own free run under the same noise, token for token
+match         whether the decoder's token is the AR model's token
+decoder_nll   −log p of the decoder's token under the AR model
+teacher_nll   −log p of the AR model's own token at that position; the comparison of the two NLLs is two-sided
+same          whether all tokens so far equal those of the AR model's own free run under the same noise
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from kforcing.noise import derive_key, uniform
 
 @dataclass(frozen=True)
 class FreeRun:
-    """Per row and new token, all (R, T)."""
+    """Figures of each row and new token, all (R, T)."""
 
     match: Tensor
     decoder_nll: Tensor
@@ -33,14 +34,15 @@ class FreeRun:
 def free_run(
     teacher: PreTrainedModel, prompts_RN: Tensor, made_RT: Tensor, seeds: list[int], coupling: Coupling, batch: int = 16
 ) -> FreeRun:
-    """What the AR model says of continuations that were made under the noise of the rows' seeds.
+    """Compare continuations with the AR model under the noise of the rows' seeds.
 
     Args:
+        teacher: the AR model.
         prompts_RN: int64.
         made_RT: int64, the decoder's tokens.
         seeds: of the rows, as given to the engine.
-        coupling: by which the AR model turns noise into tokens.
-        batch: rows of one forward.
+        coupling: with which the AR model turns noise into tokens.
+        batch: rows of one forward pass.
     """
     N, T = prompts_RN.shape[1], made_RT.shape[1]
     keys = torch.tensor([derive_key(seed, "decode") for seed in seeds], device=made_RT.device)[:, None]
@@ -57,5 +59,5 @@ def free_run(
 
 
 def same_so_far(made_RT: Tensor, reference_RT: Tensor) -> Tensor:
-    """(R, T) bool: all tokens up to here equal."""
+    """(R, T) bool: whether all tokens up to and including this one are equal."""
     return (made_RT == reference_RT).int().cumprod(dim=1).bool()

@@ -1,4 +1,4 @@
-"""95% intervals of means and ratios, bootstrapped over documents."""
+"""95% intervals of means and ratios, bootstrapped over clusters such as documents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and its 95% interval, which is None where one cluster is all there is."""
+    """A figure and the ends of its 95% interval, which are None when there is only one cluster."""
 
     value: float
     lo: float | None
@@ -21,11 +21,15 @@ class Interval:
 def over_clusters(
     sums_RM: np.ndarray, counts_R: np.ndarray, cluster_R: Sequence[Any] | np.ndarray, draws: int, seed: int
 ) -> list[Interval] | None:
-    """Σ sums / Σ counts of M figures over R items, bootstrapped over what they belong to; None when nothing counts.
+    """Σ sums / Σ counts of M figures over R items, bootstrapped over the clusters of the items; None when all counts are 0.
 
     Args:
-        cluster_R: any names, such as the document of each item. Clusters that count nothing are left out, lest a resample
-            hold no other.
+        sums_RM: sum of each figure over each item.
+        counts_R: what the sums are divided by.
+        cluster_R: the cluster of each item, for example the name of its document. Clusters whose counts are 0 are left out,
+            because a resample of such clusters alone would have no mean.
+        draws: resamples.
+        seed: of the resampling.
     """
     keep = counts_R > 0
     if not keep.any():
@@ -39,15 +43,16 @@ def over_clusters(
 def cluster_bootstrap(sums_CM: np.ndarray, counts_C: np.ndarray, draws: int, seed: int) -> list[Interval]:
     """Means of M figures with 95% intervals, bootstrapped over clusters (documents, not tokens).
 
-    Studentised (bootstrap-t, Efron and Tibshirani 1993, §12.5): what is resampled is (mean − value) / standard error, which
-    covers what it says with as few as ten clusters, where percentiles of the mean are too short. Ends are cut to
-    the smallest and largest mean of a cluster, which no mean of theirs can leave; two or three clusters have these ends,
-    and one has no interval.
+    The bootstrap is studentised (bootstrap-t, Efron and Tibshirani 1993, §12.5): it takes quantiles of (mean − value) /
+    standard error. Such intervals have their nominal coverage with as few as ten clusters, where percentiles of the
+    mean are too short. An interval is cut at the smallest and the largest mean of a cluster, which bound every mean of
+    clusters. Two or three clusters have these bounds as their interval; one cluster has no interval.
 
     Args:
         sums_CM: sum of each figure over the windows of each cluster.
-        counts_C: windows of each cluster.
-        draws: resamples; each draws as many clusters as there are, with replacement.
+        counts_C: number of windows of each cluster.
+        draws: resamples, each of C clusters drawn with replacement.
+        seed: of the resampling.
     """
     C = len(counts_C)
     if C == 1:
@@ -57,7 +62,7 @@ def cluster_bootstrap(sums_CM: np.ndarray, counts_C: np.ndarray, draws: int, see
     value_M, error_M = _ratio(np.ones((1, C)), sums_CM, counts_C)
     mean_SM, spread_SM = _ratio(times_SC, sums_CM, counts_C)
     with np.errstate(divide="ignore", invalid="ignore"):
-        # A resample without spread lies infinitely many errors away, unless it lies nowhere else.
+        # A resample with standard error 0 is infinitely many errors away, or 0 if its mean is the value.
         t_SM = np.nan_to_num((mean_SM - value_M) / spread_SM, nan=0.0, posinf=1e300, neginf=-1e300)
         own_CM = sums_CM / counts_C[:, None]
     low_M, high_M = np.quantile(t_SM, [0.025, 0.975], axis=0, method="nearest")
@@ -67,11 +72,11 @@ def cluster_bootstrap(sums_CM: np.ndarray, counts_C: np.ndarray, draws: int, see
 
 
 def _ratio(times_SC: np.ndarray, sums_CM: np.ndarray, counts_C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Σ sums / Σ counts over clusters taken so many times, and its standard error (linearised): both (S, M)."""
+    """Σ sums / Σ counts with clusters weighted by `times_SC`, and its linearised standard error: both (S, M)."""
     C, total = len(counts_C), (times_SC @ counts_C)[:, None]
     mean = times_SC @ sums_CM / total
     squares = times_SC @ sums_CM**2 - 2 * mean * (times_SC @ (sums_CM * counts_C[:, None]))
     squares += mean**2 * (times_SC @ counts_C**2)[:, None]
-    # Rounding leaves what is nothing a little above or below it.
+    # Set to 0 what differs from 0 by rounding alone.
     squares[squares < 1e-12 * np.maximum(times_SC @ sums_CM**2, 1e-300)] = 0.0
     return mean, np.sqrt(squares * C / max(C - 1, 1)) / total

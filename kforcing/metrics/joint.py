@@ -1,17 +1,18 @@
-"""Is the joint distribution of k tokens right?
+"""How far the joint distribution of a sampler's next k tokens is from the teacher's.
 
-Where a sampler's probabilities are known (AR models, students whose logits are distributions), with them:
+Some samplers have known probabilities (AR models, and students whose logits are distributions). For them:
 
-divergence    total variation and KL divergence from the teacher's exact joint: enumerated while the blocks can be, else
-              by blocks of the teacher and the exact densities of both (unbiased). The independent-marginals line is what
-              a sampler with perfect marginals and no dependence would score
+divergence    total variation and KL divergence from the teacher's exact joint distribution. All blocks are enumerated
+              where this is possible. Otherwise the figures are unbiased estimates from blocks of the teacher and the exact
+              densities of both. The independent figures belong to a sampler with the teacher's marginals and no dependence
 
-Where they are not (an argmax student maps noise to tokens), by samples of one context's next k tokens in hashed buckets:
+Other samplers have none (an argmax student maps noise to tokens). They are compared by samples of the next k tokens after
+one context, in hashed buckets:
 
-joint_tv      total variation between two samples' histograms over buckets of blocks. Two samples of the *same*
-              distribution do not score 0 but a floor that depends on their size: it is measured, not assumed
-independent   the teacher's samples with every offset shuffled by itself: what ignoring dependence would score
-entropy       of each offset's marginal, summed: a sampler that has moved towards modes loses it
+joint_tv      total variation between the histograms of two samples. Two samples of the *same* distribution do not score 0
+              but a floor that depends on their size; measure the floor with a second sample of the teacher
+independent   the teacher's samples with each offset shuffled on its own: the score of a sampler without dependence
+entropy       sum of the entropies of the offsets' marginals; it falls when a sampler moves towards modes
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ from kforcing.noise import uniform
 Score = Callable[[Windows, Tensor], Tensor]
 """Windows and (1, W, K) blocks → (1, W, K, V) float32 logits of each token given those before it."""
 
-# Blocks are enumerated while so many probabilities fit.
 ENUMERABLE = 2**20
+"""Largest number of blocks that are enumerated."""
 
 
 def sample_blocks(
     draw: Callable[[Windows], Tensor], context_N: Tensor, k: int, samples: int, key: int, batch: int = 256
 ) -> Tensor:
-    """(samples, k) int64 blocks that follow a context, each from noise of its own.
+    """(samples, k) int64 blocks that follow a context, each made from its own noise.
 
     Args:
         draw: windows → (1, W, k) tokens.
         context_N: int64.
         key: of the noise (`derive_key`); the same key gives every sampler the same noise.
-        batch: windows of one call.
+        batch: windows of one call of `draw`.
     """
     blocks = []
     offsets = torch.arange(k, device=context_N.device)
@@ -58,7 +59,7 @@ def sample_blocks(
 
 
 def bucket(tokens: Tensor, buckets: int) -> Tensor:
-    """Token ids → buckets by a fixed multiplicative hash (Knuth's), so that neighbours in the vocabulary spread."""
+    """Token ids → buckets by Knuth's multiplicative hash, which puts neighbours in the vocabulary into different buckets."""
     return (tokens * 2654435761 % 2**32 * buckets) >> 32
 
 
@@ -74,14 +75,14 @@ def joint_tv(one_SK: Tensor, other_SK: Tensor, buckets: int) -> float:
 
 
 def independent(blocks_SK: Tensor, seed: int) -> Tensor:
-    """The same marginals without dependence: every column permuted by itself."""
+    """Blocks with the same marginals and no dependence: every column is permuted on its own."""
     generator = torch.Generator().manual_seed(seed)
     columns = [column[torch.randperm(len(column), generator=generator)] for column in blocks_SK.cpu().T]
     return torch.stack(columns, dim=1).to(blocks_SK.device)
 
 
 def position_entropy(blocks_SK: Tensor) -> float:
-    """Sum over offsets of the entropy of the sampled marginal, in nats (plug-in: compare samples of one size)."""
+    """Sum over offsets of the entropy of the sampled marginal, in nats. Compare samples of the same size only."""
     total = 0.0
     for column in blocks_SK.T:
         p = column.unique(return_counts=True)[1].double() / len(column)
@@ -90,12 +91,12 @@ def position_entropy(blocks_SK: Tensor) -> float:
 
 
 def ar_score(backbone: PreTrainedModel) -> Score:
-    """The AR model's distributions."""
+    """The AR model's distributions as a `Score`."""
     return lambda w, tokens: ar_block_logits(backbone, read_context(backbone, w.context_BN), w.anchors_BW, tokens)
 
 
 def student_score(student: PushForwardLM) -> Score:
-    """A student's distributions. Raises ValueError for one whose logits are none (argmax read-out)."""
+    """A student's distributions as a `Score`. Raises ValueError for an argmax student, whose logits are no distributions."""
     if not student.config.design.conditional:
         raise ValueError("an argmax student's logits are no distributions given the tokens before; compare samples")
     return lambda w, tokens: student.scores(w, tokens).logits_BWKV.float()
@@ -103,18 +104,18 @@ def student_score(student: PushForwardLM) -> Score:
 
 @dataclass(frozen=True)
 class Divergence:
-    """From the teacher's joint to a sampler's, after one context."""
+    """Divergence from the teacher's joint distribution to a sampler's, after one context."""
 
     tv: float
     kl: float
     """Nats."""
     independent_tv: float
-    """The same for the product of the teacher's own marginals."""
+    """The total variation of the product of the teacher's own marginals."""
     independent_kl: float
 
 
 def enumerable(vocabulary: int, k: int) -> bool:
-    """Whether all blocks of k tokens are few enough to be looked at."""
+    """Whether there are few enough blocks of k tokens to enumerate them."""
     return vocabulary**k <= ENUMERABLE
 
 
@@ -122,14 +123,14 @@ def enumerable(vocabulary: int, k: int) -> bool:
 def divergence(
     teacher: Score, student: Score, context_N: Tensor, k: int, vocabulary: int, blocks_SK: Tensor | None = None
 ) -> Divergence:
-    """Exact where blocks of k tokens are `enumerable`, else estimated over blocks of the teacher.
+    """Divergence between two samplers: exact where blocks of k tokens are `enumerable`, else an estimate from blocks.
 
     Args:
         context_N: int64.
         vocabulary: V.
-        blocks_SK: int64 blocks the teacher drew after the context, for an estimate.
+        blocks_SK: int64 blocks that the teacher drew after the context. An estimate needs them.
     Raises:
-        ValueError: for an estimate without blocks.
+        ValueError: when an estimate is needed and there are no blocks.
     """
     if enumerable(vocabulary, k):
         p, q = (_law(score, context_N, k, vocabulary) for score in (teacher, student))
@@ -140,7 +141,7 @@ def divergence(
 
 
 def _logp(score: Score, context_N: Tensor, blocks_SK: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(b, K) blocks and the (b, K, V) float64 log-probabilities of each of their tokens, a batch at a time."""
+    """(b, K) blocks and (b, K, V) float64 log-probabilities of their tokens, batch by batch."""
     for some_SK in blocks_SK.split(batch):
         anchors = torch.full((1, len(some_SK)), len(context_N) - 1, device=context_N.device)
         noise = torch.full((1, *some_SK.shape), 0.5, dtype=torch.float64, device=context_N.device)
@@ -149,7 +150,7 @@ def _logp(score: Score, context_N: Tensor, blocks_SK: Tensor, batch: int) -> Ite
 
 
 def _law(score: Score, context_N: Tensor, k: int, vocabulary: int) -> Tensor:
-    """(V,) * k probabilities of all blocks."""
+    """Probabilities of all blocks, a tensor with k dimensions of size V."""
     ids = [torch.arange(vocabulary, device=context_N.device)] * (k - 1) + [
         torch.zeros(1, dtype=torch.int64, device=context_N.device)
     ]
@@ -176,9 +177,9 @@ def _kl(p: Tensor, q: Tensor) -> float:
 
 
 def _estimated(teacher: Score, student: Score, context_N: Tensor, blocks_SK: Tensor) -> Divergence:
-    """TV = E_p[max(0, 1 − q/p)]; KL token by token, whole distributions along the teacher's blocks.
+    """TV = E_p[max(0, 1 − q/p)]; KL as the sum over tokens of KL between whole distributions along the teacher's blocks.
 
-    The marginals are averages of the teacher's conditionals over half of the blocks, looked at on the other half.
+    The marginals are averages of the teacher's conditionals over one half of the blocks and are used on the other half.
     """
     S, K = blocks_SK.shape
     batch = min(256, max(1, S // 2))

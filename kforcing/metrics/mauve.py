@@ -1,4 +1,7 @@
-"""MAUVE: how far the distribution of generated texts is from that of reference texts."""
+"""MAUVE (arXiv 2102.01454): how close the distribution of generated texts is to that of reference texts.
+
+Shapes: C texts, D features, H cells of a histogram.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +11,29 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kforcing.metrics.gen_ppl import External, _batches, _pad, _Piece
+from kforcing.metrics.external import External, Piece, batches_of, pad
 
 
 @torch.inference_mode()
 def features(external: External, texts: Sequence[str], context: int = 1024, batch_tokens: int = 4096) -> np.ndarray:
-    """(C, D) float32: the last hidden state of each text's last token, MAUVE's view of a text.
+    """(C, D) float32: the last hidden state of each text's last token, by which MAUVE represents a text.
 
     Args:
-        texts: prompt and continuation together, each side of a comparison of the same length. An empty one is
-            represented by the start or end-of-text token alone.
-        context: tokens read of a text, at most the model's positions; what is longer is cut, as in the paper.
+        texts: prompt and continuation together. The texts of both sides of a comparison should have the same length. An
+            empty text is represented by the start token or the end-of-text token alone.
+        context: tokens that are read of a text, at most the model's positions. The rest is cut off, as in the paper.
         batch_tokens: padded tokens of a batch.
     """
     model, tokenizer, start = external.model, external.tokenizer, external.start
-    context = min(context, getattr(model.config, "max_position_embeddings", context))
+    context = external.longest(context)
     before = [] if start is None else [start]
     pieces = []
     for text, words in enumerate(texts):
         ids = before + list(tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"])
-        pieces.append(_Piece(text, ids[:context] or [tokenizer.eos_token_id or 0], 0))
+        pieces.append(Piece(text, ids[:context] or [tokenizer.eos_token_id or 0], 0))
     out = np.zeros((len(texts), model.config.hidden_size), np.float32)
-    for batch in _batches(pieces, batch_tokens):
-        ids_BN, mask_BN = _pad([piece.ids for piece in batch], model.device)
+    for batch in batches_of(pieces, batch_tokens):
+        ids_BN, mask_BN = pad([piece.ids for piece in batch], model.device)
         states = model.base_model(input_ids=ids_BN, attention_mask=mask_BN.long(), use_cache=False).last_hidden_state
         last_BD = states[torch.arange(len(batch), device=model.device), mask_BN.sum(1) - 1]
         out[[piece.text for piece in batch]] = last_BD.float().cpu().numpy()
@@ -38,25 +41,28 @@ def features(external: External, texts: Sequence[str], context: int = 1024, batc
 
 
 def mauve(p_features: np.ndarray, q_features: np.ndarray, clusters: int | None, seed: int, c: float = 5.0) -> float:
-    """MAUVE of two samples of texts, in [0, 1]: near 1 for the same distribution, c!²/(2c)! for disjoint ones.
+    """MAUVE of two samples of texts, in [0, 1]: near 1 for the same distribution, c!²/(2c)! for disjoint distributions.
 
     Features are scaled to unit length and projected on the principal components that hold 90% of the variance of both
-    samples (the settings of the authors' package), then clustered together by k-means. The figure grows with fewer
-    clusters and falls with fewer texts: read it beside that of two reference samples of the same sizes.
+    samples (the settings of the authors' package). Then k-means clusters both samples together. MAUVE grows when there
+    are fewer clusters and falls when there are fewer texts, so read it beside the MAUVE of two reference samples of the
+    same sizes.
 
     Args:
-        p_features: (C, D) of `features`, the reference.
-        q_features: (C', D), the generated texts.
-        clusters: none for a tenth of the smaller sample, at least 2.
+        p_features: (C, D) features of the reference texts.
+        q_features: (C', D) features of the generated texts.
+        clusters: number of clusters; none for a tenth of the smaller sample, at least 2.
         seed: of k-means.
         c: scaling constant; the paper's is 5.
     Raises:
-        ValueError: for more clusters than texts, or features of different widths.
+        ValueError: when there are more clusters than texts, or features have different widths.
     """
     from sklearn.cluster import KMeans
 
     if p_features.shape[1] != q_features.shape[1]:
-        raise ValueError(f"features {p_features.shape} and {q_features.shape}: take both from the same model")
+        raise ValueError(
+            f"features have shapes {p_features.shape} and {q_features.shape}; take both from the same model"
+        )
     clusters = clusters or max(2, round(min(len(p_features), len(q_features)) / 10))
     union = np.concatenate([p_features, q_features])
     if clusters > len(union):
@@ -76,7 +82,7 @@ def _principal(features_CD: np.ndarray, variance: float = 0.9) -> np.ndarray:
     u, s, _ = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
     share = np.cumsum(s**2)
     kept = int(np.searchsorted(share, variance * share[-1])) + 1
-    return np.round(u[:, :kept] * s[:kept], 9)  # texts that are the same stay so
+    return np.round(u[:, :kept] * s[:kept], 9)  # equal texts keep equal features
 
 
 def frontier_area(p_H: np.ndarray, q_H: np.ndarray, c: float = 5.0, points: int = 101) -> float:

@@ -1,4 +1,4 @@
-"""Fidelity of a finished student on held-out windows, and continuations to read.
+"""Fidelity of a finished student on held-out windows, and sample continuations for the report.
 
 held-out blocks (Ray Data) ─► EvalActor pool (student and AR teacher) ─► sums by document ─► figures with intervals
 """
@@ -34,7 +34,7 @@ FIGURES = ("match", "student_nll", "teacher_nll", "target_nll")
 
 @dataclass(frozen=True)
 class EvalJob:
-    """What an evaluation actor needs to know."""
+    """A student to score, and what its actors need."""
 
     teacher: str
     student: str
@@ -45,7 +45,7 @@ class EvalJob:
 
 
 class EvalActor:
-    """Scores held-out blocks; one output row a block with the sums over its windows."""
+    """Scores held-out blocks: one output row for each block, with the sums over its windows."""
 
     def __init__(self, job: EvalJob):
         self.job, self.device = job, pick_device()
@@ -53,7 +53,7 @@ class EvalActor:
         self.student = PushForwardLM.from_pretrained(job.student).to(self.device)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Rows of tokens → one row of sums a block."""
+        """Rows of tokens → for each block one row of sums."""
         return pa.concat_tables(
             [self._score(rows.slice(i, self.job.batch)) for i in range(0, len(rows), self.job.batch)]
         )
@@ -71,7 +71,10 @@ class EvalActor:
 
 
 def evaluate_student(stage: Stage, prepared: Prepared, job: EvalJob, config: EvalConfig) -> dict[str, Any]:
-    """The figures of a student (or those found on disk): match, NLLs by offset and block match, with 95% intervals."""
+    """The figures of a student with 95% intervals: match and NLLs by offset, and block match.
+
+    A finished stage is not scored again.
+    """
     if stage.manifest:
         return stage.manifest["figures"]
     import ray.data
@@ -79,7 +82,7 @@ def evaluate_student(stage: Stage, prepared: Prepared, job: EvalJob, config: Eva
     store = TokenStore(prepared.split("heldout"), job.seed)
     blocks = min(config.blocks, store.rows_per_epoch)
     chunks = -(-blocks // job.batch)
-    # A plan whose steps are batches of held-out rows; the last one is cut to the number of blocks asked for.
+    # The steps of this plan are batches of held-out rows. `limit` cuts the last batch to the wanted number of blocks.
     read = ReadChunk(str(store.folder), job.seed, StepPlan(job.batch, 1, chunks, 0, 1))
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     scored = (
@@ -121,7 +124,7 @@ def summarise(table: pa.Table, job: EvalJob, config: EvalConfig) -> dict[str, An
 
 @dataclass(frozen=True)
 class SampleJob:
-    """Which models continue which prompts."""
+    """The models that continue held-out prompts for the report."""
 
     teacher: str
     students: dict[str, str]
@@ -132,7 +135,7 @@ class SampleJob:
 
 
 def continue_prompts(job: SampleJob) -> list[dict[str, str]]:
-    """Continuations of held-out prompts by teacher and students under the same noise: one record a prompt."""
+    """Continuations of held-out prompts by teacher and students under the same noise; one record for each prompt."""
     tokenizer = load_tokenizer(job.tokenizer)
     store = TokenStore(job.heldout, job.seed)
     prompts = store.read(np.arange(job.config.prompts))
@@ -155,7 +158,7 @@ def continue_prompts(job: SampleJob) -> list[dict[str, str]]:
 
 
 def write_samples(folder: Path, job: SampleJob) -> list[dict[str, str]]:
-    """Run `continue_prompts` on the cluster and keep the result as `samples.json`."""
+    """Run `continue_prompts` as a cluster task and keep the result as `samples.json`."""
     import ray
 
     task = ray.remote(num_cpus=job.config.cpus_per_actor, num_gpus=job.config.gpus_per_actor)(continue_prompts)

@@ -1,7 +1,7 @@
-"""Parts of an evaluation: named by the hash of their inputs, run as cluster tasks, kept when they are done.
+"""Parts of an evaluation: named by the hash of their inputs, run as cluster tasks, kept when they are finished.
 
 part A ─┐
-part B ─┴─► part C ─► …        every arrow is a result on disk; a killed evaluation begins with those that are missing
+part B ─┴─► part C ─► …        every arrow is a result on disk; an evaluation that was killed runs only what is missing
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pipelines.config.fingerprint import fingerprint
 from pipelines.runs.stages import Stage, StageError, open_stage
 
 Results = dict[str, Any]
+"""JSON by the name of the part."""
 
 
 @dataclass(frozen=True)
@@ -24,31 +25,36 @@ class Part:
     """One unit of work."""
 
     name: str
-    """Its folder, and how other parts call it."""
+    """Its folder, and its name in the `needs` of other parts."""
     inputs: tuple[Any, ...]
-    """What its result depends on, beside the parts it needs."""
+    """What its result depends on, beside the parts that it needs."""
     run: Callable[..., Any]
-    """(folder, job, results of the needed parts by name) → JSON."""
-    job: Any
+    """(folder, task, results of the needed parts by name) → JSON."""
+    task: Any
+    """What `run` is about."""
     needs: tuple[str, ...] = ()
+    """Names of the parts whose results it reads."""
     alone: bool = False
-    """Nothing else may run: its result is a time."""
+    """Whether nothing else may run at the same time, because its result is a time."""
 
 
 def run_parts(
     parts: list[Part], root: Path, say: Callable[[str], None], cpus: float, gpus: float, alone_cpus: float
 ) -> Results:
-    """All results by part name. Earlier parts of the list start first, side by side as far as the cluster allows.
+    """Run the parts that are not finished, and return all results. Parts earlier in the list start first.
 
-    Raises StageError for the first part that fails; what is finished stays.
+    Args:
+        root: folder of the evaluation.
+        say: takes a progress line.
+        cpus: Ray CPUs of a part. As many parts run at once as the cluster has room for.
+        gpus: Ray GPUs of a part.
+        alone_cpus: Ray CPUs of a part that must run alone.
+    Raises:
+        StageError: for the first part that fails. Finished parts stay finished.
     """
     import ray
 
-    stages: dict[str, Stage] = {}
-    keys: dict[str, str] = {}
-    for part in parts:
-        keys[part.name] = fingerprint(part.name, *part.inputs, *(keys[name] for name in part.needs))
-        stages[part.name] = open_stage(root, part.name, keys[part.name])
+    stages = _open(parts, root)
     results = {part.name: m["result"] for part in parts if (m := stages[part.name].manifest)}
     if results:
         say(f"{len(results)} of {len(parts)} parts were finished before")
@@ -56,7 +62,7 @@ def run_parts(
     running: dict[Any, Part] = {}
     at_once = max(1, int(ray.cluster_resources().get("CPU", 1.0) / cpus)) if cpus else len(parts)
     while todo or running:
-        for part in _ready(todo, results, at_once - len(running), bool(running)):
+        for part in ready_parts(todo, results, at_once - len(running), bool(running)):
             given = {name: results[name] for name in part.needs}
             options = {"num_cpus": alone_cpus if part.alone else cpus, "num_gpus": gpus or None}
             task = ray.remote(max_retries=1, **options)(_run)
@@ -74,8 +80,22 @@ def run_parts(
     return {part.name: results[part.name] for part in parts}
 
 
-def _ready(todo: list[Part], results: Results, places: int, busy: bool) -> list[Part]:
-    """Parts to start now, in order, as many as there are places; those that want to be alone come last, one by one."""
+def _open(parts: list[Part], root: Path) -> dict[str, Stage]:
+    """The folder of every part. Its fingerprint holds those of the parts that it needs, which come earlier in the list."""
+    keys: dict[str, str] = {}
+    for part in parts:
+        keys[part.name] = fingerprint(part.name, *part.inputs, *(keys[name] for name in part.needs))
+    return {name: open_stage(root, name, key) for name, key in keys.items()}
+
+
+def ready_parts(todo: list[Part], results: Results, places: int, busy: bool) -> list[Part]:
+    """The parts to start now, in order and at most `places`. Parts that must run alone come last and one at a time.
+
+    Args:
+        results: of finished parts.
+        places: parts that the cluster has room for beside those that run.
+        busy: whether a part runs.
+    """
     ready = [p for p in todo if all(name in results for name in p.needs)]
     together = [p for p in ready if not p.alone]
     if together or busy or any(not p.alone for p in todo):
@@ -84,9 +104,10 @@ def _ready(todo: list[Part], results: Results, places: int, busy: bool) -> list[
 
 
 def _run(part: Part, folder: str, given: Results) -> tuple[Any, float]:
+    """The result of a part and the seconds that it took; runs in a cluster task."""
     import torch
 
     torch.set_num_threads((os.cpu_count() or 1) if part.alone else 1)
     started = time.monotonic()
-    result = part.run(Path(folder), part.job, given)
+    result = part.run(Path(folder), part.task, given)
     return result, time.monotonic() - started

@@ -1,4 +1,4 @@
-"""What is evaluated: the models of a run directory, or a model of the MLflow registry, with the corpus they belong to."""
+"""What is evaluated: the models of a run directory or one model of the MLflow registry, with their corpus."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pipelines.tracking.tracker import LOG, made_by
 
 @dataclass(frozen=True)
 class Student:
-    """A finished student."""
+    """A finished student of the run."""
 
     name: str
     k: int
@@ -39,11 +39,11 @@ class Student:
 
 @dataclass(frozen=True)
 class Subject:
-    """Models and data, all as paths that every node sees."""
+    """Models and data, all as paths that every node can read."""
 
     name: str
     config: Config
-    """Of the run that made them."""
+    """Config of the run that made them."""
     teacher: str
     students: tuple[Student, ...]
     tokenizer: str
@@ -54,7 +54,7 @@ class Subject:
     parent: str | None
     """MLflow run that the models come from."""
     tracking: str | None
-    """MLflow where that run is; `off` when it was not tracked, none when nobody knows."""
+    """URI of the MLflow server of that run; `off` when the run was not tracked, none when it is not known."""
 
     @property
     def last(self) -> Student:
@@ -63,23 +63,24 @@ class Subject:
 
     @property
     def pairs(self) -> list[tuple[Student, int]]:
-        """Every student at its own k, and the last one at every smaller number of tokens worth decoding."""
+        """Every student at its own k, and the last one also at the smaller numbers of tokens in `block_sizes`."""
         own = [(s, s.k) for s in self.students if s != self.last]
         return own + [(self.last, k) for k in block_sizes(self.last.k)]
 
     @property
     def id(self) -> str:
-        """Names the models and data by their contents."""
+        """A fingerprint of the contents of models and data."""
         folders = [self.teacher, *(s.path for s in self.students), self.heldout]
         return fingerprint([_mark(Path(folder)) for folder in folders])
 
 
 def block_sizes(k: int) -> list[int]:
-    """Tokens a step that are looked at: 1, 2, 3, 4, 8, … up to k."""
+    """The numbers of tokens a step that are measured: 1, 2, 3, 4, 8, … up to k."""
     return sorted({n for n in (1, 2, 3, *(2**i for i in range(2, 12)), k) if n <= k})
 
 
 def _mark(folder: Path) -> Any:
+    """What tells the contents of a folder: the fingerprint of its stage, else size and time of its weights."""
     manifest = folder / "manifest.json"
     if manifest.is_file():
         record = json.loads(manifest.read_text())
@@ -89,7 +90,7 @@ def _mark(folder: Path) -> Any:
 
 
 def open_subject(target: str, options: EvaluationConfig) -> tuple[Config, Path]:
-    """The config of the run behind a run directory or `models:/…`, and where the evaluation goes. Raises ConfigError."""
+    """The config of the run behind a run directory or `models:/…`, and the folder of the evaluation. Raises ConfigError."""
     if target.startswith("models:/"):
         found = registered_student(target, options.tracking.uri)
         name = re.sub(r"[^A-Za-z0-9]+", "-", target.removeprefix("models:/")).strip("-")
@@ -113,12 +114,12 @@ def open_subject(target: str, options: EvaluationConfig) -> tuple[Config, Path]:
 
 
 def lasting(path: str) -> Path:
-    """An absolute path; a relative one of a cluster job is below its user's home, as for runs."""
+    """The absolute path. In a cluster job a relative path is below the home directory, as for runs."""
     return with_lasting_root(Config("", output_dir=path)).root
 
 
 def subject_of(target: str, config: Config, root: Path, options: EvaluationConfig, say: Any) -> Subject:
-    """Models and data of an opened target; corpus and registered models are fetched or made if they are not there."""
+    """Models and data of an opened target. A missing corpus is prepared, and a registered model is downloaded."""
     prepared = prepare(corpus_spec(config))
     parent: str | None
     tracking: str | None
@@ -138,10 +139,12 @@ def subject_of(target: str, config: Config, root: Path, options: EvaluationConfi
 
 
 def config_of(record: dict[str, str], target: str) -> Config:
-    """A run's config from its fields as text, as the log and MLflow keep them."""
+    """A run's config from its fields as text, in the form in which the log and MLflow keep them."""
     name = record.get("recipe", "")
     if name not in RECIPES:
-        raise ConfigError(f"{target}: its run has recipe {name!r}, which this release does not know")
+        raise ConfigError(
+            f"{target}: its run has recipe {name!r}, unknown to this release; use the release that made the run"
+        )
     config = dataclasses.replace(recipe(name), stages={})
     for path, value in record.items():
         if path in ("recipe", "time", "event") or path.startswith("tracking."):
@@ -175,9 +178,9 @@ def _downloaded(found: Registered, root: Path) -> Student:
 
 
 def _teacher_inside(student: Student, root: Path) -> str:
-    """The AR model that an exact trunk is, written where transformers can load it."""
+    """The AR model of a student with an exact trunk, saved in a folder that transformers can load."""
     if not PushForwardConfig.from_pretrained(student.path).design.exact_trunk:
-        raise ConfigError("teacher=none: this student does not carry its AR model; give teacher=FOLDER")
+        raise ConfigError("teacher=none: this student does not hold its AR model; give teacher=FOLDER")
     folder = root / "teacher"
     if not (folder / "config.json").is_file():
         with torch.no_grad():

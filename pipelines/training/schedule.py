@@ -29,5 +29,5 @@ def ema_decay(step: int, limit: float) -> float:
 
 
 def on_policy_fraction(step: int, train: TrainConfig) -> float:
-    """Fraction of a step's sequences whose targets the student makes itself; 0 until `on_policy_from` of the steps are done."""
+    """Fraction of a step's sequences whose targets the student makes itself; 0 before `on_policy_from` of the steps."""
     return train.on_policy_fraction if step >= train.on_policy_from * train.steps else 0.0

@@ -5,11 +5,11 @@ from torch import nn
 
 from kforcing import Design, NoiseConfig, PushForwardLM, SequentialConfig
 from kforcing.baselines.assisted import AssistedDecoder, draft_model
+from kforcing.baselines.base import Rows, TextWindows, verify
 from kforcing.baselines.inversion import InversionStep, invert, with_heads
 from kforcing.baselines.mdlm import MaskedDecoder, MaskedLM, MaskedStep, unmasking_law
 from kforcing.baselines.medusa import MedusaDecoder, MedusaHeads, MedusaStep
 from kforcing.baselines.ptp import PTPDecoder
-from kforcing.baselines.rows import Rows, TextWindows, verify
 from kforcing.coupling import COUPLINGS, inverse_cdf
 from kforcing.engine import Engine, EngineConfig, Request
 from kforcing.noise import derive_key, sample_anchors, uniform

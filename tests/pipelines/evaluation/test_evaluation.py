@@ -16,13 +16,16 @@ from transformers import GPT2Config, LlamaConfig
 from pipelines.config.recipes import RECIPES, recipe
 from pipelines.config.schema import TrainConfig
 from pipelines.config.section import ConfigError
-from pipelines.evaluation.baselines import METHODS, Row, rows_of, spent_by
+from pipelines.evaluation.baseline_training import spent_by
+from pipelines.evaluation.baselines import METHODS, rows_of
 from pipelines.evaluation.config import EvaluationConfig, evaluation_config
-from pipelines.evaluation.determinism import flips
-from pipelines.evaluation.measure import slug
-from pipelines.evaluation.parts import Part, _ready
+from pipelines.evaluation.decoders import MethodRow, slug
+from pipelines.evaluation.measure.determinism import flips
+from pipelines.evaluation.parts import Part, ready_parts
 from pipelines.evaluation.plan import _check_positions
-from pipelines.evaluation.report import REPORTED, cost_record, flops
+from pipelines.evaluation.report.cells import flops
+from pipelines.evaluation.report.legend import REPORTED
+from pipelines.evaluation.report.record import cost_record
 from pipelines.evaluation.subject import Student, block_sizes, config_of, open_subject
 from pipelines.training.single_process import shortened
 from tests.pipeline_runs import copy_with_tracking, environment
@@ -40,7 +43,7 @@ SMALL = [
     "fidelity.free_prompts=8",
     "fidelity.free_tokens=6",
     "bootstrap=100",
-    "rivals.share=0.1",
+    "baselines.share=0.1",
     "speed.rounds=1",
 ]
 
@@ -166,7 +169,7 @@ def test_mlflow_holds_the_evaluation_below_the_run_and_a_row_below_it(killed, ru
     below = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent}' and tags.evaluation = 'smoke'")
     assert len(below) == 1
     names = {f.path for f in client.list_artifacts(below[0].info.run_id)}
-    assert {"report.md", "report.json", "samples.html", "match.png", "distance.png", "rivals.png"} <= names
+    assert {"report.md", "report.json", "samples.html", "match.png", "distance.png", "baselines.png"} <= names
     rows = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{below[0].info.run_id}'")
     assert len(rows) == 26
     metrics = [set(row.data.metrics) for row in rows]
@@ -239,12 +242,12 @@ def test_parts_start_in_order_and_times_are_taken_alone():
         return Part(name, (), print, None, needs, alone)
 
     a, b, c, clock = part("a"), part("b"), part("c", "a"), part("clock", alone=True)
-    assert _ready([a, b, c, clock], {}, 1, False) == [a]
-    assert _ready([a, b, c, clock], {}, 5, False) == [a, b]
-    assert _ready([c, clock], {}, 5, True) == []
-    assert _ready([c, clock], {"a": 1}, 5, True) == [c]
-    assert _ready([clock], {"a": 1}, 5, True) == []
-    assert _ready([clock], {"a": 1}, 5, False) == [clock]
+    assert ready_parts([a, b, c, clock], {}, 1, False) == [a]
+    assert ready_parts([a, b, c, clock], {}, 5, False) == [a, b]
+    assert ready_parts([c, clock], {}, 5, True) == []
+    assert ready_parts([c, clock], {"a": 1}, 5, True) == [c]
+    assert ready_parts([clock], {"a": 1}, 5, True) == []
+    assert ready_parts([clock], {"a": 1}, 5, False) == [clock]
 
 
 def test_rows_have_names_and_folders_of_their_own():
@@ -334,10 +337,10 @@ def test_break_even_is_cost_over_saving(tmp_path):
         },
     }
     rows = [
-        Row("AR, engine", 1, "ar"),
-        Row("AR, engine, Gumbel", 1, "ar", coupling="gumbel"),
-        Row("this run, k2 at k=2", 2, "engine", path="/k2", coupling="gumbel"),
-        Row("this run, k4 at k=4", 4, "engine", path="/k4", coupling="gumbel"),
+        MethodRow("AR, engine", 1, "ar"),
+        MethodRow("AR, engine, Gumbel", 1, "ar", coupling="gumbel"),
+        MethodRow("this run, k2 at k=2", 2, "engine", path="/k2", coupling="gumbel"),
+        MethodRow("this run, k4 at k=4", 4, "engine", path="/k4", coupling="gumbel"),
     ]
     two, four = cost_record(Subject, rows, results)["savings"]
     assert two["even_flops"] == 4000

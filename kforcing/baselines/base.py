@@ -1,4 +1,7 @@
-"""What the rivals' decoders share: rows of tokens that grow at their own pace, over the engine's cache and layers.
+"""What the baselines share: the `Decoder` protocol, windows of real text, and decoding over the engine's cache and layers.
+
+`Rows` holds tokens and noise of rows that grow at different speeds. `RowReader` runs a model over them. `decode_rows` calls a
+step until every row is complete.
 
 Shapes: R rows, C columns (positions), L entries of a read, T new tokens, D width, V vocabulary.
 """
@@ -22,14 +25,14 @@ from kforcing.noise import derive_key, uniform
 
 @dataclass(frozen=True)
 class TextWindows:
-    """Windows of real text, for methods that learn from the corpus itself."""
+    """Windows of real text, for methods that are trained on the corpus itself."""
 
     tokens_BN: Tensor
     """int64."""
     anchors_BW: Tensor
     """int64 positions with at least k tokens after them."""
     noise_BWK: Tensor
-    """One uniform in (0, 1) for each of the k tokens after an anchor."""
+    """float64, one uniform number in (0, 1) for each of the k tokens after an anchor."""
 
     @property
     def following_BWK(self) -> Tensor:
@@ -41,30 +44,37 @@ class TextWindows:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Continuations of prompts of one length, and what they took."""
+    """Continuations of prompts of the same length, and the passes that they took."""
 
     tokens_RT: Tensor
-    """int64, as many for every row."""
+    """int64, T tokens for every row."""
     passes: float
-    """Forward passes for each of the T tokens of a row, over every model that ran."""
+    """Forward passes for each token of a row, counted over all models that ran."""
 
 
 class Decoder(Protocol):
     """Anything that continues prompts."""
 
     def decode(self, prompts_RN: Tensor, new_tokens: int, seeds: list[int]) -> Decoded:
-        """Continue (R, N) int64 prompts; each row's noise is that of its seed, as in the engine."""
+        """Continue prompts.
+
+        Args:
+            prompts_RN: int64, all of the same length.
+            new_tokens: T.
+            seeds: one for each row. A row's noise depends on its seed and the position alone, as in the engine, so
+                verifying decoders reproduce the AR model's text.
+        """
         ...
 
 
 class Rows:
-    """Tokens and noise of rows, each at a length of its own until it has all its new tokens.
+    """Tokens and noise of rows. Each row has its own length until it has all its new tokens.
 
     Args:
         prompts_RN: int64.
         seeds: of the noise of each row.
         new_tokens: T.
-        spare: columns behind the last token that a step may write to.
+        spare: columns behind the last token, to which a step may write.
     """
 
     def __init__(self, prompts_RN: Tensor, seeds: list[int], new_tokens: int, spare: int = 0):
@@ -78,15 +88,15 @@ class Rows:
         self.length_R = torch.full((R,), N, device=device)
 
     def tokens(self, start_R: Tensor, length: int) -> Tensor:
-        """(R, length) tokens from positions of each row on."""
+        """(R, length) tokens of each row, from its start position on."""
         return self.tokens_RC.gather(1, self._at(start_R, length))
 
     def noise(self, start_R: Tensor, length: int) -> Tensor:
-        """(R, length) noise of the tokens at those positions."""
+        """(R, length) noise of each row, from its start position on."""
         return self.noise_RC.gather(1, self._at(start_R, length))
 
     def append(self, made_RL: Tensor, keep_R: Tensor) -> None:
-        """The first `keep_R` of the tokens just made follow each row that is not at its end."""
+        """Append the first `keep_R` of the new tokens to each row, up to the row's final length."""
         self.tokens_RC.scatter_(1, self._at(self.length_R, made_RL.shape[1]), made_RL)
         self.length_R = (self.length_R + keep_R).clamp(max=self.goal)
 
@@ -95,7 +105,7 @@ class Rows:
 
 
 class RowReader:
-    """A `kforcing.staircase.Reader` of one model over rows: entries stand where they are told to and see what is before."""
+    """A `kforcing.attention.reader.Reader` of one model over rows: a read appends to each row, from a given position on."""
 
     def __init__(self, backbone: PreTrainedModel, rows: int, columns: int):
         heads, width = key_heads(backbone)
@@ -108,16 +118,16 @@ class RowReader:
         self.next_R = torch.zeros(rows, dtype=torch.int64, device=backbone.device)
 
     def at(self, start_R: Tensor) -> RowReader:
-        """Go on reading from other positions; what stood there is overwritten."""
+        """Set the position of each row from which the next read goes on; it overwrites what was there."""
         self.next_R = start_R
         return self
 
     def tokens(self, tokens_RL: Tensor) -> Tensor:
-        """Read tokens: (R, L) → their (R, L, D) final states."""
+        """Read (R, L) tokens. Returns their (R, L, D) final states."""
         return self.read(embeddings(self.backbone)(tokens_RL)[:, None])[:, 0]
 
     def read(self, block_BWLD: Tensor) -> Tensor:
-        """See `kforcing.staircase.Reader.read`, with one window a row."""
+        """Read (R, 1, L, D) embeddings, one window for each row. Returns their final states of the same shape."""
         R, _, L, _ = block_BWLD.shape
         positions_RL = self.next_R[:, None] + torch.arange(L, device=self.next_R.device)
         self.next_R = self.next_R + L
@@ -125,19 +135,19 @@ class RowReader:
         return self.stack(block_BWLD[:, 0], span)[:, None]
 
     def fork(self, stack: nn.Module, depth: int) -> RowReader:
-        """Rivals have no stacks beside the trunk."""
+        """Not possible: baselines have no layers beside the trunk."""
         raise NotImplementedError
 
 
 class Readers:
-    """Row readers of a model, kept for as long as shapes stay: a cache is allocated once."""
+    """Row readers of a model. A reader and its cache are kept while the shapes stay the same."""
 
     def __init__(self, backbone: PreTrainedModel):
         self.backbone = backbone
         self._held: tuple[tuple[int, int], RowReader] | None = None
 
     def __call__(self, rows: Rows) -> RowReader:
-        """A reader for so many rows and columns; what an earlier decoding left in it is never looked at."""
+        """A reader for these rows, at position 0. Nothing that an earlier decoding left in its cache is read."""
         shape = (rows.tokens_RC.shape[0], rows.tokens_RC.shape[1])
         if self._held is None or self._held[0] != shape:
             self._held = shape, RowReader(self.backbone, *shape)
@@ -146,12 +156,12 @@ class Readers:
 
 
 def packed(model: Any) -> Any:
-    """The model with its matrices in the order the CPU's kernels want, as the engine runs it."""
+    """The model with its matrices packed for the CPU's kernels, as in the engine, or the model itself."""
     return packed_copy(model) if can_pack(model) else model
 
 
-def run(rows: Rows, new_tokens: int, step: Callable[[], None], passes_a_step: int) -> Decoded:
-    """Step until every row has its new tokens."""
+def decode_rows(rows: Rows, new_tokens: int, step: Callable[[], None], passes_a_step: int) -> Decoded:
+    """Call `step`, which appends to the rows, until every row has its new tokens."""
     steps = torch.zeros_like(rows.length_R)
     while (unfinished := rows.length_R < rows.goal).any():
         steps += unfinished
@@ -161,9 +171,13 @@ def run(rows: Rows, new_tokens: int, step: Callable[[], None], passes_a_step: in
 
 
 def verify(drafts_RK: Tensor, sure_RL: Tensor) -> Tensor:
-    """How many of the AR model's tokens hold: those after drafts that all equal its own. (R,) in 1 … L.
+    """How many of the AR model's tokens are kept: those before which all drafts equal the AR model's tokens.
 
-    Token j of `sure_RL` is what the AR model makes of its noise after the drafts before j, so it is right when those are.
+    Args:
+        drafts_RK: int64.
+        sure_RL: the AR model's tokens. Token j was made after the drafts before j, so it is right when these are.
+    Returns:
+        (R,) int64 in 1 … L.
     """
     right = drafts_RK == sure_RL[:, : drafts_RK.shape[1]]
     return (right.int().cumprod(1).sum(1) + 1).clamp(max=sure_RL.shape[1])
