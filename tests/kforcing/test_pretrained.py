@@ -196,6 +196,7 @@ def test_the_loader_of_models_loads_students_and_ar_models(tmp_path):
     assert load_model(tmp_path / "student", device="cpu", dtype="bf16").dtype == torch.bfloat16
 
 
+@pytest.mark.cluster
 def test_the_tokenizer_of_a_student_loads_without_a_warning(tmp_path):
     with tarfile.open(FINISHED_RUN) as archive:
         archive.extractall(tmp_path, filter="data")

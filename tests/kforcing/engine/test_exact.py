@@ -79,6 +79,7 @@ def scenes(draw):
 COUPLINGS = ("gumbel", "inverse_cdf")
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(scenes())
 def test_exact_mode_gives_the_text_of_ar_decoding(scene):
