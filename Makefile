@@ -1,5 +1,5 @@
 # make distill      corpus → AR teacher → k=1 → k=2 → k=4 → report, on this machine
-# make evaluate     its models against the AR model and every rival: fidelity, text, speed, cost → report
+# make evaluate     its models against the AR model and the baselines: fidelity, text, speed, cost → report
 # make test         everything CI runs, in less than 15 minutes on two cores
 # make test-fast    what needs no cluster, no server and no other process, in less than a minute
 # make test-slow    what takes minutes, some of it with a real pretrained model

@@ -16,8 +16,8 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from pipelines.config.command_line import read_command_line
 from pipelines.config.recipes import RECIPES
-from pipelines.config.validation import read_command_line
 from pipelines.evaluation.config import evaluation_config
 from pipelines.evaluation.plan import methods_of
 from serve.protocol.requests import CompletionRequest

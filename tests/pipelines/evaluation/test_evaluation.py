@@ -183,7 +183,7 @@ def test_mlflow_holds_the_evaluation_below_the_run_and_a_row_below_it(killed, ru
 @pytest.mark.cluster
 def test_a_registered_model_is_evaluated_with_the_teacher_it_carries(killed, run, tmp_path):
     uri = f"sqlite:///{run.parent}/mlflow.db"
-    words = [*SMALL, "rivals.only=off", f"tracking.uri={uri}", f"output_dir={tmp_path}/out"]
+    words = [*SMALL, "baselines.only=off", f"tracking.uri={uri}", f"output_dir={tmp_path}/out"]
     evaluate("models:/kforcing-smoke@k4", *words, cwd=run.parent.parent)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [row["name"] for row in report["rows"][3:]] == [f"this run, k4 at k={k}" for k in (1, 2, 3, 4)]
