@@ -2,6 +2,17 @@
 
 from kforcing.configuration import PushForwardConfig
 from kforcing.design import Design, NoiseConfig, SequentialConfig
+from kforcing.llm import LLM, CompletionOutput, RequestOutput, SamplingParams
 from kforcing.modeling import PushForwardLM
 
-__all__ = ["Design", "NoiseConfig", "PushForwardConfig", "PushForwardLM", "SequentialConfig"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Design",
+    "NoiseConfig",
+    "PushForwardConfig",
+    "PushForwardLM",
+    "RequestOutput",
+    "SamplingParams",
+    "SequentialConfig",
+]

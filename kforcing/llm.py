@@ -1,0 +1,207 @@
+"""`LLM`: prompts in, texts out, over the decode engine; the interface of vLLM's class of the same name.
+
+from kforcing import LLM, SamplingParams
+answers = LLM("runs/quickstart/k4").generate(["Fellow citizens"], SamplingParams(max_tokens=64, seed=0))
+print(answers[0].outputs[0].text)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kforcing import engine
+from kforcing.detokenizer import TextStream
+from kforcing.engine import Engine, EngineConfig, Request
+from kforcing.loading import load_model, load_tokenizer
+from kforcing.noise import choice_seed
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class SamplingParams(engine.SamplingParams):
+    """How each prompt is continued. The fields beyond the engine's own say how long, how often and from which noise."""
+
+    max_tokens: int | None = 16
+    """Tokens returned at most for each choice; None for as many as the context holds."""
+    n: int = 1
+    """Choices for each prompt."""
+    seed: int | None = None
+    """Makes the text repeatable; None draws a seed from torch's global generator."""
+    stop: str | Sequence[str] = ()
+    """Stop strings. The text ends before the first of them."""
+    stop_token_ids: Sequence[int] = ()
+    """Token ids that end the text, beside the model's own EOS ids."""
+    ignore_eos: bool = False
+    """Go on after the model's EOS ids."""
+    k: int | None = None
+    """Tokens a step at most; None for the engine's k."""
+    acceptance: str | None = None
+    """`exact` or `fixed` (see `kforcing.engine.Request`); None for the engine's mode."""
+
+    def check(self) -> None:
+        """Raise ValueError for a value out of range."""
+        super().check()
+        if self.n < 1:
+            raise ValueError(f"n={self.n} must be at least 1")
+        if any(not stop for stop in self.stop_strings):
+            raise ValueError("stop contains an empty string, which would end every text at once; leave it out")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+@dataclass
+class CompletionOutput:
+    """One continuation of a prompt."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    """The tokens up to the stop, without it."""
+    finish_reason: str | None = None
+    """`stop` for EOS, a stop id or a stop string, `length` for the token limit."""
+    stop_reason: str | int | None = None
+    """The stop string or the token id that ended the text."""
+    steps: int = 0
+    """Forward passes that the continuation took."""
+
+
+@dataclass
+class RequestOutput:
+    """A prompt and its continuations."""
+
+    prompt: str | None
+    """None for a prompt that was given as token ids."""
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+
+
+class LLM:
+    """A model and its tokenizer, ready to continue prompts.
+
+    Args:
+        model: the directory of a student or of a causal LM of transformers, or such a model itself.
+        tokenizer: a tokenizer of transformers; None takes the one in the model's directory.
+        device: torch's name of a device; None takes a GPU where there is one. For a directory only.
+        dtype: `fp32` or `bf16`; None takes the saved one. For a directory only.
+        options: fields of `EngineConfig`, for example `max_num_seqs=32` or `acceptance="exact"`.
+    Raises:
+        ValueError: for an unknown option, or a model without a tokenizer.
+        FileNotFoundError: when the directory holds no model or no tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        tokenizer: Any = None,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        **options: Any,
+    ):
+        unknown = [name for name in options if name not in EngineConfig.__dataclass_fields__]
+        if unknown:
+            raise ValueError(f"unknown option {unknown[0]!r}; there are {', '.join(EngineConfig.__dataclass_fields__)}")
+        if tokenizer is None and isinstance(model, nn.Module):
+            raise ValueError("a model that is given as an object needs tokenizer=…")
+        self.tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer  # type: ignore[arg-type]
+        loaded: Any = model if isinstance(model, nn.Module) else load_model(model, device, dtype)
+        self.engine = Engine(loaded, EngineConfig(**options))
+        self.eos_ids = _eos_ids(loaded, self.tokenizer, self.engine.vocabulary)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue prompts: texts, lists of token ids, or several of either. The answers come in their order.
+
+        Args:
+            sampling_params: one for all prompts or one for each.
+        Raises:
+            ValueError: names the prompt that cannot be served, before any is begun.
+        """
+        several = _as_list(prompts)
+        params = sampling_params or SamplingParams()
+        each = [params] * len(several) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(several):
+            raise ValueError(f"{len(each)} sampling params for {len(several)} prompts; give one, or one for each")
+        answers, requests = [], []
+        for number, (prompt, chosen) in enumerate(zip(several, each, strict=True), start=1):
+            ids = self.tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt)
+            answer = RequestOutput(prompt if isinstance(prompt, str) else None, ids, [])
+            answers.append(answer)
+            for request in self._requests(ids, chosen):
+                try:
+                    self.engine.check(request)
+                except ValueError as error:
+                    raise ValueError(f"prompt {number}: {error}") from None
+                answer.outputs.append(CompletionOutput(len(answer.outputs)))
+                requests.append((request, answer.outputs[-1], TextStream(self.tokenizer, chosen.stop_strings)))
+        self._run(requests)
+        return answers
+
+    def chat(
+        self, messages: Sequence[dict[str, str]], sampling_params: SamplingParams | None = None
+    ) -> list[RequestOutput]:
+        """Answer a conversation of `{"role": …, "content": …}` turns. Raises ValueError without a chat template."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError("the tokenizer has no chat template; use generate")
+        text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        return self.generate([ids], sampling_params)
+
+    def _requests(self, ids: list[int], params: SamplingParams) -> list[Request]:
+        seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
+        return [
+            Request(ids, params.max_tokens, choice_seed(seed, i), stop_ids, params.k, params, params.acceptance)
+            for i in range(max(params.n, 1))
+        ]
+
+    def _run(self, requests: list[tuple[Request, CompletionOutput, TextStream]]) -> None:
+        """Run requests of the engine to their end, each into its output."""
+        live = {self.engine.submit(request): (output, stream) for request, output, stream in requests}
+        try:
+            while live:
+                for made in self.engine.step():
+                    if made.id not in live:
+                        continue
+                    output, stream = live[made.id]
+                    piece = stream.push(made.tokens)
+                    output.text += piece.text
+                    output.token_ids += made.tokens[: piece.tokens]
+                    output.steps = made.steps
+                    if piece.stopped:
+                        output.finish_reason, output.stop_reason = "stop", stream.stop
+                        self.engine.cancel(made.id)
+                        del live[made.id]
+                    elif made.finish_reason:
+                        output.text += stream.flush()
+                        output.finish_reason, output.stop_reason = made.finish_reason, made.stop_id
+                        del live[made.id]
+        finally:
+            for id in live:
+                self.engine.cancel(id)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _eos_ids(model: Any, tokenizer: Any, vocabulary: int) -> frozenset[int]:
+    """The ids that end a text: those of the model's generation config, and the tokenizer's."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
+    return frozenset(i for i in ids if isinstance(i, int) and 0 <= i < vocabulary)
