@@ -33,7 +33,7 @@ test-slow: .venv/.dev .venv/.gguf ; $(BIN)/pytest -m slow --durations=20
 	$(PYTHON) infra/check_python.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,serve,eval]'
 	touch $@
 .venv/.dev: .venv/.installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'

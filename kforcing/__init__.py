@@ -4,6 +4,7 @@ from kforcing.configuration import PushForwardConfig
 from kforcing.design import Design, NoiseConfig, SequentialConfig
 from kforcing.llm import LLM, CompletionOutput, RequestOutput, SamplingParams
 from kforcing.modeling import PushForwardLM
+from kforcing.version import __version__
 
 __all__ = [
     "LLM",
@@ -15,4 +16,5 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "SequentialConfig",
+    "__version__",
 ]
