@@ -7,6 +7,7 @@ from kforcing import LLM, SamplingParams
 from kforcing.engine import Engine, EngineConfig, Request
 from kforcing.loading import load_model
 from tests.endpoint import EOS, ids_of, save_model, text_of
+from tests.models import make_backbone, make_sequential
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,10 @@ def test_texts_are_those_of_the_engine_in_the_order_of_the_prompts(folder, llm):
 
 
 def test_eos_ids_are_those_of_the_generation_config_and_of_the_tokenizer(llm):
-    assert llm.eos_ids == {EOS, 2}  # 2 is the default of the backbone's config
+    assert llm.eos_ids == {EOS}
+    student = make_sequential(make_backbone())
+    student.generation_config.eos_token_id = [3, 4]
+    assert LLM(student, llm.tokenizer, max_num_seqs=1, max_model_len=20).eos_ids == {3, 4, EOS}
 
 
 def test_a_prompt_may_be_a_text_or_token_ids_alone_or_in_a_list(llm):
