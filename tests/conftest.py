@@ -47,7 +47,7 @@ def smoke(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if parallel else base) / "shared-smoke"
     output = folder / "output.txt"
-    with FileLock(f"{folder}.lock", timeout=900):
+    with FileLock(f"{folder}.lock", timeout=2100):
         if not output.exists():
             folder.mkdir(exist_ok=True)
             done = distill("--recipe", "smoke", "output_dir=runs/smoke", cwd=folder)

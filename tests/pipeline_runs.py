@@ -28,7 +28,7 @@ def run_command(line, cwd, timeout=600, **extra):
 
 def distill(*words, cwd, **extra):
     """The finished process of a run of the pipeline that must succeed."""
-    done = run_command(command("distill.py", *words), cwd, timeout=900, **extra)
+    done = run_command(command("distill.py", *words), cwd, timeout=2100, **extra)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return done
 

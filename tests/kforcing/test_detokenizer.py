@@ -1,7 +1,7 @@
 """The detokenizer returns the text of tokens that come k at a time."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -45,11 +45,13 @@ texts = st.text(alphabet="ab é😀\n", max_size=30)
 sizes = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
 
+@settings(deadline=None)
 @given(text=texts, sizes=sizes)
 def test_pieces_of_any_size_add_up_to_the_whole_text(tokenizer, text, sizes):
     assert run(tokenizer, text, sizes)[0] == text
 
 
+@settings(deadline=None)
 @given(
     text=texts, sizes=sizes, stops=st.lists(st.text(alphabet="ab é😀", min_size=1, max_size=4), min_size=1, max_size=3)
 )
@@ -66,6 +68,7 @@ def test_text_ends_before_the_first_stop_string_and_tokens_count_up_to_its_end(t
     assert count == len(tokenizer(text[:first]).input_ids)
 
 
+@settings(deadline=None)
 @given(
     text=texts, sizes=sizes, stops=st.lists(st.text(alphabet="ab é😀", min_size=1, max_size=4), min_size=1, max_size=3)
 )
