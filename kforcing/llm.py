@@ -18,7 +18,7 @@ from torch import nn
 from kforcing import engine
 from kforcing.detokenizer import TextStream
 from kforcing.engine import Engine, EngineConfig, Request
-from kforcing.loading import load_model, load_tokenizer
+from kforcing.loading import eos_token_ids, load_model, load_tokenizer, saved_generation_config
 from kforcing.noise import choice_seed
 
 Prompt = str | Sequence[int]
@@ -116,7 +116,8 @@ class LLM:
         self.tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer  # type: ignore[arg-type]
         loaded: Any = model if isinstance(model, nn.Module) else load_model(model, device, dtype)
         self.engine = Engine(loaded, EngineConfig(**options))
-        self.eos_ids = _eos_ids(loaded, self.tokenizer, self.engine.vocabulary)
+        config = loaded.generation_config if isinstance(model, nn.Module) else saved_generation_config(model)
+        self.eos_ids = eos_token_ids(config, self.tokenizer, self.engine.vocabulary)
 
     def generate(
         self,
@@ -198,10 +199,3 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
-
-
-def _eos_ids(model: Any, tokenizer: Any, vocabulary: int) -> frozenset[int]:
-    """The ids that end a text: those of the model's generation config, and the tokenizer's."""
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
-    return frozenset(i for i in ids if isinstance(i, int) and 0 <= i < vocabulary)

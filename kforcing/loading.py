@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
+from kforcing.generation import eos_ids
 from kforcing.modeling import PushForwardLM
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,3 +55,16 @@ def load_tokenizer(path: str | Path) -> Any:
     if (Path(path) / "tokenizer.json").is_file():
         return PreTrainedTokenizerFast.from_pretrained(path)
     return AutoTokenizer.from_pretrained(path)
+
+
+def saved_generation_config(path: str | Path) -> GenerationConfig | None:
+    """The generation config in a model's directory. None where there is none: what transformers makes up are defaults."""
+    if not (Path(path) / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(path)
+
+
+def eos_token_ids(config: GenerationConfig | None, tokenizer: Any, vocabulary: int) -> frozenset[int]:
+    """The ids that end a text: those of a generation config, and the tokenizer's, as far as the vocabulary has them."""
+    ids = [*(eos_ids(config) if config else []), tokenizer.eos_token_id]
+    return frozenset(i for i in ids if isinstance(i, int) and 0 <= i < vocabulary)

@@ -6,7 +6,7 @@ import secrets
 from typing import Any
 
 from kforcing.engine import Request, SamplingParams
-from kforcing.noise import derive_key
+from kforcing.noise import choice_seed
 from serve.models import ServedModel
 from serve.protocol.errors import ApiError
 from serve.protocol.requests import MAX_CHOICES, ChatRequest, CompletionRequest
@@ -36,13 +36,8 @@ def engine_requests(model: ServedModel, body: CompletionRequest | ChatRequest) -
         room = max(model.engine.max_model_len - len(prompt), 1)
         limit = body.token_limit or (None if chat else min(DEFAULT_MAX_TOKENS, room))
         seed = secrets.randbits(62) if body.seed is None else body.seed
-        requests += [Request(prompt, limit, _seed(seed, i), stop_ids, body.k, sampling) for i in range(copies)]
+        requests += [Request(prompt, limit, choice_seed(seed, i), stop_ids, body.k, sampling) for i in range(copies)]
     return requests
-
-
-def _seed(seed: int, choice: int) -> int:
-    """Choice 0 uses the given seed, so that it equals what any other caller gets; the others derive theirs from it."""
-    return seed if choice == 0 else derive_key(seed, "choice", choice)
 
 
 def _sampling(body: CompletionRequest | ChatRequest) -> SamplingParams:

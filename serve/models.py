@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 from kforcing import PushForwardLM
 from kforcing.engine import Engine, EngineConfig, EngineStats, Request
-from kforcing.loading import load_model, load_tokenizer
+from kforcing.loading import eos_token_ids, load_model, load_tokenizer, saved_generation_config
 from kforcing.model_uri import PREFIX, parse_model_uri
 from serve.engine_thread import AsyncEngine, EngineThread
 from serve.metrics import EngineMetrics, Metrics
@@ -22,7 +21,7 @@ class ServedModel:
     def __init__(self, name: str, engine: Engine, path: Path):
         self.name, self.engine = name, engine
         self.tokenizer = load_tokenizer(path)
-        self.eos = eos_ids(path, self.tokenizer, engine.vocabulary)
+        self.eos = eos_token_ids(saved_generation_config(path), self.tokenizer, engine.vocabulary)
         # Warm-up: this request packs the weights, chooses kernels and captures graphs before the first client comes.
         engine.generate([Request([0], 2 * engine.k)])
         engine.stats = EngineStats()
@@ -35,14 +34,6 @@ class ServedModel:
         """Accept requests from now on."""
         self.metrics = metrics
         self.async_engine = AsyncEngine(self.engine, metrics, max_waiting, thread)
-
-
-def eos_ids(path: Path, tokenizer: Any, vocabulary: int) -> frozenset[int]:
-    """End-of-text ids: the tokenizer's, and those of a generation config if one was saved (a config's own are defaults)."""
-    saved = path / "generation_config.json"
-    named = json.loads(saved.read_text()).get("eos_token_id") if saved.is_file() else None
-    ids = named if isinstance(named, list) else [named]
-    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int) and 0 <= i < vocabulary)
 
 
 LOADING = {

@@ -53,10 +53,3 @@ def smoke(tmp_path_factory):
             done = distill("--recipe", "smoke", "output_dir=runs/smoke", cwd=folder)
             output.write_text(done.stdout + done.stderr)
     return folder / "runs" / "smoke", output.read_text()
-
-
-def __getattr__(name):
-    """Names that moved to `tests.models`; for imports that have not moved yet."""
-    import tests.models
-
-    return getattr(tests.models, name)

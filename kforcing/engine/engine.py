@@ -91,7 +91,7 @@ class Engine:
         """Queue a request and return its id. Raises ValueError for what the model or the engine cannot do."""
         k, limit = self.check(request)
         exact = (request.acceptance or self.config.acceptance) == "exact"
-        sequence = Sequence(self._next_id, request, k, limit, exact, tail=self.k, unread=self.k)
+        sequence = Sequence(self._next_id, request, k, limit, exact, tail=self.k)
         self._next_id += 1
         self.scheduler.add(sequence)
         return sequence.id

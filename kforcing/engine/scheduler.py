@@ -36,11 +36,14 @@ class Sequence:
     """Prompt tokens that were read already."""
     new: list[int] = field(default_factory=list)
     """Tokens returned so far."""
-    unread: int = 0
+    unread: int = field(init=False)
     """Tokens at the end of the slot that the trunk has not read: those of the last block."""
     drafts: int = 0
     """How many of these the next step verifies."""
     steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.unread = self.tail
 
     @property
     def length(self) -> int:

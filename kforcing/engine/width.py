@@ -18,8 +18,10 @@ FIRST_LOOK = 4
 """Steps of each width that are timed before the first choice."""
 LOOK_AGAIN = 256
 """Steps after which a width that was not chosen is timed again, for one step."""
-MEMORY = 0.1
-"""Weight of the newest observation in running means."""
+STEP_MEMORY = 0.1
+"""Weight of the newest step in the running mean of seconds."""
+BLOCK_MEMORY = 0.01
+"""Weight of the newest block in the running acceptance."""
 ENOUGH_BLOCKS = 500
 """Verified blocks after which acceptance is judged."""
 
@@ -44,25 +46,24 @@ class WidthChooser:
         self.acceptance = [0.5**j for j in range(1, k)]
         """For each draft of a block, the running share of blocks in which it and all before it were accepted."""
         self._blocks = 0
-        self._judged = False
         self._observations = 0
         self._timings: dict[tuple[int, int], _Timing] = defaultdict(_Timing)
 
     def block(self, drafted: int, accepted: int) -> None:
         """Note that of so many drafts of a block the first `accepted` were kept."""
         for j in range(drafted):
-            self.acceptance[j] += MEMORY / 10 * ((j < accepted) - self.acceptance[j])
-        self._blocks += drafted > 0
-        if self._blocks == ENOUGH_BLOCKS and not self._judged:
-            self._judged = True
-            self._judge()
+            self.acceptance[j] += BLOCK_MEMORY * ((j < accepted) - self.acceptance[j])
+        if drafted:
+            self._blocks += 1
+            if self._blocks == ENOUGH_BLOCKS:
+                self._judge()
 
     def step(self, requests: int, width: int, seconds: float) -> None:
         """Note the seconds of a step of this width."""
         timing = self._timings[_bucket(requests), width]
         self._observations += 1
         # The first step of a shape chooses kernels and is not typical.
-        weight = 1.0 if timing.steps <= 1 else max(MEMORY, 1 / timing.steps)
+        weight = 1.0 if timing.steps <= 1 else max(STEP_MEMORY, 1 / timing.steps)
         timing.seconds += weight * (seconds - timing.seconds)
         timing.steps += 1
         timing.last = self._observations

@@ -33,6 +33,7 @@ from pipelines.runs.cluster import connected, work_of_run
 from pipelines.runs.costs import training_log
 from pipelines.runs.pipeline import Pipeline
 from pipelines.runs.stages import StageError, locked
+from pipelines.tables import spread
 
 DEFAULTS = [
     "teacher.train.steps=60",
@@ -69,11 +70,6 @@ def run(config: Config) -> dict[str, Any]:
         "corpus_tokens_per_s": round(prepared.facts()["train"]["tokens"] / prepared.facts()["train"]["seconds"]),
         **modes,
     }
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, smallest and largest."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def measure(config: Config, name: str, fingerprint: str) -> dict[str, Any]:

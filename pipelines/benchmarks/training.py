@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -50,6 +49,7 @@ from kforcing.noise import window_noise
 from kforcing.readout.argmax import ArgmaxReadout
 from kforcing.reference import dense_states
 from pipelines.runs.cluster import MALLOC
+from pipelines.tables import spread
 from pipelines.training.step import StudentStep, WindowBatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -139,11 +139,6 @@ def matmul_flops_per_s(given: argparse.Namespace) -> float:
     from pipelines.benchmarks.engine import measure_machine
 
     return measure_machine(torch.device(given.device), DTYPES[given.dtype]).flops_per_s
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, smallest and largest."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def steps(given: argparse.Namespace) -> dict[str, dict[str, float]]:

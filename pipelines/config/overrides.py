@@ -21,6 +21,7 @@ RENAMED = {
     "train.own_windows": "train.on_policy_fraction",
     "train.own_from": "train.on_policy_from",
     "rollout.top_m": "rollout.teacher_top_k",
+    "rivals": "baselines",
 }
 """Old key → new key, as parts of a dotted path. The old ones still work, with a warning."""
 

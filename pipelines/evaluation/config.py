@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,21 +145,12 @@ def evaluation_config(words: Sequence[str]) -> EvaluationConfig:
         path, equals, value = word.partition("=")
         if not equals:
             raise ConfigError(f"cannot read {word!r}; overrides are written section.field=value")
-        config = override(config, _current_key(path), value)
+        config = override(config, path, value)
     if config.text.protocol is not None:
         external_given = any(word.startswith("text.external=") for word in words)
         config = dataclasses.replace(config, text=_with_protocol(config.text, external_given))
     _check(config)
     return config
-
-
-def _current_key(path: str) -> str:
-    """The name of a setting in this release."""
-    if not path.startswith("rivals."):
-        return path
-    new = path.replace("rivals.", "baselines.", 1)
-    print(f"warning: {path} has a new name, {new}; please use it", file=sys.stderr)
-    return new
 
 
 def _with_protocol(text: TextConfig, external_given: bool) -> TextConfig:

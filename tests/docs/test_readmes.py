@@ -22,9 +22,9 @@ from pipelines.evaluation.config import evaluation_config
 from pipelines.evaluation.plan import methods_of
 from serve.protocol.requests import CompletionRequest
 from serve.settings import Settings, read_settings
-from tests.conftest import CONFIGS, make_sequential
 from tests.docs.pages import PAGES, ROOT, anchors, blocks, links, shell_commands, table_keys, tree_paths
 from tests.endpoint import LETTERS, endpoint, save_model
+from tests.models import CONFIGS, make_sequential
 
 README, KFORCING, PIPELINES, SERVE, INFRA, CONTRIBUTING = PAGES
 EXTERNAL = {"git", "pip", "docker", "kubectl", "guidellm", "aiperf", "lm_eval", "."}

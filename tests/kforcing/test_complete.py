@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kforcing import complete
 from kforcing.reference import decode
-from tests.conftest import VOCAB, make_backbone, make_sequential
+from tests.models import VOCAB, make_backbone, make_sequential
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from transformers import GenerationConfig, TextStreamer, set_seed
 
 from kforcing.reference import decode
-from tests.conftest import VOCAB, make_backbone, make_sequential
+from tests.models import VOCAB, make_backbone, make_sequential
 
 PAD = VOCAB - 1
 

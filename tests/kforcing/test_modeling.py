@@ -9,7 +9,7 @@ from kforcing import Design, NoiseConfig, PushForwardConfig, PushForwardLM
 from kforcing.attention.reader import check_backbone
 from kforcing.attention.windows import Windows
 from kforcing.distillation.teachers import StudentTeacher
-from tests.conftest import VOCAB, make_backbone
+from tests.models import VOCAB, make_backbone
 
 
 def inputs(B=2, N=7, K=4, seed=0):

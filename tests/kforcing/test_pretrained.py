@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from kforcing import Design, PushForwardConfig, PushForwardLM, SequentialConfig
 from kforcing.loading import load_model
-from tests.conftest import VOCAB, make_backbone, make_sequential
+from tests.models import VOCAB, make_backbone, make_sequential
 
 FINISHED_RUN = Path(__file__).parents[1] / "data" / "finished_run.tar.gz"
 DESIGNS = {

@@ -1,8 +1,8 @@
 import httpx
 import pytest
 
-from tests.conftest import make_backbone, make_sequential
 from tests.endpoint import endpoint, save_model
+from tests.models import make_backbone, make_sequential
 
 
 @pytest.fixture(scope="module")

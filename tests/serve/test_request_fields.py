@@ -4,8 +4,8 @@ import httpx
 import pytest
 
 from kforcing import PushForwardLM
-from tests.conftest import make_backbone
 from tests.endpoint import endpoint, save_model
+from tests.models import make_backbone
 
 pytestmark = pytest.mark.cluster
 

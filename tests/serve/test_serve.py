@@ -20,8 +20,8 @@ from ray import serve
 from kforcing.reference import decode
 from serve.app import build
 from serve.overhead import replicas
-from tests.conftest import make_backbone, make_sequential
 from tests.endpoint import EOS, ids_of, save_model, text_of
+from tests.models import make_backbone, make_sequential
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster

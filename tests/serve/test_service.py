@@ -6,8 +6,8 @@ import concurrent.futures
 import httpx
 import pytest
 
-from tests.conftest import make_backbone, make_sequential
 from tests.endpoint import HeldSteps, endpoint, expected, metrics, save_model, text_of
+from tests.models import make_backbone, make_sequential
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster

@@ -8,7 +8,7 @@ from kforcing.attention.reader import ATTENTION, BlockReader, ar_block_logits
 from kforcing.attention.windows import Windows, read_context
 from kforcing.backbone import embeddings, lm_head
 from kforcing.reference import dense_states, staircase_mask
-from tests.conftest import VOCAB, make_backbone
+from tests.models import VOCAB, make_backbone
 
 
 def windows(seed=0, B=3, N=9, W=4, P=3):

@@ -14,7 +14,7 @@ from kforcing.coupling import COUPLINGS, inverse_cdf
 from kforcing.engine import Engine, EngineConfig, Request
 from kforcing.noise import derive_key, sample_anchors, uniform
 from kforcing.reference import decode
-from tests.conftest import CONFIGS, VOCAB, make_backbone
+from tests.models import CONFIGS, VOCAB, make_backbone
 
 PROMPTS = torch.randint(0, VOCAB, (3, 9), generator=torch.Generator().manual_seed(2))
 SEEDS = [3, 4, 5]

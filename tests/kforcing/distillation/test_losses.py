@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kforcing.distillation.losses import SoftTargets, block_sums, hard_target_loss, next_token_loss, soft_target_kl
-from tests.conftest import VOCAB, make_backbone
+from tests.models import VOCAB, make_backbone
 
 
 def test_hard_target_loss_sums_by_offset():

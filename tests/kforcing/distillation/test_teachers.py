@@ -9,7 +9,7 @@ from kforcing.attention.windows import Windows, read_context
 from kforcing.coupling import gumbel_max, inverse_cdf
 from kforcing.distillation.teachers import ARTeacher
 from kforcing.noise import derive_key, uniform
-from tests.conftest import VOCAB, make_backbone
+from tests.models import VOCAB, make_backbone
 
 
 def exact_joint(backbone, context, k):

@@ -16,7 +16,8 @@ from kforcing.engine.graphs import Graphs
 from kforcing.engine.layers import LeanStack, StockStack
 from kforcing.engine.runner import ModelRunner
 from kforcing.reference import decode
-from tests.conftest import CONFIGS, VOCAB, make_backbone, make_sequential
+from tests.kforcing.engine.scenes import run, run_eagerly
+from tests.models import CONFIGS, VOCAB, make_backbone, make_sequential
 
 KINDS = {
     "ar": lambda name: make_backbone(name),
@@ -86,12 +87,6 @@ def scenes(draw):
     return kind, draw(st.sampled_from(list(CONFIGS))), config, draw(st.booleans()), requests, arrivals, cancels
 
 
-def run_eagerly(step):
-    """In place of a graph: the captured shape, run anew each time."""
-    step()
-    return step
-
-
 @pytest.mark.long
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(scenes())
@@ -101,20 +96,7 @@ def test_engine_equals_the_loop_without_cache(scene):
     engine = Engine(m, config)
     if graphs:  # the shapes and bookkeeping of a GPU
         engine._step, engine._buckets = Graphs(engine.runner, capture=run_eagerly), True
-    ids, made, ends = {}, [[] for _ in requests], [None] * len(requests)
-    for step in range(400):
-        for i, request in enumerate(requests):
-            if arrivals[i] == step:
-                ids[engine.submit(request)] = i
-            if cancels[i] == step and arrivals[i] <= step:
-                engine.cancel(next(id for id, j in ids.items() if j == i))
-        for output in engine.step():
-            assert ends[ids[output.id]] is None, "a finished request makes nothing more"
-            made[ids[output.id]] += output.tokens
-            ends[ids[output.id]] = output.finish_reason
-        if step > 12 and engine.idle:
-            break
-    assert engine.idle
+    made, ends = run(engine, requests, arrivals, cancels)
     for i, request in enumerate(requests):
         expected = slowly(m, request)
         if ends[i] is None:

@@ -11,7 +11,8 @@ from kforcing import Design, NoiseConfig, PushForwardLM, SequentialConfig
 from kforcing.engine import Engine, EngineConfig, EngineStats, Request, SamplingParams
 from kforcing.engine.graphs import Graphs
 from kforcing.reference import decode
-from tests.conftest import CONFIGS, VOCAB, make_backbone, make_sequential
+from tests.kforcing.engine.scenes import run, run_eagerly
+from tests.models import CONFIGS, VOCAB, make_backbone, make_sequential
 
 PARTS = {
     "all hints": {},
@@ -26,12 +27,6 @@ PARTS = {
 def student(parts, name="llama", coupling="gumbel"):
     """A student whose drafts are wrong now and then."""
     return make_sequential(make_backbone(name, scale=4.0), coupling=coupling, **PARTS[parts]).eval()
-
-
-def run_eagerly(step):
-    """In place of a CUDA graph: the captured shape, run anew each time."""
-    step()
-    return step
 
 
 samplings = st.one_of(
@@ -98,25 +93,6 @@ def test_exact_mode_gives_the_text_of_ar_decoding(scene):
         else:
             assert made[i] == expected
             assert ends[i] == ("length" if len(expected) == request.max_new_tokens else "stop")
-
-
-def run(engine, requests, arrivals, cancels):
-    """Tokens and finish reason of each request, submitted and cancelled at the given steps."""
-    ids, made, ends = {}, [[] for _ in requests], [None] * len(requests)
-    for step in range(600):
-        for i, request in enumerate(requests):
-            if arrivals[i] == step:
-                ids[engine.submit(request)] = i
-            if cancels[i] == step and arrivals[i] <= step:
-                engine.cancel(next(id for id, j in ids.items() if j == i))
-        for output in engine.step():
-            assert ends[ids[output.id]] is None, "a finished request makes nothing more"
-            made[ids[output.id]] += output.tokens
-            ends[ids[output.id]] = output.finish_reason
-        if step > 12 and engine.idle:
-            break
-    assert engine.idle
-    return made, ends
 
 
 def alone(model, request, coupling, k):

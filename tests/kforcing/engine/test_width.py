@@ -19,6 +19,14 @@ def settled(chooser, requests, seconds, steps=400):
     return max(set(chosen), key=chosen.count)
 
 
+def experienced(k, accepted):
+    """A chooser of widths to k that has seen many blocks with so many accepted drafts."""
+    chooser = WidthChooser(k)
+    for _ in range(2000):
+        chooser.block(k - 1, accepted)
+    return chooser
+
+
 def test_all_widths_are_timed_before_the_first_choice():
     chooser, chosen = WidthChooser(3), []
     for _ in range(3 * FIRST_LOOK):
@@ -28,36 +36,26 @@ def test_all_widths_are_timed_before_the_first_choice():
 
 
 def test_the_widest_step_is_chosen_when_steps_cost_nearly_the_same_and_drafts_are_right():
-    chooser = WidthChooser(4)
-    for _ in range(2000):
-        chooser.block(3, 3)
+    chooser = experienced(4, accepted=3)
     assert settled(chooser, 1, {1: 1.0, 2: 1.1, 3: 1.2, 4: 1.3}) == 4
 
 
 def test_ar_decoding_is_chosen_when_drafts_are_wrong_or_arithmetic_binds():
-    chooser = WidthChooser(4)
-    for _ in range(2000):
-        chooser.block(3, 0)
+    chooser = experienced(4, accepted=0)
     assert settled(chooser, 1, {1: 1.0, 2: 1.1, 3: 1.2, 4: 1.3}) == 1
-    chooser = WidthChooser(4)
-    for _ in range(2000):
-        chooser.block(3, 3)
+    chooser = experienced(4, accepted=3)
     assert settled(chooser, 64, {1: 1.0, 2: 2.2, 3: 3.3, 4: 4.4}) == 1
 
 
 def test_the_choice_depends_on_the_number_of_requests():
-    chooser = WidthChooser(2)
-    for _ in range(2000):
-        chooser.block(1, 1)
+    chooser = experienced(2, accepted=1)
     assert settled(chooser, 1, {1: 1.0, 2: 1.2}) == 2
     assert settled(chooser, 16, {1: 1.0, 2: 2.5}) == 1
     assert settled(chooser, 1, {1: 1.0, 2: 1.2}, steps=50) == 2
 
 
 def test_a_width_that_was_not_chosen_is_timed_again():
-    chooser = WidthChooser(2)
-    for _ in range(2000):
-        chooser.block(1, 1)
+    chooser = experienced(2, accepted=1)
     assert settled(chooser, 1, {1: 1.0, 2: 3.0}) == 1
     assert settled(chooser, 1, {1: 1.0, 2: 1.0}, steps=20 * LOOK_AGAIN) == 2
 

@@ -13,7 +13,7 @@ from kforcing.metrics.fidelity import window_scores
 from kforcing.metrics.intervals import Interval, cluster_bootstrap, over_clusters
 from kforcing.noise import derive_key, sample_anchors, window_noise
 from kforcing.readout.base import BlockScores, Draw
-from tests.conftest import VOCAB, make_backbone
+from tests.models import VOCAB, make_backbone
 
 
 class UnrolledTeacher:

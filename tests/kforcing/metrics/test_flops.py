@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kforcing import PushForwardLM
 from kforcing.metrics.flops import WeightReads, flop_counter, measured_step, predicted_step
-from tests.conftest import make_sequential
+from tests.models import make_sequential
 
 
 def test_products_and_attention_are_counted_forward_and_backward():

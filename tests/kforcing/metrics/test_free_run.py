@@ -3,7 +3,7 @@ import torch
 from kforcing.coupling import COUPLINGS, inverse_cdf
 from kforcing.engine import Engine, EngineConfig, Request
 from kforcing.metrics.free_run import free_run, same_so_far
-from tests.conftest import VOCAB, make_backbone, make_sequential
+from tests.models import VOCAB, make_backbone, make_sequential
 
 PROMPTS = torch.randint(0, VOCAB, (5, 6), generator=torch.Generator().manual_seed(0))
 SEEDS = [10, 11, 12, 13, 14]

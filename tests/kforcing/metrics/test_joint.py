@@ -16,7 +16,7 @@ from kforcing.metrics.joint import (
     student_score,
 )
 from kforcing.noise import derive_key
-from tests.conftest import VOCAB, make_backbone, make_sequential
+from tests.models import VOCAB, make_backbone, make_sequential
 
 CONTEXT = torch.tensor([3, 1, 4, 1, 5])
 

@@ -13,7 +13,7 @@ from kforcing.metrics.external import External, load_external
 from kforcing.metrics.gen_ppl import GenPPL, gen_ppl
 from kforcing.metrics.intervals import Interval, cluster_bootstrap
 from kforcing.metrics.mauve import features, frontier_area, mauve
-from tests.conftest import CONFIGS, VOCAB, make_backbone
+from tests.models import CONFIGS, VOCAB, make_backbone
 
 TEXTS = ["ab cab dab", "a", "", "dab dab cab ab abcd", "bcd ab", "cab"]
 PROMPTS = ["ab ", "cab d", "abcd", "", "a", "cab"]

@@ -14,7 +14,7 @@ from kforcing.distillation.teachers import ARTeacher, StudentTeacher
 from kforcing.noise import uniform
 from kforcing.reference import decode
 from pipelines.training.step import StudentStep, WindowBatch
-from tests.conftest import VOCAB, make_backbone, make_sequential
+from tests.models import VOCAB, make_backbone, make_sequential
 
 PARTS = [
     {"hints": "none", "draft": "none"},

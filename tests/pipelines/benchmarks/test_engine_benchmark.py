@@ -10,7 +10,7 @@ import torch
 
 from kforcing.metrics.flops import predicted_ar_step, predicted_step
 from pipelines.benchmarks.engine import Machine, Row, Work, crossover, engine_rounds, roofline_ms
-from tests.conftest import VOCAB, make_backbone, make_sequential
+from tests.models import VOCAB, make_backbone, make_sequential
 
 ROOT = Path(__file__).parents[3]
 

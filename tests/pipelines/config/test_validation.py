@@ -11,7 +11,7 @@ from pipelines.config.overrides import apply
 from pipelines.config.recipes import recipe
 from pipelines.config.section import ConfigError
 from pipelines.runs.cluster import check_labels, preflight, work_of_run
-from tests.conftest import make_backbone
+from tests.models import make_backbone
 
 
 def read(tmp_path, *words):

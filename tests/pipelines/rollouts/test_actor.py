@@ -12,7 +12,7 @@ from kforcing.distillation.teachers import ARTeacher
 from pipelines.data.rows import rollout_cost, token_rows, with_place
 from pipelines.rollouts.actor import CPU_BATCH, RolloutActor, RolloutJob, fitting_batch, pass_bytes
 from pipelines.training.step import to_batch
-from tests.conftest import VOCAB, make_backbone
+from tests.models import VOCAB, make_backbone
 
 N = 12
 

@@ -11,8 +11,8 @@ from kforcing import PushForwardLM
 from kforcing.engine import Engine, Request
 from pipelines.tracking.flavour import log_flavour
 from pipelines.tracking.registry import model_files, registered_student
-from tests.conftest import make_backbone, make_sequential
 from tests.endpoint import EOS, ids_of, save_model, text_of
+from tests.models import make_backbone, make_sequential
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from pipelines.config.overrides import apply
 from pipelines.config.recipes import recipe
 from pipelines.data.tokenise import Prepared
 from pipelines.tracking.tracker import Tracker, flatten, progress_line
-from tests.conftest import make_backbone
+from tests.models import make_backbone
 from tests.ranks import free_port
 
 pytestmark = pytest.mark.cluster

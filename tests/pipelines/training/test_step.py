@@ -20,7 +20,7 @@ from kforcing.noise import uniform
 from kforcing.readout import argmax as readout
 from kforcing.readout import sequential
 from pipelines.training.step import StudentStep, WindowBatch, measured_windows
-from tests.conftest import VOCAB, make_backbone, make_sequential
+from tests.models import VOCAB, make_backbone, make_sequential
 
 B, N, W, K = 2, 12, 10, 4
 

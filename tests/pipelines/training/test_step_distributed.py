@@ -18,7 +18,7 @@ from pipelines.training import deepspeed_engine as strategy
 from pipelines.training.progress import Progress
 from pipelines.training.schedule import learning_rate
 from pipelines.training.step import StudentStep, WindowBatch, optimizer_step, reduce_sums
-from tests.conftest import VOCAB, make_backbone, make_sequential
+from tests.models import VOCAB, make_backbone, make_sequential
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.cluster
