@@ -1,8 +1,8 @@
-"""How a step keeps less than it makes.
+"""Computing a training step in pieces, so that it needs less memory.
 
-`in_chunks` and `loss_in_chunks` are for what follows the LM head: logits over the whole vocabulary would be the largest
-tensors of a step, and only some rows of them exist at a time. `checkpoint_layers` is for transformer layers: of each only
-its input is kept, and the layer is computed again in the backward pass.
+`in_chunks` and `loss_in_chunks` compute what follows the LM head for a few rows at a time, because logits over the whole
+vocabulary would be the largest tensors of a step. `checkpoint_layers` keeps only the input of each transformer layer and
+computes the layer again in the backward pass (activation checkpointing).
 """
 
 from __future__ import annotations

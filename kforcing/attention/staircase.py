@@ -54,7 +54,7 @@ class Chunk:
         part.copy_(y.view(part.shape))
 
     def mask(self, repeats: int, dtype: torch.dtype) -> Tensor:
-        """What is added to scores, (B, 1, C·repeats, end): 0 where a window sees, −inf elsewhere."""
+        """The additive attention mask (B, 1, C·repeats, end): 0 where a window may attend, −inf elsewhere."""
         columns = torch.arange(self.end, device=self.anchors_BC.device)
         hidden = (columns > self.anchors_BC[..., None]).repeat_interleave(repeats, dim=1)[:, None]
         wide = -(-self.end // 16) * 16  # GPU kernels want rows of the mask to be aligned

@@ -110,7 +110,7 @@ def soft_target_kl(logits_BWKV: Tensor, soft: SoftTargets) -> Tensor:
 
 @torch.no_grad()
 def block_sums(loss: Tensor, windows: int, right_RK: Tensor, nll_RK: Tensor) -> LossSums:
-    """The sums of so many windows, of which match and NLL were measured on some: those stand for all."""
+    """The sums over so many windows. Match and NLL were measured on some of them, and are scaled up to all."""
     right, nll = right_RK.flatten(0, -2).float(), nll_RK.flatten(0, -2)
     share = windows / len(right)
     block = right.prod(-1).sum() * share

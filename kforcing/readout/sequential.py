@@ -34,7 +34,16 @@ from kforcing.readout.hint_layers import hint_stack
 
 
 class SequentialReadout(Readout):
-    """See the module's text."""
+    """The read-out of the sequential recipe: token 1 from the exact AR trunk, tokens 2 … K from hints and the small head.
+
+    Args:
+        backbone: the AR model, which the caller owns.
+        k: tokens of a block at most.
+        config: parts and sizes.
+        coupling: draws each token from its distribution.
+    Raises:
+        ValueError: when the embeddings and the LM head have different widths, or the hint layers cannot be built.
+    """
 
     def __init__(self, backbone: PreTrainedModel, k: int, config: SequentialConfig, coupling: Coupling):
         super().__init__()

@@ -94,7 +94,7 @@ def test_layers_computed_again_leave_the_step_as_it_is(name):
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
-def test_so_they_do_in_other_backbones(name):
+def test_layers_computed_again_leave_the_step_of_other_backbones_as_it_is(name):
     build = lambda: argmax_student(name)  # noqa: E731
     assert_same(outcome(build, "hard", {}, 12, again=True), outcome(build, "hard", {}, 12))
 
