@@ -281,7 +281,10 @@ class ModelRunner:
             self.sampler.count(tokens_RP, (read_P >= known_R[:, None]) & (read_P < accepted_R[:, None]))
             self.sampler.count(made_RK, made_K < kept_R[:, None])
         new_R = accepted_R - known_R + kept_R
-        final_RK = self._at(self.tokens_SC, end_R + kept_R - new_R, self.k)
+        # Not from the slot: behind its last column, the block overwrites drafts that were accepted.
+        at_RK = known_R[:, None] + torch.arange(self.k, device=end_R.device)
+        at_RK = torch.where(at_RK < accepted_R[:, None], at_RK, at_RK + (shape.read - accepted_R)[:, None])
+        final_RK = torch.cat([tokens_RP, made_RK], dim=1).gather(1, at_RK.clamp_(max=shape.read + K - 1))
         self.length_S[:R].copy_(end_R + stride_R)
         self.drafted_S[:R].copy_(torch.where(exact_R, stride_R - 1, 0))
         return torch.cat([new_R[:, None], final_RK], dim=1)

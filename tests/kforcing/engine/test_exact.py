@@ -1,6 +1,7 @@
 """Exact mode: whatever the drafts are, the text is that of AR decoding under the same noise."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,7 +66,10 @@ def scenes(draw):
         sampling=samplings,
         acceptance=st.sampled_from(["exact", "exact", "fixed", None]),
     )
-    requests = draw(st.lists(request, min_size=1, max_size=6))
+    requests = [
+        replace(r, max_new_tokens=config.max_model_len - len(r.prompt)) if draw(st.booleans()) else r
+        for r in draw(st.lists(request, min_size=1, max_size=6))
+    ]
     arrivals = [draw(st.integers(0, 10)) for _ in requests]
     cancels = [draw(st.none() | st.integers(0, 12)) for _ in requests]
     return which, config, draw(st.booleans()), requests, arrivals, cancels
@@ -204,6 +208,14 @@ def test_a_stream_in_exact_mode_gives_one_to_k_tokens_a_step():
     assert sum(sizes) == 40
     assert sizes[0] == 1
     assert set(sizes) <= {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_drafts_are_accepted_up_to_the_last_position_of_the_context(seed):
+    m = student("all hints")
+    request = Request([1, 2, 3], 25, seed=seed)
+    config = EngineConfig(max_num_seqs=1, max_model_len=28, acceptance="exact", adapt_width=False)
+    assert Engine(m, config).generate([request])[0].tokens == alone(m.backbone, request, "gumbel", None)
 
 
 def test_an_ar_model_accepts_the_option_and_decodes_as_before(backbone):
