@@ -21,6 +21,7 @@ from tqdm import tqdm
 from kforcing import PushForwardLM
 from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
 from kforcing.engine.config import context_limit
+from kforcing.engine.request import ACCEPTANCES
 from kforcing.loading import DTYPES, load_model, load_tokenizer
 
 
@@ -71,6 +72,12 @@ def main() -> None:
     parser.add_argument("-o", "--output", default="-", help="where to (default: standard output)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="for each prompt (default %(default)s)")
     parser.add_argument("--k", type=int, help="tokens a step (default: the student's k)")
+    parser.add_argument(
+        "--acceptance",
+        choices=list(ACCEPTANCES),
+        default="fixed",
+        help="fixed: each step gives k tokens; exact: the text is the AR model's own (default %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -106,10 +113,14 @@ def run(given: argparse.Namespace) -> None:
         limit = context_limit(backbone.config)
         slots = max(1, min(given.slots, len(requests)))
         max_model_len = needed if limit is None else min(needed, limit - k + 1)
-        engine = Engine(
-            model,
-            EngineConfig(max_num_seqs=slots, max_model_len=max(max_model_len, 2), k=given.k, coupling=given.coupling),
+        config = EngineConfig(
+            max_num_seqs=slots,
+            max_model_len=max(max_model_len, 2),
+            k=given.k,
+            acceptance=given.acceptance,
+            coupling=given.coupling,
         )
+        engine = Engine(model, config)
         for number, request in enumerate(requests, start=1):
             try:
                 engine.check(request)

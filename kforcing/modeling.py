@@ -134,6 +134,7 @@ class PushForwardLM(PreTrainedModel, GenerationMixin):
         generation_config: GenerationConfig | None = None,
         *,
         k: int | None = None,
+        acceptance: str = "fixed",
         seed: int | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -148,6 +149,8 @@ class PushForwardLM(PreTrainedModel, GenerationMixin):
             attention_mask: (B, N), 0 where a prompt is padded.
             generation_config: settings that take precedence over those of the student.
             k: tokens of a step, at most the student's k, which is the default.
+            acceptance: `fixed` keeps the k tokens of every step. `exact` keeps those that the AR model inside the student
+                draws itself, so that the continuation is the AR model's own; see `kforcing.engine.Request`.
             seed: the noise of position p is z(seed, p) in every row. By default each row draws its seed from torch's
                 global generator, so that `transformers.set_seed` repeats a call.
             kwargs: settings that take precedence over those of `generation_config`.
@@ -165,7 +168,7 @@ class PushForwardLM(PreTrainedModel, GenerationMixin):
             )
         rows = prompt_rows(input_ids, attention_mask, settings)
         requests = make_requests(rows, settings, new_token_limit(settings, input_ids.shape[1]), seed)
-        return with_continuations(input_ids, self._run(requests, k), settings)
+        return with_continuations(input_ids, self._run(requests, k, acceptance), settings)
 
     def continue_prompts(
         self,
@@ -173,6 +176,7 @@ class PushForwardLM(PreTrainedModel, GenerationMixin):
         *,
         k: int | None = None,
         max_new_tokens: int,
+        acceptance: str = "fixed",
         seed: int = 0,
         eos_token_id: int | None = None,
         temperature: float = 1.0,
@@ -185,6 +189,7 @@ class PushForwardLM(PreTrainedModel, GenerationMixin):
             prompt_ids: (B, N) int64, or (N,) for one prompt.
             k: tokens of a step, at most the student's k, which is the default.
             max_new_tokens: the largest number of tokens that are returned for each prompt.
+            acceptance: `fixed` or `exact`, as in `generate`.
             seed: of the noise. Two decoders with the same seed see the same z at the same position.
             eos_token_id: a continuation ends before this token; the rest of its block is dropped.
             temperature: of the distributions. An argmax student accepts only temperatures that it was trained for.
@@ -197,12 +202,14 @@ class PushForwardLM(PreTrainedModel, GenerationMixin):
         stop_ids = frozenset() if eos_token_id is None else frozenset([eos_token_id])
         params = SamplingParams(temperature)
         requests = [Request(row, max_new_tokens, seed, stop_ids, sampling=params) for row in rows]
-        return [completion.tokens for completion in self._run(requests, k)]
+        return [completion.tokens for completion in self._run(requests, k, acceptance)]
 
-    def _run(self, requests: list[Request], k: int | None) -> list[Completion]:
+    def _run(self, requests: list[Request], k: int | None, acceptance: str) -> list[Completion]:
         """Run requests in one batch of a new engine. The student keeps its training mode."""
         longest = max(len(request.prompt) + max(request.max_new_tokens or 1, 1) for request in requests)
-        config = EngineConfig(max_num_seqs=len(requests), max_model_len=longest, k=k, packed=False)
+        config = EngineConfig(
+            max_num_seqs=len(requests), max_model_len=longest, k=k, acceptance=acceptance, packed=False
+        )
         training = self.training
         try:
             return Engine(self, config).generate(requests)

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kforcing import complete
+from kforcing import PushForwardLM, complete
 from kforcing.reference import decode
 from tests.models import VOCAB, make_backbone, make_sequential
 
@@ -51,6 +51,24 @@ def test_lines_come_back_in_order_with_the_reference_tokens(folder, monkeypatch)
         assert answer["tokens"] == decode(student, ids, 9, k=4)
         assert answer["finish_reason"] == "length"
         assert answer["text"]
+
+
+def test_exact_acceptance_gives_the_tokens_of_the_ar_model(folder, monkeypatch):
+    (folder / "prompts.txt").write_text("abc\nfgh")
+    words = ["-o", folder / "out.jsonl", "--max-new-tokens", 9, "--acceptance", "exact"]
+    run(monkeypatch, folder / "student", folder / "prompts.txt", *words)
+    student = make_sequential(make_backbone())
+    for line in (folder / "out.jsonl").read_text().splitlines():
+        answer = json.loads(line)
+        ids = [ord(c) - ord("a") for c in answer["prompt"]]
+        assert answer["tokens"] == decode(student.backbone, ids, 9, coupling=student.readout.pick)
+
+
+def test_a_student_without_its_ar_model_refuses_exact_acceptance(folder, monkeypatch):
+    PushForwardLM.from_backbone(make_backbone(), 4).save_pretrained(folder / "student")
+    (folder / "p.txt").write_text("abc")
+    with pytest.raises(SystemExit, match="acceptance=exact needs the AR model inside the student"):
+        run(monkeypatch, folder / "student", folder / "p.txt", "--acceptance", "exact", "--max-new-tokens", 4)
 
 
 def test_a_line_of_json_may_have_its_own_seed(folder, monkeypatch):

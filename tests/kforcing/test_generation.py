@@ -63,6 +63,18 @@ def test_the_short_call_returns_the_same_continuation(sequential):
     assert sequential.continue_prompts(ids, max_new_tokens=6, seed=1) == out[:, 3:].tolist()
 
 
+def test_exact_acceptance_continues_as_the_ar_model_does(sequential):
+    batch = left_padded(ROWS)
+    theirs = sequential.backbone.generate(**batch, max_new_tokens=12, do_sample=False, pad_token_id=PAD)
+    mine = sequential.generate(**batch, acceptance="exact", max_new_tokens=12, do_sample=False)
+    assert torch.equal(mine, theirs)
+    expected = [decode(sequential.backbone, row, 9, seed=3, coupling=sequential.readout.pick) for row in ROWS]
+    mine = sequential.generate(**batch, acceptance="exact", max_new_tokens=9, do_sample=True, seed=3)
+    assert mine[:, 5:].tolist() == expected
+    short = sequential.continue_prompts(torch.tensor(ROWS[1]), acceptance="exact", max_new_tokens=9, seed=3)
+    assert short == expected[1:2]
+
+
 def test_without_a_seed_set_seed_repeats_a_call(sequential):
     ids = torch.tensor([[1, 2, 3], [1, 2, 3]])
     runs = []
@@ -134,6 +146,7 @@ IDS = torch.tensor([[1, 2, 3]])
         ({"max_length": 3}, "max_length=3 leaves no room after prompts of 3 tokens"),
         ({"max_new_tokens": 70}, "the model reads 64 positions"),
         ({"k": 5}, "k=5 tokens a step"),
+        ({"acceptance": "lossy"}, "acceptance=lossy: choose one of exact, fixed"),
         ({"num_return_sequences": 2}, "do not support `num_return_sequences`"),
         ({"attention_mask": torch.tensor([[1, 1, 0]])}, "row 0 is not padded on the left"),
         ({"attention_mask": torch.tensor([[0, 0, 0]])}, "row 0 is not padded on the left"),
@@ -146,10 +159,14 @@ def test_what_cannot_be_honoured_is_refused_by_name(sequential, arguments, messa
         sequential.generate(**{"input_ids": IDS, **arguments})
 
 
-def test_an_argmax_student_samples_and_refuses_greedy_decoding(student):
+def test_an_argmax_student_samples_and_refuses_greedy_and_exact_decoding(student):
     with pytest.raises(ValueError, match="do_sample=False asks for the likeliest tokens"):
         student.generate(IDS, max_new_tokens=4)
     with pytest.raises(ValueError, match="top_k=50"):
         student.generate(IDS, max_new_tokens=4, do_sample=True, top_k=50)
+    with pytest.raises(ValueError, match="acceptance=exact needs the AR model inside the student"):
+        student.generate(IDS, max_new_tokens=4, do_sample=True, acceptance="exact")
+    with pytest.raises(ValueError, match="acceptance=exact needs the AR model inside the student"):
+        student.continue_prompts(IDS, max_new_tokens=4, acceptance="exact")
     out = student.generate(IDS, max_new_tokens=4, do_sample=True, seed=0)
     assert out[:, 3:].tolist() == student.continue_prompts(IDS, max_new_tokens=4, seed=0)
