@@ -44,13 +44,13 @@ from kforcing.backbone import embeddings, lm_head
 from kforcing.chunking import checkpoint_layers
 from kforcing.device import peak_gpu_mb, peak_rss_mb
 from kforcing.distillation.losses import target_nll
+from kforcing.distillation.steps import StudentStep, WindowBatch
 from kforcing.metrics.flops import flop_counter
 from kforcing.noise import window_noise
 from kforcing.readout.argmax import ArgmaxReadout
 from kforcing.reference import dense_states
 from pipelines.runs.cluster import MALLOC
 from pipelines.tables import spread
-from pipelines.training.step import StudentStep, WindowBatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -26,10 +26,10 @@ from kforcing.baselines.ptp import PTPDecoder
 from kforcing.coupling import COUPLINGS
 from kforcing.design import Design, NoiseConfig
 from kforcing.device import pick_device
+from kforcing.distillation.steps import ARStep, TokenBatch
 from kforcing.modeling import PushForwardLM
 from kforcing.noise import sample_anchors, uniform
 from pipelines.evaluation.decoders import EngineDecoder, MethodRow
-from pipelines.training.step import ARStep, TokenBatch
 
 # What a step learns from, made of real text: (tokens_BN, seq_B, noise key, k, windows of a sequence) → batch.
 

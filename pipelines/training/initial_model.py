@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from kforcing.backbone import load_ar
 from kforcing.chunking import CHUNK
 from kforcing.design import Design
+from kforcing.distillation.steps import ARStep, StudentStep
 from kforcing.modeling import PushForwardLM
 from pipelines.config.schema import TeacherConfig
-from pipelines.training.step import ARStep, StudentStep
 
 
 @dataclass(frozen=True)

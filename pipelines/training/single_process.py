@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from kforcing.device import pick_device
+from kforcing.distillation.steps import StudentStep
 from kforcing.metrics.flops import flop_counter
 from kforcing.noise import derive_key
 from pipelines.config.schema import TrainConfig
@@ -27,7 +28,7 @@ from pipelines.rollouts.actor import RolloutActor
 from pipelines.rollouts.plan import StepPlan
 from pipelines.training.job import TrainJob, stage_job
 from pipelines.training.schedule import ema_decay, learning_rate, on_policy_fraction
-from pipelines.training.step import StudentStep, to_batch
+from pipelines.training.step import to_batch
 
 KEEP_EVERY_S = 30.0
 

@@ -19,6 +19,7 @@ import torch
 
 from kforcing.chunking import checkpoint_layers
 from kforcing.device import pick_device
+from kforcing.distillation.steps import TokenBatch, WindowBatch
 from kforcing.noise import derive_key
 from pipelines.config.section import node_selector
 from pipelines.data.rows import positions_of
@@ -29,7 +30,7 @@ from pipelines.training import deepspeed_engine as strategy
 from pipelines.training.job import TrainJob
 from pipelines.training.progress import Progress
 from pipelines.training.schedule import learning_rate, on_policy_fraction
-from pipelines.training.step import TokenBatch, WindowBatch, optimizer_step, to_batch
+from pipelines.training.step import optimizer_step, to_batch
 
 
 def fit(job: TrainJob, relay: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from kforcing.backbone import load_ar
 from kforcing.device import pick_device
+from kforcing.distillation.steps import ARStep, TokenBatch
 from kforcing.metrics.flops import attention_step, measured_step, predicted_ar_step
 from kforcing.modeling import PushForwardLM
 from pipelines.config.stages import resolve
@@ -16,7 +17,6 @@ from pipelines.evaluation.measure.measurement import Measurement
 from pipelines.evaluation.subject import Subject
 from pipelines.rollouts.plan import StepPlan
 from pipelines.training.single_process import LocalStudent, count_step
-from pipelines.training.step import ARStep, TokenBatch
 
 
 def training_and_decoding_flops(folder: Path, measurement: Measurement, given: Any) -> dict[str, Any]:

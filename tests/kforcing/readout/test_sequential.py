@@ -10,10 +10,10 @@ from kforcing.attention.windows import Windows, read_context
 from kforcing.backbone import embeddings
 from kforcing.coupling import COUPLINGS
 from kforcing.distillation.losses import SoftTargets, soft_target_kl
+from kforcing.distillation.steps import StudentStep, WindowBatch
 from kforcing.distillation.teachers import ARTeacher, StudentTeacher
 from kforcing.noise import uniform
 from kforcing.reference import decode
-from pipelines.training.step import StudentStep, WindowBatch
 from tests.models import VOCAB, make_backbone, make_sequential
 
 PARTS = [

@@ -14,12 +14,12 @@ from kforcing.chunking import checkpoint_layers, in_chunks, loss_in_chunks
 from kforcing.coupling import COUPLINGS
 from kforcing.distillation import teachers as rollout
 from kforcing.distillation.losses import hard_target_loss, next_token_loss
+from kforcing.distillation.steps import StudentStep, WindowBatch, measured_windows
 from kforcing.distillation.teachers import ARTeacher, StudentTeacher
 from kforcing.metrics.flops import flop_counter
 from kforcing.noise import uniform
 from kforcing.readout import argmax as readout
 from kforcing.readout import sequential
-from pipelines.training.step import StudentStep, WindowBatch, measured_windows
 from tests.models import VOCAB, make_backbone, make_sequential
 
 B, N, W, K = 2, 12, 10, 4

@@ -13,11 +13,12 @@ from kforcing import Design, NoiseConfig, PushForwardLM
 from kforcing.attention.windows import Windows
 from kforcing.chunking import checkpoint_layers
 from kforcing.distillation.losses import LossSums, hard_target_loss
+from kforcing.distillation.steps import StudentStep, WindowBatch
 from pipelines.config.schema import TrainConfig
 from pipelines.training import deepspeed_engine as strategy
 from pipelines.training.progress import Progress
 from pipelines.training.schedule import learning_rate
-from pipelines.training.step import StudentStep, WindowBatch, optimizer_step, reduce_sums
+from pipelines.training.step import optimizer_step, reduce_sums
 from tests.models import VOCAB, make_backbone, make_sequential
 from tests.ranks import run_ranks
 
