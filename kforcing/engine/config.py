@@ -20,12 +20,16 @@ class EngineConfig:
     max_model_len: int | None = None
     """The longest prompt and continuation together, in tokens; None takes what the model's positions allow, at most 2,048."""
     k: int | None = None
-    """Tokens a step at most; None takes the student's k, or 1 for an AR model."""
+    """Tokens a step at most; None takes the student's k, or 1 for an AR model. An AR model takes more in exact mode, where
+    drafts come from the context."""
     acceptance: str = "fixed"
     """The mode of requests that do not choose one: `exact` or `fixed` (see `Request.acceptance`)."""
     adapt_width: bool = True
     """Exact mode: choose the length of each step's blocks, from 1 to k, by what steps cost and what drafts bring (see
     `width.py`). The text does not depend on it. Without it every block has k tokens."""
+    context_ngram: int = 3
+    """Exact mode: where up to so many of the last tokens occurred before in a request's prompt or answer, the tokens that
+    followed are drafts (see `drafts.py`). A student's are taken as long as they are accepted more often. 0 turns this off."""
     max_num_batched_tokens: int = 256
     """Prompt tokens that are read between two steps. This bounds how long a new prompt delays the running requests."""
     check_every: int | None = None
@@ -62,11 +66,21 @@ class EngineStats:
     """Exact mode: how many drafts were made for each offset 2, 3, … of a block."""
     accepted: list[int] = field(default_factory=list)
     """Exact mode: how many of them, and of all drafts before them in their block, equal the AR model's own token."""
+    context_drafted: int = 0
+    """How many of all drafts came from the context."""
+    context_accepted: int = 0
+    """How many of these were accepted."""
     widths: dict[int, int] = field(default_factory=dict)
     """How many steps made blocks of each width."""
 
-    def count_block(self, drafted: int, accepted: int) -> None:
-        """Count one verified block: `drafted` tokens beyond the first, of which the first `accepted` were kept."""
+    def count_block(self, drafted: int, accepted: int, source: int = 0) -> None:
+        """Count one verified block: `drafted` tokens beyond the first, of which the first `accepted` were kept.
+
+        `source` is that of the drafts: 0 for the student, more for the context.
+        """
+        if source:
+            self.context_drafted += drafted
+            self.context_accepted += accepted
         missing = drafted - len(self.drafted)
         self.drafted += [0] * missing
         self.accepted += [0] * missing
@@ -117,6 +131,19 @@ def checked_length(max_model_len: int | None, limit: int | None, k: int) -> int:
     return max_model_len
 
 
+def checked_ar_k(config: EngineConfig) -> int:
+    """The tokens a step of an engine with an AR model. Raises ValueError when drafts have no source or no use."""
+    k = 1 if config.k is None else config.k
+    if k < 1:
+        raise ValueError(f"k={k} tokens a step asked; choose at least 1")
+    if k > 1 and (config.acceptance != "exact" or config.context_ngram < 1):
+        raise ValueError(
+            f"k={k} of an AR model, which makes one token a step itself, needs drafts from the context: set "
+            "acceptance=exact and context_ngram to at least 1, or leave k out"
+        )
+    return k
+
+
 def check_acceptance(acceptance: str, student: Student | None) -> None:
     """Raise ValueError for an unknown mode, or for exact mode with a student that does not contain its AR model."""
     if acceptance not in ACCEPTANCES:
@@ -139,6 +166,8 @@ def check_config(config: EngineConfig, check_every: int, student: Student | None
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+    if config.context_ngram < 0:
+        raise ValueError(f"context_ngram={config.context_ngram} must be at least 0 (0 for no drafts from the context)")
     if config.coupling not in COUPLINGS:
         raise ValueError(f"coupling={config.coupling}: choose one of {', '.join(COUPLINGS)}")
     check_acceptance(config.acceptance, student)

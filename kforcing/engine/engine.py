@@ -9,7 +9,6 @@ The host keeps lengths by counting and looks at tokens once every `check_every` 
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -27,6 +26,7 @@ from kforcing.engine.config import (
     EngineStats,
     check_acceptance,
     check_config,
+    checked_ar_k,
     checked_k,
     checked_length,
     context_limit,
@@ -57,14 +57,20 @@ class Engine:
         if not student:
             check_backbone(backbone)
         cuda = backbone.device.type == "cuda"
-        self.k = checked_k(config.k, student.k if student else 1)
+        self.k = checked_k(config.k, student.k) if student else checked_ar_k(config)
         self.max_model_len = checked_length(config.max_model_len, context_limit(backbone.config), self.k)
         self.check_every = (8 if cuda else 1) if config.check_every is None else config.check_every
         check_config(config, self.check_every, student)
         model = _packed(model, config)
         self.model, self.config, self.student = model, config, as_student(model)
         self.runner = ModelRunner(
-            model, config.max_num_seqs, self.max_model_len, self.k, COUPLINGS[config.coupling], config.compiled
+            model,
+            config.max_num_seqs,
+            self.max_model_len,
+            self.k,
+            COUPLINGS[config.coupling],
+            config.compiled,
+            config.context_ngram,
         )
         self.vocabulary = self.runner.sampler.vocabulary
         graphs = cuda if config.graphs is None else config.graphs
@@ -75,7 +81,7 @@ class Engine:
             self._step: Any = Graphs(self.runner, cuda_capture()) if graphs else self.runner.step
         self._buckets = cuda
         self.stats = EngineStats()
-        self.widths = WidthChooser(self.k)
+        self.widths = WidthChooser(self.k, 1 + config.context_ngram)
         self.scheduler = Scheduler(
             config.max_num_seqs, config.max_num_batched_tokens, one_by_one=config.batch_invariant
         )
@@ -111,8 +117,9 @@ class Engine:
                 f"{N} prompt tokens + {new or 1} new ones exceed the context of {self.max_model_len} tokens; shorten "
                 "the prompt, ask for fewer, or give the engine a larger max_model_len"
             )
-        k = checked_k(request.k, self.k)
-        check_acceptance(request.acceptance or self.config.acceptance, self.student)
+        acceptance = request.acceptance or self.config.acceptance
+        check_acceptance(acceptance, self.student)
+        k = checked_k(request.k, self.k if self.student or acceptance == "exact" else 1)
         request.sampling.check()
         self._check_sampling(request.sampling)
         return k, new or self.max_model_len - N
@@ -216,59 +223,72 @@ class Engine:
     def _decode(self) -> list[Output]:
         """`check_every` steps of the running sequences."""
         running = list(self.scheduler.running)
-        width = self._width(running)
-        settled = all(s.unread == min(s.k, width) for s in running)
+        width, read = self._width(running)
         began = time.perf_counter()
         lengths = [s.length for s in running]
-        steps, drafts = [], []
+        steps, shapes = [], []
         for ahead in range(self.check_every):
-            steps.append(self._step(self._shape(running, lengths, width, ahead))[: len(running)])
-            drafts.append([s.drafts for s in running])
+            shapes.append(self._shape(running, lengths, width, read, ahead))
+            steps.append(self._step(shapes[-1])[: len(running)])
             for sequence in running:
                 sequence.made_block(min(sequence.k, width))
-        made = torch.stack(steps, dim=1).tolist()  # slots, steps, 1 + k
-        if settled:  # the step after a change of width reads a block of another length
-            self.widths.step(len(running), width, (time.perf_counter() - began) / len(steps))
+        made = torch.stack(steps, dim=1).tolist()  # slots, steps, 4 + k
+        size = width if self.student else shapes[0].read
+        if all(shape.read == size and (shape.verify or size == 1) for shape in shapes):
+            self.widths.step(len(running), size, (time.perf_counter() - began) / len(steps))
         self.stats.steps += len(steps)
         self.stats.slot_steps += len(steps) * len(running)
-        self.stats.widths[width] = self.stats.widths.get(width, 0) + len(steps)
-        for i, step in itertools.product(range(len(running)), range(len(steps))):
-            self.stats.count_block(drafts[step][i], accepted=made[i][step][0] - 1)
-            self.widths.block(drafts[step][i], accepted=made[i][step][0] - 1)
+        self.stats.widths[size] = self.stats.widths.get(size, 0) + len(steps)
         outputs = [self._finish(sequence, made[i]) for i, sequence in enumerate(running)]
         self._apply(self.scheduler.leave([s for s, o in zip(running, outputs, strict=True) if o.finish_reason]))
         return outputs
 
-    def _width(self, running: list[Sequence]) -> int:
-        """How many tokens the next block has: what fixed sequences ask for, and what brings most to exact ones."""
-        if self.config.batch_invariant:
-            return self.k
-        most = max(s.k for s in running)
-        if not self.config.adapt_width or not any(s.exact for s in running):
-            return most
-        return self.widths.choose(len(running), max((s.k for s in running if not s.exact), default=1), most)
+    def _width(self, running: list[Sequence]) -> tuple[int, int]:
+        """How many tokens the next block has, and how many tokens the next step reads at most.
 
-    def _shape(self, running: list[Sequence], lengths: list[int], width: int, ahead: int) -> StepShape:
+        A block has what fixed sequences ask for, and what brings most to exact ones. A student's drafts cost most where they
+        are made and an AR model's, which come from the context, where they are read.
+        """
+        most = max(s.k for s in running)
+        if self.config.batch_invariant:
+            return self.k, self.k
+        if not self.config.adapt_width or not any(s.exact for s in running):
+            return most, self.k
+        if self.student:
+            least = max((s.k for s in running if not s.exact), default=1)
+            return self.widths.choose([(s.source, s.k - 1) for s in running], least, most), self.k
+        least = max(s.unread - s.drafts for s in running)
+        return most, self.widths.choose([(s.source, s.drafts) for s in running], least, max(s.unread for s in running))
+
+    def _shape(self, running: list[Sequence], lengths: list[int], width: int, read: int, ahead: int) -> StepShape:
         """The shape of the step that comes `ahead` steps after the known lengths."""
         n, most = len(running), self.runner.cache.columns
         plain = all(s.request.sampling.plain for s in running)
-        verify = any(s.drafts for s in running)
+        context = self.config.context_ngram > 0 and any(s.exact and s.k > 1 for s in running)
         if self.config.batch_invariant:
-            verify = self.student is not None and self.student.design.exact_trunk and self.k > 1
-            return StepShape(self.config.max_num_seqs, most, self.k, self.k, plain, verify)
-        read = max(s.unread for s in running)
-        used = min(max(lengths) + ahead * width, self.max_model_len - 1)
-        hints = width if width > 1 or self.runner.has_hints else 0
+            verify = self.k > 1 and (self.student is None or self.student.design.exact_trunk)
+            return StepShape(self.config.max_num_seqs, most, self.k, self.k, plain, verify, context)
+        read = min(read, max(s.unread for s in running))
+        verify = read > 1 and any(s.drafts for s in running)
+        # A step brings as many tokens as the block before was long, which may be more than `width`.
+        used = min(max(lengths) + ahead * self.k, self.max_model_len - 1)
+        hints = width if self.student and (width > 1 or self.runner.has_hints) else 0
         columns = min(used + hints + (self.k if verify else 0), most)
         if self._buckets:
             n = min(_power_of_two(n), self.config.max_num_seqs)
-            return StepShape(n, min(_power_of_two(columns, 256), most), read, width, plain, verify)
-        alike = read == 1 and not hints and not verify and min(lengths) == max(lengths)
-        return StepShape(n, columns, read, width, plain, verify, masked=not alike)
+            return StepShape(n, min(_power_of_two(columns, 256), most), read, width, plain, verify, context)
+        known = ahead == 0 or self.k == 1  # the lengths at this step
+        alike = read == 1 and not hints and not verify and known and min(lengths) == max(lengths)
+        return StepShape(n, columns, read, width, plain, verify, context, masked=not alike)
 
     def _finish(self, sequence: Sequence, made: list[list[int]]) -> Output:
         """Take over the tokens that became final in some steps, cut at the first stop id or the limit."""
-        tokens = [token for count, *final in made for token in final[:count]]
+        tokens = []
+        for new, verified, source, drafts, *final in made:
+            self.stats.count_block(verified, new - 1, sequence.source)
+            self.widths.block(verified, new - 1, sequence.source)
+            sequence.saw_block(source, drafts)
+            tokens += final[:new]
         sequence.steps += len(made)
         room = sequence.limit - len(sequence.new)
         stops = sequence.request.stop_ids

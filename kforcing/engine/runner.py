@@ -14,8 +14,10 @@ the draft's place and is the first token of the next block, which overwrites wha
     next block  … t | n1 d2 | e3 d4' …  e3 is final, the block after it is new
 
 Verified tokens are those that AR decoding gives, whatever the drafts: a draft changes nothing but the number of steps.
-A slot whose last block is shorter than P reads some tokens again, which changes nothing. A prompt shorter than P repeats its
-first token at the first position, which changes nothing either, because the same keys are written twice.
+Drafts come from the student, or from an earlier occurrence of the slot's last tokens (`drafts.py`). A step may read fewer
+drafts than were made; it forgets the others. A slot whose last block is shorter than P reads some tokens again, which changes
+nothing. A prompt shorter than P repeats its first token at the first position, which changes nothing either, because the same
+keys are written twice.
 
 Shapes: S slots, R the slots of a step, P tokens read, K tokens made, C columns, D width, V vocabulary.
 """
@@ -34,6 +36,7 @@ from kforcing.attention.windows import Windows
 from kforcing.backbone import embeddings, head, key_heads, lm_head
 from kforcing.coupling import Coupling
 from kforcing.engine.cache import SlotCache
+from kforcing.engine.drafts import DraftSources, find_drafts
 from kforcing.engine.layers import Stack, build_stack
 from kforcing.engine.request import SamplingParams
 from kforcing.engine.sampler import Sampler
@@ -56,6 +59,8 @@ class StepShape(NamedTuple):
     """No slot has sampling options beyond a temperature."""
     verify: bool
     """Some slot has drafts to verify."""
+    context: bool = False
+    """Some slot takes drafts from its context."""
     masked: bool = True
     """False when all slots use exactly `columns` columns and one token is read."""
 
@@ -110,6 +115,7 @@ class ModelRunner:
         model: a student, or any causal LM for AR decoding by `coupling`.
         slots, max_model_len, k: the step's shape and the longest request; there are max_model_len + k columns.
         compiled: run the layers through `torch.compile`.
+        context_ngram: tokens that must agree at most where drafts are taken from the context.
     """
 
     def __init__(
@@ -120,12 +126,14 @@ class ModelRunner:
         k: int,
         coupling: Coupling,
         compiled: bool,
+        context_ngram: int = 0,
     ):
         backbone: Any = model
         self.readout: Any = ARReadout(coupling)
-        self.has_hints = False
-        """Whether a step of one token has a hint beside the tokens that it reads."""
+        self.makes_blocks = self.has_hints = False
+        """Whether the model makes drafts, and whether a step of one token has a hint beside the tokens that it reads."""
         if student := as_student(model):
+            self.makes_blocks = True
             backbone, self.readout = student.backbone, student.readout
             self.has_hints = not student.design.conditional
         self.backbone = backbone
@@ -147,6 +155,8 @@ class ModelRunner:
         self.stride_S = torch.full((slots,), k, device=device)
         self.exact_S = torch.zeros(slots, dtype=torch.bool, device=device)
         self.drafted_S = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.context_ngram = context_ngram
+        self.sources = DraftSources(slots, context_ngram, k - 1, device)
 
     def load(self, slot: int, prompt: list[int]) -> None:
         """Put a prompt into a slot, where it will be read."""
@@ -165,12 +175,14 @@ class ModelRunner:
         self.stride_S[slot] = k
         self.exact_S[slot] = exact
         self.drafted_S[slot] = 0
+        self.sources.join(slot)
         self.sampler.join(slot, sampling)
 
     def move(self, source: int, target: int, columns: int) -> None:
         """Copy a request to another slot, whose first `columns` columns it needs."""
         self.cache.move(source, target, columns)
-        for state in (self.tokens_SC, self.noise_SC, self.length_S, self.stride_S, self.exact_S, self.drafted_S):
+        slots = (self.tokens_SC, self.noise_SC, self.length_S, self.stride_S, self.exact_S, self.drafted_S)
+        for state in (*slots, *self.sources.state):
             state[target] = state[source]
         self.sampler.move(source, target)
 
@@ -185,9 +197,12 @@ class ModelRunner:
         """Advance the first R slots.
 
         Returns:
-            (R, 1 + k) int64: the number of tokens that became final in this step, then these tokens, then anything.
+            (R, 4 + k) int64: the number of tokens that became final in this step, how many drafts were verified, the source
+            of the new drafts (see `DraftSources`) and their number; then the final tokens, then anything.
         """
         R, P, K = shape.slots, shape.read, shape.width
+        if shape.context:
+            self._forget_drafts(R, P - 1)
         start_R = self.length_S[:R] - P
         tokens_RP = self._at(self.tokens_SC, start_R, P)
         known_R = P - self.drafted_S[:R]
@@ -202,8 +217,28 @@ class ModelRunner:
             accepted_R = torch.full_like(start_R, P)
             end_R = self.length_S[:R].clamp(max=self.max_model_len - 1)
             made_RK = self._block(reader, end_R, shape, tokens_RP=tokens_RP)
-        self.tokens_SC[:R].scatter_(1, end_R[:, None] + torch.arange(K, device=end_R.device), made_RK)
-        return self._advance(shape, start_R, end_R, known_R, accepted_R, tokens_RP, made_RK)
+        self._write(end_R, made_RK)
+        stride_R = self.stride_S[:R].clamp(max=K)
+        kept_R = torch.where(self.exact_S[:R], 1, stride_R)
+        if not shape.plain:
+            read_P, made_K = (torch.arange(n, device=end_R.device) for n in (P, made_RK.shape[1]))
+            self.sampler.count(tokens_RP, (read_P >= known_R[:, None]) & (read_P < accepted_R[:, None]))
+            self.sampler.count(made_RK, made_K < kept_R[:, None])
+        verified_R, new_R = P - known_R, accepted_R - known_R + kept_R
+        final_RK = self._final(known_R, accepted_R, tokens_RP, made_RK)
+        drafted_R, source_R = stride_R - kept_R, torch.zeros_like(new_R)
+        if shape.context:
+            self.sources.judge(verified_R, new_R, final_RK)
+            drafted_R, source_R = self._draft(shape, end_R, made_RK, drafted_R)
+        self.length_S[:R].copy_(end_R + kept_R + drafted_R)
+        self.drafted_S[:R].copy_(drafted_R)
+        return torch.cat([torch.stack([new_R, verified_R, source_R, drafted_R], dim=1), final_RK], dim=1)
+
+    def _forget_drafts(self, R: int, most: int) -> None:
+        """Keep so many drafts of each slot."""
+        excess_R = (self.drafted_S[:R] - most).clamp_(min=0)
+        self.length_S[:R] -= excess_R
+        self.drafted_S[:R] -= excess_R
 
     def _verify(
         self, reader: SlotReader, start_R: Tensor, tokens_RP: Tensor, known_R: Tensor, plain: bool
@@ -233,7 +268,7 @@ class ModelRunner:
 
         They follow the tokens `tokens_RP`, which are read here, or a trunk state that was read already with its token.
         """
-        R, K = shape.slots, shape.width
+        R, K = shape.slots, shape.width if self.makes_blocks else 1
         noise_RK = self._at(self.noise_SC, end_R, K)
         windows = Windows(
             context_BN=self.tokens_SC[:R],
@@ -261,37 +296,45 @@ class ModelRunner:
         turns = self.readout.drafts(self.backbone, windows, reader, trunk_RD[:, None], first_R[:, None], pick)
         return torch.cat([first_R[:, None], *(token for _, token in turns)], dim=1)
 
-    def _advance(
-        self,
-        shape: StepShape,
-        start_R: Tensor,
-        end_R: Tensor,
-        known_R: Tensor,
-        accepted_R: Tensor,
-        tokens_RP: Tensor,
-        made_RK: Tensor,
-    ) -> Tensor:
-        """Move lengths and counts forward; returns what `step` returns."""
-        R, K = made_RK.shape
-        exact_R = self.exact_S[:R]
-        stride_R = self.stride_S[:R].clamp(max=K)
-        kept_R = torch.where(exact_R, 1, stride_R)
-        if not shape.plain:
-            read_P, made_K = (torch.arange(n, device=end_R.device) for n in (shape.read, K))
-            self.sampler.count(tokens_RP, (read_P >= known_R[:, None]) & (read_P < accepted_R[:, None]))
-            self.sampler.count(made_RK, made_K < kept_R[:, None])
-        new_R = accepted_R - known_R + kept_R
-        # Not from the slot: behind its last column, the block overwrites drafts that were accepted.
-        at_RK = known_R[:, None] + torch.arange(self.k, device=end_R.device)
-        at_RK = torch.where(at_RK < accepted_R[:, None], at_RK, at_RK + (shape.read - accepted_R)[:, None])
-        final_RK = torch.cat([tokens_RP, made_RK], dim=1).gather(1, at_RK.clamp_(max=shape.read + K - 1))
-        self.length_S[:R].copy_(end_R + stride_R)
-        self.drafted_S[:R].copy_(torch.where(exact_R, stride_R - 1, 0))
-        return torch.cat([new_R[:, None], final_RK], dim=1)
+    def _final(self, known_R: Tensor, accepted_R: Tensor, tokens_RP: Tensor, made_RK: Tensor) -> Tensor:
+        """(R, k) tokens: the accepted drafts of each slot, then its new block, then anything.
+
+        They do not come from the slot: behind its last column, the block overwrites drafts that were accepted.
+        """
+        both_RL = torch.cat([tokens_RP, made_RK], dim=1)
+        at_RK = known_R[:, None] + torch.arange(self.k, device=known_R.device)
+        at_RK = torch.where(at_RK < accepted_R[:, None], at_RK, at_RK + (tokens_RP.shape[1] - accepted_R)[:, None])
+        return both_RL.gather(1, at_RK.clamp_(max=both_RL.shape[1] - 1))
+
+    def _draft(self, shape: StepShape, end_R: Tensor, made_RK: Tensor, drafted_R: Tensor) -> tuple[Tensor, Tensor]:
+        """Put drafts from the context behind token 1 of exact slots, where they are better than the student's.
+
+        Args:
+            drafted_R: how many drafts each slot takes.
+        Returns:
+            (R,) how many there are for it, and (R,) their source.
+        """
+        R, K = shape.slots, shape.width
+        row_RC = self.tokens_SC[:R, : min(shape.columns + 1, self.cache.columns)]
+        drafts_RJ, source_R = find_drafts(row_RC, end_R, self.context_ngram, K - 1)
+        if self.makes_blocks:
+            drafts_RJ, source_R = self.sources.choose(made_RK[:, 1:], drafts_RJ, source_R)
+        else:
+            drafted_R = torch.where(source_R > 0, drafted_R, 0)
+        block_RK = torch.cat([made_RK[:, :1], drafts_RJ], dim=1)
+        if self.makes_blocks:
+            block_RK = torch.where(self.exact_S[:R, None], block_RK, made_RK)
+        self._write(end_R, block_RK)
+        return drafted_R, source_R
+
+    def _write(self, end_R: Tensor, made_RK: Tensor) -> None:
+        """Put a block at the positions from `end_R` on."""
+        at_RK = end_R[:, None] + torch.arange(made_RK.shape[1], device=end_R.device)
+        self.tokens_SC[: len(end_R)].scatter_(1, at_RK, made_RK)
 
     def step_state(self) -> list[Tensor]:
         """The tensors that a step changes, without the cache."""
-        return [self.tokens_SC, self.length_S, self.drafted_S, self.sampler.counts_SV]
+        return [self.tokens_SC, self.length_S, self.drafted_S, self.sampler.counts_SV, *self.sources.state]
 
     def _at(self, state_SC: Tensor, start_R: Tensor, n: int) -> Tensor:
         """(R, n) entries of the first R slots, at n columns from `start_R` on, within the columns that there are."""

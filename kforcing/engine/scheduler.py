@@ -39,7 +39,9 @@ class Sequence:
     unread: int = field(init=False)
     """Tokens at the end of the slot that the trunk has not read: those of the last block."""
     drafts: int = 0
-    """How many of these the next step verifies."""
+    """How many of these are drafts; as long as the host has not looked at a block, how many there are at most."""
+    source: int = 0
+    """Where they come from: 0 for the student, n for an earlier occurrence of the last n tokens."""
     steps: int = 0
 
     def __post_init__(self) -> None:
@@ -54,6 +56,12 @@ class Sequence:
         """Note that a step made a block of so many tokens."""
         self.unread = size
         self.drafts = size - 1 if self.exact else 0
+
+    def saw_block(self, source: int, drafts: int) -> None:
+        """Note what the last block was."""
+        self.source = source
+        if self.exact:
+            self.made_block(1 + drafts)
 
     @property
     def to_fill(self) -> int:

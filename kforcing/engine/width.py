@@ -3,13 +3,15 @@
 A step of width w brings 1 + Σ a_j tokens a request, where a_j is the share of blocks in which drafts 1 … j were accepted, and
 takes the time that earlier steps of this width took with about as many requests. The width with the most tokens a second is
 taken. Under load a step is bound by arithmetic and drafts cost more than they bring, so the width falls to 1, which is AR
-decoding. The text does not depend on the widths, so they may change with every step.
+decoding. The text does not depend on the widths, so they may change with every step. Drafts of different sources are accepted
+more or less often, and a request whose context has no drafts has none, so each request counts with the drafts that it has.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 logger = logging.getLogger(__name__)
@@ -39,24 +41,27 @@ class WidthChooser:
 
     Args:
         k: the largest width.
+        sources: sources of drafts, whose acceptances differ.
     """
 
-    def __init__(self, k: int):
+    def __init__(self, k: int, sources: int = 1):
         self.k = k
-        self.acceptance = [0.5**j for j in range(1, k)]
-        """For each draft of a block, the running share of blocks in which it and all before it were accepted."""
-        self._blocks = 0
+        self.acceptance = [[0.5**j for j in range(1, k)] for _ in range(sources)]
+        """For each source and draft of a block, the running share of blocks in which it and all before it were accepted."""
+        self._blocks = [0] * sources
         self._observations = 0
         self._timings: dict[tuple[int, int], _Timing] = defaultdict(_Timing)
 
-    def block(self, drafted: int, accepted: int) -> None:
+    def block(self, drafted: int, accepted: int, source: int = 0) -> None:
         """Note that of so many drafts of a block the first `accepted` were kept."""
+        if not drafted:
+            return
+        self._blocks[source] += 1
+        weight = max(BLOCK_MEMORY, 1 / (1 + self._blocks[source]))
         for j in range(drafted):
-            self.acceptance[j] += BLOCK_MEMORY * ((j < accepted) - self.acceptance[j])
-        if drafted:
-            self._blocks += 1
-            if self._blocks == ENOUGH_BLOCKS:
-                self._judge()
+            self.acceptance[source][j] += weight * ((j < accepted) - self.acceptance[source][j])
+        if not source and self._blocks[source] == ENOUGH_BLOCKS:
+            self._judge()
 
     def step(self, requests: int, width: int, seconds: float) -> None:
         """Note the seconds of a step of this width."""
@@ -68,11 +73,15 @@ class WidthChooser:
         timing.steps += 1
         timing.last = self._observations
 
-    def choose(self, requests: int, least: int, most: int) -> int:
-        """The width of the next step, for so many requests, from `least` to `most`."""
+    def choose(self, drafts: Sequence[tuple[int, int]], least: int, most: int) -> int:
+        """The width of the next step, from `least` to `most`.
+
+        Args:
+            drafts: for each request the source of its drafts, and how many it has at most.
+        """
         if least >= most:
             return most
-        bucket, widths = _bucket(requests), range(least, most + 1)
+        bucket, widths = _bucket(len(drafts)), range(least, most + 1)
         timings = {width: self._timings[bucket, width] for width in widths}
         for width in widths:
             if timings[width].steps < FIRST_LOOK:
@@ -80,14 +89,14 @@ class WidthChooser:
         oldest = min(widths, key=lambda width: timings[width].last)
         if self._observations - timings[oldest].last > LOOK_AGAIN:
             return oldest
-        return max(widths, key=lambda width: self.tokens(width) / timings[width].seconds)
+        return max(widths, key=lambda width: self.tokens(drafts, width) / timings[width].seconds)
 
-    def tokens(self, width: int) -> float:
-        """The expected tokens of a step of this width."""
-        return 1 + sum(self.acceptance[: width - 1])
+    def tokens(self, drafts: Sequence[tuple[int, int]], width: int) -> float:
+        """The expected tokens of a step of this width, for all requests together."""
+        return sum(1 + sum(self.acceptance[source][: min(most, width - 1)]) for source, most in drafts)
 
     def _judge(self) -> None:
-        first = self.acceptance[0]
+        first = self.acceptance[0][0]
         if first < 0.2:
             logger.warning(
                 "only %.0f%% of the first drafts equal the AR model's token: drafts hardly pay. Train the student longer, "

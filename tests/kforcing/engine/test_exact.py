@@ -1,6 +1,7 @@
 """Exact mode: whatever the drafts are, the text is that of AR decoding under the same noise."""
 
 import functools
+import random
 from dataclasses import replace
 
 import pytest
@@ -22,11 +23,14 @@ PARTS = {
     "shortlist without drafts": {"shortlist": 5, "draft": "none"},
     "head alone": {"hints": "none", "draft": "none"},
 }
+AR = "no student, drafts from the context"
 
 
 @functools.cache
 def student(parts, name="llama", coupling="gumbel"):
     """A student whose drafts are wrong now and then."""
+    if parts == AR:
+        return make_backbone(name, scale=4.0)
     return make_sequential(make_backbone(name, scale=4.0), coupling=coupling, **PARTS[parts]).eval()
 
 
@@ -45,8 +49,12 @@ samplings = st.one_of(
 
 @st.composite
 def scenes(draw):
-    """Parts, backbone and coupling of a student, an engine, and requests with the step they come and are cancelled at."""
-    which = draw(st.sampled_from(list(PARTS))), draw(st.sampled_from(list(CONFIGS))), draw(st.sampled_from(COUPLINGS))
+    """Parts, backbone and coupling of a student, an engine, and requests with the step they come and are cancelled at.
+
+    The seed of the widths is None where the engine chooses them.
+    """
+    parts = draw(st.sampled_from([*PARTS, AR, AR]))
+    which = parts, draw(st.sampled_from(list(CONFIGS))), draw(st.sampled_from(COUPLINGS))
     config = EngineConfig(
         max_num_seqs=draw(st.integers(1, 4)),
         max_model_len=40,
@@ -54,7 +62,9 @@ def scenes(draw):
         max_num_batched_tokens=draw(st.integers(1, 12)),
         check_every=draw(st.integers(1, 3)),
         batch_invariant=draw(st.booleans()),
-        acceptance=draw(st.sampled_from(["exact", "fixed"])),
+        acceptance="exact" if parts == AR else draw(st.sampled_from(["exact", "fixed"])),
+        coupling=which[2],
+        context_ngram=draw(st.integers(1 if parts == AR else 0, 3)),
     )
     request = st.builds(
         Request,
@@ -67,30 +77,39 @@ def scenes(draw):
         acceptance=st.sampled_from(["exact", "exact", "fixed", None]),
     )
     requests = [
-        replace(r, max_new_tokens=config.max_model_len - len(r.prompt)) if draw(st.booleans()) else r
+        replace(
+            r,
+            max_new_tokens=config.max_model_len - len(r.prompt) if draw(st.booleans()) else r.max_new_tokens,
+            k=None if parts == AR and r.acceptance == "fixed" else r.k,
+        )
         for r in draw(st.lists(request, min_size=1, max_size=6))
     ]
     arrivals = [draw(st.integers(0, 10)) for _ in requests]
     cancels = [draw(st.none() | st.integers(0, 12)) for _ in requests]
-    return which, config, draw(st.booleans()), requests, arrivals, cancels
+    widths = draw(st.none() | st.integers(0, 99))
+    return which, config, draw(st.booleans()), widths, requests, arrivals, cancels
 
 
 COUPLINGS = ("gumbel", "inverse_cdf")
 
 
 @pytest.mark.long
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(scenes())
 def test_exact_mode_gives_the_text_of_ar_decoding(scene):
-    (parts, name, coupling), config, graphs, requests, arrivals, cancels = scene
+    (parts, name, coupling), config, graphs, widths, requests, arrivals, cancels = scene
     m = student(parts, name, coupling)
     engine = Engine(m, config)
+    if widths is not None:
+        source = random.Random(widths)
+        engine.widths.choose = lambda drafts, least, most: source.randint(min(least, most), most)
     if graphs:  # the shapes and bookkeeping of a GPU
         engine._step, engine._buckets = Graphs(engine.runner, capture=run_eagerly), True
     made, ends = run(engine, requests, arrivals, cancels)
     for i, request in enumerate(requests):
         exact = (request.acceptance or config.acceptance) == "exact"
-        expected = alone(m.backbone if exact else m, request, coupling, None if exact else request.k)
+        ar = m if parts == AR else m.backbone
+        expected = alone(ar if exact else m, request, coupling, None if exact else request.k)
         if ends[i] is None:
             assert cancels[i] is not None
             assert made[i] == expected[: len(made[i])]

@@ -13,7 +13,7 @@ def settled(chooser, requests, seconds, steps=400):
     """The width that is chosen most often when a step of width w takes `seconds[w]`."""
     chosen = []
     for _ in range(steps):
-        width = chooser.choose(requests, 1, chooser.k)
+        width = chooser.choose([(0, chooser.k - 1)] * requests, 1, chooser.k)
         chosen.append(width)
         chooser.step(requests, width, seconds[width])
     return max(set(chosen), key=chosen.count)
@@ -30,7 +30,7 @@ def experienced(k, accepted):
 def test_all_widths_are_timed_before_the_first_choice():
     chooser, chosen = WidthChooser(3), []
     for _ in range(3 * FIRST_LOOK):
-        chosen.append(chooser.choose(1, 1, 3))
+        chosen.append(chooser.choose([(0, 2)], 1, 3))
         chooser.step(1, chosen[-1], 1.0)
     assert chosen == [1] * FIRST_LOOK + [2] * FIRST_LOOK + [3] * FIRST_LOOK
 
@@ -62,24 +62,24 @@ def test_a_width_that_was_not_chosen_is_timed_again():
 
 def test_limits_of_the_requests_bound_the_width():
     chooser = WidthChooser(4)
-    assert chooser.choose(1, 2, 2) == 2
-    assert chooser.choose(1, 4, 2) == 2
-    assert chooser.choose(1, 3, 4) == 3
+    assert chooser.choose([(0, 3)], 2, 2) == 2
+    assert chooser.choose([(0, 3)], 4, 2) == 2
+    assert chooser.choose([(0, 3)], 3, 4) == 3
 
 
 def test_expected_tokens_follow_the_observed_acceptance():
     chooser, source = WidthChooser(3), random.Random(0)
     for _ in range(20_000):
         chooser.block(2, 2 if source.random() < 0.25 else 1 if source.random() < 2 / 3 else 0)
-    assert chooser.tokens(1) == 1
-    assert chooser.tokens(2) == pytest.approx(1.75, abs=0.15)
-    assert chooser.tokens(3) == pytest.approx(2.0, abs=0.2)
+    assert chooser.tokens([(0, 2)], 1) == 1
+    assert chooser.tokens([(0, 2)], 2) == pytest.approx(1.75, abs=0.15)
+    assert chooser.tokens([(0, 2)], 3) == pytest.approx(2.0, abs=0.2)
 
 
 @pytest.mark.parametrize(("accepted", "words"), [(0, "drafts hardly pay"), (1, "suspicious")])
 def test_a_warning_is_given_once_when_acceptance_is_very_low_or_complete(accepted, words, caplog):
     chooser = WidthChooser(2)
-    chooser.acceptance = [float(accepted)]
+    chooser.acceptance = [[float(accepted)]]
     for _ in range(2 * ENOUGH_BLOCKS):
         chooser.block(1, accepted)
     assert [words in record.message for record in caplog.records] == [True]
@@ -91,7 +91,7 @@ def test_the_text_is_the_same_under_any_sequence_of_widths(seed):
     m = student("all hints", coupling=("gumbel", "inverse_cdf")[seed % 2])
     config = EngineConfig(max_num_seqs=3, max_model_len=60, acceptance="exact", check_every=1 + seed % 2)
     engine = Engine(m, config)
-    engine.widths.choose = lambda requests, least, most: source.randint(min(least, most), most)
+    engine.widths.choose = lambda drafts, least, most: source.randint(min(least, most), most)
     sampling = SamplingParams(temperature=(0.0, 0.8, 1.0)[seed % 3], frequency_penalty=seed % 2)
     requests = [Request([1 + i, 4, 2], 30 + i, seed=i, sampling=sampling) for i in range(5)]
     done = engine.generate(requests)
