@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from kforcing.noise import spread_bits
+from kforcing.noise import race_words
 
 _SMALLEST = 5e-324
 ENTRIES = 2**22  # probabilities in float64 at a time: 32 MiB
+CACHED = 2**17  # scores of a race at a time on a CPU, so that its passes over them stay in the core's cache
+BLOCK = 256
 
 Coupling = Callable[[Tensor, Tensor, Tensor | float], Tensor]
 """(..., V) logits, (...) noise and temperature → (...) int64 token ids."""
@@ -47,12 +49,13 @@ def _inverse_cdf(logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tens
 
 
 def gumbel_max(logits: Tensor, z: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
-    """Gumbel-max: argmax over v of log p(v) + g_v(z), with g_v(z) = −log(−log u_v(z)) standard Gumbel.
+    """Gumbel-max: argmax over v of log p(v) + g_v(z), with g_v(z) = −log(−log(1 − w_v(z))) standard Gumbel.
 
-    The V uniforms u_v are spread from the bits of z by a counter-based generator (`spread_bits`), so z is still the
-    only noise. Two distributions under the same z pick the same token with probability at least
-    (1 − TV) / (1 + TV): close distributions nearly always agree, and a rounding error seldom changes a token. The
-    u_v have 32 bits, which bounds the error of a token's probability by about 2⁻³².
+    The V uniforms w_v are made from the bits of z by a counter-based mixer (`race_words`), so z is still the only noise.
+    Two distributions under the same z pick the same token with probability at least (1 − TV) / (1 + TV): close
+    distributions nearly always agree, and a rounding error seldom changes a token. Scores are float32. A winner has a small
+    w_v, which float32 holds to 24 bits beyond its leading zeros; the w_v have 31 bits, which bounds the error of a token's
+    probability by about 2⁻³¹, and large w_v end at 1 − 2⁻²³, so a token of probability zero is never drawn.
 
     Args:
         logits: (..., V) floating point.
@@ -61,18 +64,38 @@ def gumbel_max(logits: Tensor, z: Tensor, temperature: Tensor | float = 1.0) -> 
     Returns:
         (...) int64 token ids; of equal scores the lowest.
     """
-    return _by_rows(_gumbel_max, logits, z, temperature)
+    return _by_rows(_gumbel_max, logits, z, temperature, CACHED if logits.device.type == "cpu" else ENTRIES)
 
 
 def _gumbel_max(logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
-    race = spread_bits(z.to(torch.float64), logits.shape[-1]).log_().neg_().log_()
-    return (_tempered(logits, temperature) - race).argmax(dim=-1)
+    w = race_words(z.to(torch.float64), logits.shape[-1]).to(torch.float32)
+    race = w.mul_((2.0**-23 - 1) * 2.0**-31).sub_(2.0**-32).log1p_().neg_().log_()
+    return first_largest(_tempered(logits, temperature, torch.float32) - race)
 
 
-def _by_rows(draw: Coupling, logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
-    """`draw` of a few rows at a time: what it makes in float64 of (..., V) logits is larger than they are."""
+def first_largest(scores: Tensor) -> Tensor:
+    """(..., V) → (...) int64: the index of the largest score, of equal ones the lowest, as `argmax` gives.
+
+    It finds the block of the largest first, which is 5 times as fast on a CPU.
+    """
+    V = scores.shape[-1]
+    if scores.device.type != "cpu" or V <= BLOCK:
+        return scores.argmax(dim=-1)
+    whole, rest = scores[..., : V - V % BLOCK], scores[..., V - V % BLOCK :]
+    largest = whole.unflatten(-1, (-1, BLOCK)).amax(dim=-1)
+    if V % BLOCK:
+        largest = torch.cat([largest, rest.amax(dim=-1, keepdim=True)], dim=-1)
+    ids = largest.argmax(dim=-1, keepdim=True) * BLOCK + torch.arange(BLOCK)
+    inside = scores.gather(-1, ids.clamp_(max=V - 1)).argmax(dim=-1, keepdim=True)
+    return ids.gather(-1, inside).squeeze(-1)
+
+
+def _by_rows(
+    draw: Coupling, logits: Tensor, z: Tensor, temperature: Tensor | float, entries: int | None = None
+) -> Tensor:
+    """`draw` of a few rows at a time: what it makes of (..., V) logits is larger than they are."""
     shape, V = logits.shape[:-1], logits.shape[-1]
-    size = max(1, ENTRIES // V)
+    size = max(1, (entries or ENTRIES) // V)
     if shape.numel() <= size:
         return draw(logits, z, temperature)
     temperatures: Iterable[Tensor | float] = itertools.repeat(temperature)
@@ -82,11 +105,11 @@ def _by_rows(draw: Coupling, logits: Tensor, z: Tensor, temperature: Tensor | fl
     return torch.cat([draw(*part) for part in parts]).view(shape)
 
 
-def _tempered(logits: Tensor, temperature: Tensor | float) -> Tensor:
-    """Logits over temperature in float64, a tensor the caller may not write to."""
-    logits = logits.to(torch.float64)
+def _tempered(logits: Tensor, temperature: Tensor | float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Logits over temperature, a tensor the caller may not write to."""
+    logits = logits.to(dtype)
     if isinstance(temperature, Tensor):
-        return logits / temperature.to(torch.float64)[..., None]
+        return logits / temperature.to(dtype)[..., None]
     return logits if temperature == 1.0 else logits / temperature
 
 

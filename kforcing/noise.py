@@ -68,17 +68,28 @@ def uniform(key: Tensor | int, sequence: Tensor, window: Tensor | int, offset: T
     return (n.to(torch.float64) + 0.5) * 2.0**-52
 
 
-def spread_bits(z: Tensor, n: int) -> Tensor:
-    """n uniforms that are a function of one: (...) float64 in [0, 1) → (..., n) float64 in (0, 1), of 32 bits each.
+def race_words(z: Tensor, n: int) -> Tensor:
+    """n words of 31 bits that are a function of one uniform: (...) float64 in [0, 1) → (..., n) int32.
 
-    The 52 bits of z are the key and the index the counter of the generator, so each of the n is uniform over draws of
-    z and they are independent of each other for every practical purpose.
+    The 52 bits of z key a permutation of 32-bit words (an index times an odd number plus the low bits, then Wellons'
+    `triple32` mixer with the high bits added after its first round), so each word is uniform over draws of z, and the n of
+    one z are independent of each other and of those of other z for every practical purpose. int32 products wrap, and the
+    shifts are made logical by a mask, so CPU and GPU give the same bits.
     """
     bits = (z * 2.0**52).to(torch.int64)[..., None]
-    index = torch.arange(-(-n // 4), device=z.device)
-    zero = torch.zeros((), dtype=torch.int64, device=z.device)
-    words = philox4x32((index, zero, zero, zero), (bits & _LOW, bits >> 32))
-    return (torch.stack(words, dim=-1).flatten(-2)[..., :n].to(torch.float64) + 0.5) * 2.0**-32
+    x = torch.arange(n, dtype=torch.int32, device=z.device) * _signed(_WEYL[0]) + bits.to(torch.int32)
+    for shift, multiplier in ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB)):
+        x ^= (x >> shift).bitwise_and_(_LOW >> shift)
+        x *= _signed(multiplier)
+        if shift == 17:
+            x += (bits >> 32).to(torch.int32)
+    x ^= (x >> 14).bitwise_and_(_LOW >> 14)
+    return x.bitwise_and_(_LOW >> 1)
+
+
+def _signed(word: int) -> int:
+    """The int32 of the same 32 bits."""
+    return word - ((word >> 31) << 32)
 
 
 def window_noise(key: Tensor | int, sequence_B: Tensor, anchors_BW: Tensor, k: int) -> Tensor:

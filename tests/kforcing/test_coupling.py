@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from scipy import stats
 
 from kforcing import coupling
-from kforcing.coupling import COUPLINGS, gumbel_max, inverse_cdf
-from kforcing.noise import derive_key, spread_bits, uniform
+from kforcing.coupling import BLOCK, COUPLINGS, first_largest, gumbel_max, inverse_cdf
+from kforcing.noise import derive_key, race_words, uniform
 
 
 def logits(*probabilities):
@@ -105,16 +105,83 @@ def test_gumbel_max_honours_temperature_and_ignores_a_shift():
     assert torch.equal(gumbel_max(p + 7, z), gumbel_max(p, z))
 
 
-def test_the_bits_of_one_uniform_spread_into_independent_ones():
-    u = spread_bits(noise(20_000), 6)
-    assert u.shape == (20_000, 6)
+def test_gumbel_max_samples_a_large_vocabulary():
+    V, n = 5_003, 20_000
+    p = torch.randn(V, generator=torch.Generator().manual_seed(0)).double().mul(2).exp()
+    drawn = torch.cat([gumbel_max(p.log().expand(500, V), part) for part in noise(n, key=3).split(500)])
+    order = p.argsort(descending=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(V))
+    groups = (p[order].cumsum(0) / p.sum() * 200).long().clamp_(max=199)  # tokens of about equal probability together
+    expected = torch.zeros(200, dtype=torch.float64).scatter_add_(0, groups, p[order] / p.sum() * n)
+    counts = torch.bincount(groups[rank[drawn]], minlength=200)
+    keep = expected > 5
+    assert keep.sum() > 120
+    assert stats.chisquare(counts[keep], expected[keep] * counts[keep].sum() / expected[keep].sum()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("shape", ["neighbouring positions", "neighbouring seeds", "positions of two windows"])
+def test_tokens_of_related_noise_are_independent(shape):
+    n, zero, numbers = 20_000, torch.zeros(1, dtype=torch.int64), torch.arange(20_001)
+    if shape == "neighbouring positions":
+        z = uniform(derive_key(0), zero, 0, numbers)
+        one, other = z[:-1], z[1:]
+    elif shape == "neighbouring seeds":
+        one, other = uniform(5, zero, 0, numbers[:n]), uniform(6, zero, 0, numbers[:n])
+    else:
+        one, other = uniform(5, zero, 7, numbers[:n]), uniform(5, zero, 8, numbers[:n])
+    p = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(n, 4)
+    table = torch.bincount(gumbel_max(p, one) * 4 + gumbel_max(p, other), minlength=16).view(4, 4)
+    assert stats.chi2_contingency(table.numpy()).pvalue > 1e-3
+
+
+def test_race_words_are_uniform_over_noise_and_over_tokens():
+    words = race_words(noise(20_000), 6)
+    assert words.shape == (20_000, 6)
+    u = (words.double() + 0.5) * 2.0**-31
     assert u.min() > 0
     assert u.max() < 1
     assert all(stats.kstest(u[:, i].numpy(), "uniform").pvalue > 1e-3 for i in range(6))
     assert (torch.corrcoef(torch.cat([u, noise(20_000)[:, None]], 1).T) - torch.eye(7)).abs().max() < 0.03
-    assert torch.equal(spread_bits(noise(5), 3), spread_bits(noise(5), 6)[:, :3])
-    neighbour = noise(5) + 2.0**-52
-    assert (spread_bits(neighbour, 6) != spread_bits(noise(5), 6)).all()
+    of_tokens = (race_words(noise(4, key=1), 50_000).double() + 0.5) * 2.0**-31
+    assert all(stats.kstest(row.numpy(), "uniform").pvalue > 1e-3 for row in of_tokens)
+    pairs = torch.cat([of_tokens, of_tokens.roll(1, 1), of_tokens.roll(2, 1), of_tokens.roll(256, 1)])
+    assert (torch.corrcoef(pairs) - torch.eye(16)).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("change", [2.0**-52, 2.0**-32, 2.0**-21, 2.0**-20, 2.0**-1])
+def test_one_bit_of_the_noise_changes_half_of_the_bits_of_all_words(change):
+    z = noise(64) % 0.5
+    changed = race_words(z, 500) ^ race_words(z + change * (1 if change < 0.5 else 0.999), 500)
+    shares = torch.stack([(changed >> bit & 1).float().mean() for bit in range(31)])
+    assert (shares - 0.5).abs().max() < 0.02
+
+
+def test_race_words_equal_the_mixer_in_python_integers():
+    def mixed(low, high, index):
+        x = index * 0x9E3779B9 + low & 0xFFFFFFFF
+        x = (x ^ x >> 17) * 0xED5AD4BB + high & 0xFFFFFFFF
+        x = (x ^ x >> 11) * 0xAC4C1B51 & 0xFFFFFFFF
+        x = (x ^ x >> 15) * 0x31848BAB & 0xFFFFFFFF
+        return (x ^ x >> 14) & 0x7FFFFFFF
+
+    z = noise(5)
+    bits = [int(x * 2**52) for x in z.tolist()]
+    assert race_words(z, 40).tolist() == [[mixed(b & 0xFFFFFFFF, b >> 32, v) for v in range(40)] for b in bits]
+    assert torch.equal(race_words(z, 3), race_words(z, 6)[:, :3])
+
+
+def test_a_certain_token_wins_every_race():
+    """Whatever its own word is: the words end below one."""
+    certain = torch.full((2000, 5), -math.inf)
+    certain[:, 3] = -30.0
+    assert (gumbel_max(certain, noise(2000)) == 3).all()
+
+
+@pytest.mark.parametrize("V", [7, BLOCK, 3 * BLOCK, 5 * BLOCK + 3])
+def test_the_first_largest_score_is_found_in_blocks(V):
+    scores = torch.randint(0, 9, (50, 2, V), generator=torch.Generator().manual_seed(V)).float()
+    first = (scores == scores.amax(-1, keepdim=True)).int().cumsum(-1).eq(0).sum(-1)
+    assert torch.equal(first_largest(scores), first)
 
 
 @pytest.mark.parametrize("name", list(COUPLINGS))
