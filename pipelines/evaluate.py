@@ -37,7 +37,7 @@ from pipelines.log import log, show_progress  # noqa: E402
 from pipelines.runs.cluster import READING, Pool, Work, connected  # noqa: E402
 from pipelines.runs.stages import StageError, hold, open_stage  # noqa: E402
 from pipelines.tracking.evaluation_log import log_evaluation  # noqa: E402
-from pipelines.tracking.tracker import default_uri  # noqa: E402
+from pipelines.tracking.mlflow_client import tracking_uri  # noqa: E402
 
 
 def evaluate(target: str, config: EvaluationConfig) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def evaluate(target: str, config: EvaluationConfig) -> dict[str, Any]:
         results = run_parts(plan(subject), root, log.info, config.cpus, config.gpus, alone_cpus(config))
     results["windows"] = windows
     report = write_evaluation(subject, config, results, time.monotonic() - started)
-    uri = config.tracking.uri or subject.tracking or default_uri(run)
+    uri = config.tracking.uri or subject.tracking or tracking_uri(run.tracking.uri, run.root.parent)
     if uri != "off":
         log_evaluation(uri, config.tracking.experiment, subject.parent, root, report)
     return {"path": str(root / "report.json"), "parts": len(results), "seconds": round(time.monotonic() - started, 1)}
@@ -61,7 +61,7 @@ def evaluate(target: str, config: EvaluationConfig) -> dict[str, Any]:
 def same_noise(subject: Subject, config: EvaluationConfig) -> dict[str, Any]:
     """Match and NLLs of every student and k on held-out windows, as a Ray Data job each."""
     settings = dataclasses.replace(
-        subject.config.eval,
+        subject.run.eval,
         actors=1,
         cpus_per_actor=config.cpus,
         gpus_per_actor=config.gpus,

@@ -53,7 +53,7 @@ from pipelines.config.overrides import apply, override
 from pipelines.config.recipes import recipe
 from pipelines.config.schema import Config
 from pipelines.config.section import ConfigError
-from pipelines.config.stages import resolve, stage_spec
+from pipelines.config.stages import StageSpec, resolve, stage_spec
 from pipelines.config.validation import validate
 from pipelines.data.rows import sequences_of, tokens_of
 from pipelines.data.token_store import TokenStore
@@ -117,7 +117,7 @@ class Trial:
     """One variant with one seed, and all its process needs."""
 
     variant: Variant
-    config: Config
+    stages: tuple[StageSpec, ...]
     """With the trial's seed."""
     teacher: str
     train: str
@@ -130,10 +130,15 @@ class Trial:
     samples: int
     """Blocks drawn after each context for the joint figures."""
 
+    @property
+    def seed(self) -> int:
+        """The seed of its stages."""
+        return self.stages[0].seed
+
 
 def student_of(trial: Trial) -> LocalStudent:
     """What trains a trial's stages in this process."""
-    return LocalStudent(resolve(trial.config), trial.teacher, trial.train, trial.folder, trial.variant.name)
+    return LocalStudent(trial.stages, trial.teacher, trial.train, trial.folder, trial.variant.name)
 
 
 def run_trial(trial: Trial) -> dict[str, Any]:
@@ -145,8 +150,8 @@ def run_trial(trial: Trial) -> dict[str, Any]:
     student = student_of(trial)
     teacher = load_ar(trial.teacher)
     previous: Path | None = None
-    result: dict[str, Any] = {"variant": trial.variant.name, "seed": trial.config.seed, "k": {}}
-    for k in trial.config.ks():
+    result: dict[str, Any] = {"variant": trial.variant.name, "seed": trial.seed, "k": {}}
+    for k in (stage.k for stage in trial.stages):
         fixed = student.stages[k].train.steps if not trial.budgets else None
         cost = student.stage(k, fixed, trial.budgets.get(k), previous)
         previous = Path(trial.folder, f"k{k}")
@@ -236,7 +241,7 @@ def teacher_samples(trial: Trial) -> list[dict[str, torch.Tensor]]:
 def joint_figures(model: PushForwardLM, trial: Trial, k: int) -> dict[str, Any]:
     """Joint total variation and entropy on fixed contexts, with floor, independent line and the teacher's entropy."""
     figures: dict[str, list[float]] = {n: [] for n in ("tv", "floor", "independent", "entropy", "teacher_entropy")}
-    key = derive_key(trial.config.seed, "compare", "student")
+    key = derive_key(trial.seed, "compare", "student")
     for context, teacher in zip(joint_contexts(trial), teacher_samples(trial), strict=True):
         one, two = teacher["one"][:, :k], teacher["two"][:, :k]
         mine = sample_blocks(lambda w: model.draw(w).tokens_BWK, context, k, trial.samples, key)
@@ -281,7 +286,9 @@ def trial_of(variant: Variant, seed: int, options: Options, common: dict[str, st
     folder = root / "trials" / f"{variant.name.replace(' ', '-').replace(':', '')}-s{seed}-{name}"
     samples = root / f"teacher-samples-{teacher}-{options.samples}.pt"
     stores = common["train"], common["heldout"]
-    return Trial(variant, config, common["teacher"], *stores, str(folder), {}, str(samples), options.samples)
+    return Trial(
+        variant, tuple(resolve(config)), common["teacher"], *stores, str(folder), {}, str(samples), options.samples
+    )
 
 
 def budgets_of(trial: Trial) -> dict[int, float]:
@@ -290,8 +297,7 @@ def budgets_of(trial: Trial) -> dict[int, float]:
     spent, previous = {0: 0.0}, None
     with tempfile.TemporaryDirectory() as folder:
         student = student_of(dataclasses.replace(trial, folder=folder))
-        for k in trial.config.ks():
-            spec = student.stages[k]
+        for k, spec in student.stages.items():
             flops = student.count(k, previous).total if spec.learns else 0.0
             previous = student.untrained(k, previous)
             spent[k] = max(spent.values()) + spec.train.steps * flops
@@ -317,7 +323,7 @@ def run_all(trials: list[Trial]) -> list[dict[str, Any]]:
         done, _ = ray.wait(list(waiting))
         trial = waiting.pop(done[0])
         results[done[0]] = ray.get(done[0])
-        log.info(f"{trial.variant.name}, seed {trial.config.seed}: done, {len(waiting)} to go")
+        log.info(f"{trial.variant.name}, seed {trial.seed}: done, {len(waiting)} to go")
     return [results[ref] for ref in order]
 
 

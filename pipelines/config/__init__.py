@@ -1,1 +1,1 @@
-"""What a run can be told: fields, recipes, overrides on the command line, and their validation."""
+"""What a run can be told: fields, recipes, overrides on the command line, their validation, and the file that keeps them."""

@@ -279,4 +279,9 @@ class Config:
 
     def ks(self) -> list[int]:
         """The doubling stages up to the student's k: 1, 2, 4, …"""
-        return [2**i for i in range(self.student.k.bit_length())]
+        return doubling(self.student.k)
+
+
+def doubling(k: int) -> list[int]:
+    """The powers of two up to k."""
+    return [2**i for i in range(k.bit_length())]

@@ -1,7 +1,7 @@
 """What each stage of a run computes: the config, resolved once.
 
-A run calls `teacher_spec` and `resolve` when it starts. Everything below the run gets these records or single sections, and
-never the whole `Config`. The fingerprint of a stage, which names its work, is computed here and nowhere else.
+A run or an evaluation calls `resolve_run` when it starts. Everything below gets its records or single sections, and never the
+whole `Config`. The fingerprint of a stage, which names its work, is computed here and nowhere else.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pipelines.config.schema import (
     RolloutConfig,
     TeacherConfig,
     TokenizerConfig,
+    TrackingConfig,
     TrainConfig,
 )
 
@@ -115,6 +116,55 @@ class StageSpec:
         sections = {name: dataclasses.asdict(getattr(self, name)) for name in ("design", "train", "rollout")}
         return {"k": self.k, "targets": self.targets, "loss": self.loss, **sections}
 
+    def consistent(self) -> StageSpec:
+        """The same stage with what follows from k and the loss: the first one has the AR teacher alone, and only a soft loss
+        reads the teacher's probabilities.
+        """
+        targets, train, rollout = self.targets, self.train, self.rollout
+        if self.k == 1:
+            targets, train = "ar", dataclasses.replace(train, warm_start="teacher")
+        if self.loss != "soft":
+            rollout = dataclasses.replace(rollout, teacher_top_k=None)
+        return dataclasses.replace(self, targets=targets, train=train, rollout=rollout)
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A whole run: its stages, the corpus before them and the evaluation after each of them."""
+
+    root: Path
+    """The run directory."""
+    recipe: str
+    seed: int
+    corpus: CorpusSpec
+    teacher: TeacherSpec
+    students: tuple[StageSpec, ...]
+    shared: StageSpec
+    """The last student stage as the sections of the config describe it, without the exceptions of single stages. An
+    evaluation derives the stages of other methods from it."""
+    eval: EvalConfig
+    tracking: TrackingConfig
+
+    @property
+    def ks(self) -> list[int]:
+        """Tokens a forward pass of each student stage: 1, 2, 4, …"""
+        return [spec.k for spec in self.students]
+
+
+def resolve_run(config: Config) -> RunSpec:
+    """All that a config says, by stage."""
+    return RunSpec(
+        config.root,
+        config.recipe,
+        config.seed,
+        corpus_spec(config),
+        teacher_spec(config),
+        tuple(resolve(config)),
+        _stage_of(config, config, config.student.k),
+        config.eval,
+        config.tracking,
+    )
+
 
 def corpus_spec(config: Config) -> CorpusSpec:
     """The corpus of a run. A teacher that is given brings its tokenizer, unless another one is named."""
@@ -137,16 +187,15 @@ def resolve(config: Config) -> list[StageSpec]:
 
 def stage_spec(config: Config, k: int) -> StageSpec:
     """One student stage: the sections of the run, the stage's exceptions, and what follows from k and the loss."""
-    name = f"k{k}"
     own = config
-    for path, value in leaves(config.stages.get(name, {})):
+    for path, value in leaves(config.stages.get(f"k{k}", {})):
         own = override(own, path, value)
-    targets, train, rollout = own.targets, own.train, own.rollout
-    if k == 1:  # there is no student before it
-        targets, train = "ar", dataclasses.replace(train, warm_start="teacher")
-    if own.loss != "soft":  # only a soft loss reads the teacher's probabilities
-        rollout = dataclasses.replace(rollout, teacher_top_k=None)
-    return StageSpec(name, k, config.seed, targets, own.loss, config.student.design, train, rollout)
+    return _stage_of(config, own, k).consistent()
+
+
+def _stage_of(config: Config, own: Config, k: int) -> StageSpec:
+    """The stage as its own sections say."""
+    return StageSpec(f"k{k}", k, config.seed, own.targets, own.loss, config.student.design, own.train, own.rollout)
 
 
 def evaluation_fingerprint(stage: str, config: EvalConfig) -> str:

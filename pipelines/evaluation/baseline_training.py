@@ -14,8 +14,8 @@ from kforcing.backbone import load_ar
 from kforcing.design import Design, NoiseConfig, SequentialConfig
 from kforcing.device import pick_device
 from kforcing.noise import derive_key
-from pipelines.config.schema import Config, TrainConfig
-from pipelines.config.stages import resolve
+from pipelines.config.schema import TrainConfig, doubling
+from pipelines.config.stages import StageSpec
 from pipelines.data.rows import sequences_of, tokens_of
 from pipelines.data.token_store import TokenStore
 from pipelines.evaluation.baselines import METHODS
@@ -29,8 +29,10 @@ class BaselineTraining:
 
     method: str
     """Key of METHODS."""
-    config: Config
-    """Of the run, for its data, optimiser and windows."""
+    shared: StageSpec
+    """The run's own optimiser, rollouts and design."""
+    teacher_train: TrainConfig | None
+    """How the run trained its AR model; None for a given one."""
     teacher: str
     """Folder of the AR model."""
     store: str
@@ -53,11 +55,11 @@ def train_baseline(folder: Path, training: BaselineTraining, given: dict[str, An
     if method.build is None:
         return _train_stages(folder, training, budget)
     assert method.step is not None
-    teacher, micro = load_ar(training.teacher).to(pick_device()), training.config.train.micro_batch
+    teacher, micro = load_ar(training.teacher).to(pick_device()), training.shared.train.micro_batch
     torch.manual_seed(training.seed)
-    model = method.build(load_ar(training.teacher), training.k, noise_of(training.config))
+    model = method.build(load_ar(training.teacher), training.k, noise_of(training.shared.design))
     module = method.step(model, teacher)
-    flops = count_step(module, _batches(training, micro)).times(training.config.train.batch / micro)
+    flops = count_step(module, _batches(training, micro)).times(training.shared.train.batch / micro)
     train = _train_config(training, max(1, round(budget / flops.total)))
     seconds = train_here(module, _batches(training, train.batch), train, training.method, folder / "training.pt")
     save_model(model, str(folder / "model.safetensors"))
@@ -70,40 +72,39 @@ def train_baseline(folder: Path, training: BaselineTraining, given: dict[str, An
     }
 
 
-def noise_of(config: Config) -> NoiseConfig:
-    """The noise encoder of all argmax students: the run's own, where it has one."""
-    design = config.student.design
+def noise_of(design: Design) -> NoiseConfig:
+    """The noise encoder of all argmax students: the run's own, where its design has one."""
     return NoiseConfig(min_cycles=0.25, max_cycles=32.0) if design.conditional else design.noise
 
 
 def _train_config(training: BaselineTraining, steps: int) -> TrainConfig:
-    train, teacher = training.config.train, training.config.teacher
-    if METHODS[training.method].teacher_lr and teacher.path is None:
-        train = dataclasses.replace(train, lr=teacher.train.lr)
+    train, teacher = training.shared.train, training.teacher_train
+    if METHODS[training.method].teacher_lr and teacher is not None:
+        train = dataclasses.replace(train, lr=teacher.lr)
     return shortened(train, steps)
 
 
 def _batches(training: BaselineTraining, batch: int) -> Batches:
     """Step → micro-batches of real text, which are the same for all methods with the same `Method.batch`."""
-    store, config = TokenStore(training.store, training.seed), training.config
-    micro, make = min(batch, config.train.micro_batch), METHODS[training.method].batch
+    store, shared = TokenStore(training.store, training.seed), training.shared
+    micro, make = min(batch, shared.train.micro_batch), METHODS[training.method].batch
 
     def batches(step: int, steps: int) -> list[Any]:
         rows = store.read(StepPlan(batch, 1, step + 1, step, 1).positions(0))
         tokens, seq = tokens_of(rows), sequences_of(rows)
         key = derive_key(training.seed, training.method, rows["epoch"][0].as_py())
         parts = [slice(i, i + micro) for i in range(0, batch, micro)]
-        return [make(tokens[part], seq[part], key, training.k, config.rollout.windows) for part in parts]
+        return [make(tokens[part], seq[part], key, training.k, shared.rollout.windows) for part in parts]
 
     return batches
 
 
 def _train_stages(folder: Path, training: BaselineTraining, budget: float) -> dict[str, Any]:
     """Train K-Forcing stage by stage."""
-    config = method_config(training.method, training.config, training.k, training.seed)
-    student = LocalStudent(resolve(config), training.teacher, training.store, str(folder), training.method)
+    stages = method_stages(training.method, training.shared, training.k, training.seed)
+    student = LocalStudent(stages, training.teacher, training.store, str(folder), training.method)
     previous, costs = None, []
-    for k, share in spent_by(training.method, config.ks()).items():
+    for k, share in spent_by(training.method, [stage.k for stage in stages]).items():
         costs.append(student.stage(k, None, share * budget, previous))
         previous = folder / f"k{k}"
     totals = {name: sum(c[name] for c in costs) for name in ("flops", "batch_flops", "steps", "seconds")}
@@ -120,28 +121,29 @@ def spent_by(method: str, ks: list[int]) -> dict[int, float]:
     return {k: 0.15 * i / max(1, len(ks) - 2) if k < ks[-1] else 1.0 for i, k in enumerate(ks)}
 
 
-def method_config(method: str, config: Config, k: int, seed: int) -> Config:
-    """The run's config, changed to that of a K-Forcing method: `paper`, `sequential` or `head`."""
-    student = dataclasses.replace(config.student, k=k)
+def method_design(method: str, own: Design) -> Design:
+    """The design of a K-Forcing method: `paper`, `sequential` or `head`. The run's own, where it is of the same kind."""
+    if (method == "sequential") == own.conditional and method != "head":
+        return own
     designs = {
-        "paper": Design(noise=noise_of(config)),
+        "paper": Design(noise=noise_of(own)),
         "sequential": Design("sequential", "gumbel", sequential=SequentialConfig()),
         "head": Design("sequential", "gumbel", sequential=SequentialConfig(hints="none", draft="none")),
     }
-    own = config.student.design
-    design = own if (method == "sequential") == own.conditional and method != "head" else designs[method]
-    train = dataclasses.replace(config.train, warm_start="previous", on_policy_fraction=0.0)
+    return designs[method]
+
+
+def method_stages(method: str, shared: StageSpec, k: int, seed: int) -> list[StageSpec]:
+    """The stages of a K-Forcing method, with the run's own optimiser and rollouts."""
     soft = method != "paper"
-    rollout = dataclasses.replace(
-        config.rollout, teacher_top_k=(config.rollout.teacher_top_k or 32) if soft else None, cache=False
-    )
-    return dataclasses.replace(
-        config,
+    labels = (shared.rollout.teacher_top_k or 32) if soft else None
+    last = dataclasses.replace(
+        shared,
         seed=seed,
         targets="ar" if soft else "self",
         loss="soft" if soft else "hard",
-        student=dataclasses.replace(student, design=design),
-        train=train,
-        rollout=rollout,
-        stages={},
+        design=method_design(method, shared.design),
+        train=dataclasses.replace(shared.train, warm_start="previous", on_policy_fraction=0.0),
+        rollout=dataclasses.replace(shared.rollout, teacher_top_k=labels, cache=False),
     )
+    return [dataclasses.replace(last, name=f"k{n}", k=n).consistent() for n in doubling(k)]

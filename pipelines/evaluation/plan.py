@@ -19,9 +19,9 @@ from transformers import AutoConfig
 
 from kforcing.configuration import PushForwardConfig
 from kforcing.metrics.external import SMOLLM2, check_external
-from pipelines.config.schema import Config
 from pipelines.config.section import ConfigError
-from pipelines.evaluation.baseline_training import BaselineTraining, method_config, train_baseline
+from pipelines.config.stages import RunSpec
+from pipelines.evaluation.baseline_training import BaselineTraining, method_design, train_baseline
 from pipelines.evaluation.baselines import METHODS, STAGED, rows_of
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.decoders import MethodRow, slug
@@ -38,22 +38,23 @@ from pipelines.evaluation.subject import Student, Subject, block_sizes
 from pipelines.files import write_json
 
 
-def plan_of(run: Config, config: EvaluationConfig) -> Callable[[Subject], list[Part]]:
+def plan_of(run: RunSpec, config: EvaluationConfig) -> Callable[[Subject], list[Part]]:
     """Check an evaluation against the run's config before anything starts. Returns the function that makes its parts.
 
     Raises ConfigError.
     """
-    methods, text, k = methods_of(config), config.text, run.student.k
+    methods, text, k = methods_of(config), config.text, run.shared.k
     if (run.root / "teacher" / "config.json").is_file():
         _check_positions(run.root / "teacher", config, k)
-    if config.fidelity.windows > run.data.block:
+    block = run.corpus.data.block
+    if config.fidelity.windows > block:
         raise ConfigError(
-            f"fidelity.windows={config.fidelity.windows}: held-out blocks have data.block={run.data.block} tokens; ask for "
+            f"fidelity.windows={config.fidelity.windows}: held-out blocks have data.block={block} tokens; ask for "
             "fewer windows of a block"
         )
-    if text.prompt_tokens > run.data.block:
+    if text.prompt_tokens > block:
         raise ConfigError(
-            f"text.prompt_tokens={text.prompt_tokens}: held-out blocks have data.block={run.data.block} tokens; ask for "
+            f"text.prompt_tokens={text.prompt_tokens}: held-out blocks have data.block={block} tokens; ask for "
             "shorter prompts"
         )
     if methods and text.prompt_tokens <= k:
@@ -110,8 +111,8 @@ def _check_external(name: str) -> None:
 
 def parts_of(subject: Subject, config: EvaluationConfig, methods: list[str]) -> list[Part]:
     """All parts, in the order in which they should start. Each is named by the settings that it reads and by no others."""
-    run, last = subject.config, subject.last
-    couplings = {name: method_config(name, run, last.k, config.seed).student.design.coupling for name in STAGED}
+    last, shared, teacher = subject.last, subject.run.shared, subject.run.teacher.train
+    couplings = {name: method_design(name, shared.design).coupling for name in STAGED}
     rows = rows_of(methods, _students(subject), last.k, block_sizes(last.k), couplings)
     write_json(Path(subject.root) / "rows.json", [asdict(row) for row in rows])
     measurement, base, text = Measurement(subject, config), (subject.id, config.seed), _text_settings(subject, config)
@@ -121,7 +122,7 @@ def parts_of(subject: Subject, config: EvaluationConfig, methods: list[str]) -> 
     ]
     share = config.baselines.share
     for name in methods:
-        training = BaselineTraining(name, run, subject.teacher, subject.train, last.k, config.seed, share)
+        training = BaselineTraining(name, shared, teacher, subject.teacher, subject.train, last.k, config.seed, share)
         parts.append(Part(f"train-{name}", (*base, name, share), train_baseline, training, ("cost",)))
     for row in rows:
         needs = ("references", f"train-{row.method}") if row.method else ("references",)

@@ -17,9 +17,10 @@ from kforcing.modeling import PushForwardLM
 from pipelines.config.fingerprint import fingerprint
 from pipelines.config.overrides import override
 from pipelines.config.recipes import RECIPES, recipe
+from pipelines.config.saved import CONFIG_FILE, load_config
 from pipelines.config.schema import Config
 from pipelines.config.section import ConfigError
-from pipelines.config.stages import corpus_spec
+from pipelines.config.stages import RunSpec, resolve_run
 from pipelines.data.tokenise import prepare
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.files import write_json
@@ -42,8 +43,8 @@ class Subject:
     """Models and data, all as paths that every node can read."""
 
     name: str
-    config: Config
-    """Config of the run that made them."""
+    run: RunSpec
+    """The run that made them."""
     teacher: str
     students: tuple[Student, ...]
     tokenizer: str
@@ -89,14 +90,16 @@ def _mark(folder: Path) -> Any:
     return [(str(folder), s.st_size, s.st_mtime_ns) for s in weights]
 
 
-def open_subject(target: str, options: EvaluationConfig) -> tuple[Config, Path]:
-    """The config of the run behind a run directory or `models:/…`, and the folder of the evaluation. Raises ConfigError."""
+def open_subject(target: str, options: EvaluationConfig) -> tuple[RunSpec, Path]:
+    """The run behind a run directory or `models:/…`, and the folder of the evaluation. Raises ConfigError."""
     if target.startswith("models:/"):
         found = registered_student(target, options.tracking.uri)
         name = re.sub(r"[^A-Za-z0-9]+", "-", target.removeprefix("models:/")).strip("-")
         root = lasting(options.output_dir or f"runs/evaluation-{name}")
-        base = Path(found.params.get("output_dir") or "run").name
-        return dataclasses.replace(config_of(found.params, target), output_dir=str(root.parent / base)), root
+        file = found.run_file(CONFIG_FILE, root)
+        config = load_config(file) if file else config_of(found.params, target)
+        place = root.parent / Path(config.output_dir or "run").name
+        return resolve_run(dataclasses.replace(config, output_dir=str(place))), root
     if options.teacher:
         raise ConfigError(f"teacher={options.teacher}: {target} has an AR model of its own; leave teacher out")
     root = lasting(target)
@@ -104,13 +107,17 @@ def open_subject(target: str, options: EvaluationConfig) -> tuple[Config, Path]:
         raise ConfigError(
             f"{target} is not a run directory (no {LOG}); give one that pipelines/distill.py wrote, or models:/NAME@ALIAS"
         )
-    config = dataclasses.replace(config_of(_last_config(root / LOG), target), output_dir=str(root))
-    missing = [n for n in ("teacher", *(f"k{k}" for k in config.ks())) if not (root / n / "manifest.json").is_file()]
+    saved = root / CONFIG_FILE
+    config = load_config(saved) if saved.is_file() else config_of(_last_config(root / LOG), target)
+    run = resolve_run(dataclasses.replace(config, output_dir=str(root)))
+    missing = [
+        n for n in ("teacher", *(spec.name for spec in run.students)) if not (root / n / "manifest.json").is_file()
+    ]
     if missing:
         raise ConfigError(
             f"{target}: {', '.join(missing)} not finished; run pipelines/distill.py output_dir={target} to its end"
         )
-    return config, lasting(options.output_dir or str(root / "evaluation"))
+    return run, lasting(options.output_dir or str(root / "evaluation"))
 
 
 def lasting(path: str) -> Path:
@@ -118,9 +125,9 @@ def lasting(path: str) -> Path:
     return with_lasting_root(Config("", output_dir=path)).root
 
 
-def subject_of(target: str, config: Config, root: Path, options: EvaluationConfig, say: Any) -> Subject:
+def subject_of(target: str, run: RunSpec, root: Path, options: EvaluationConfig, say: Any) -> Subject:
     """Models and data of an opened target. A missing corpus is prepared, and a registered model is downloaded."""
-    prepared = prepare(corpus_spec(config))
+    prepared = prepare(run.corpus)
     parent: str | None
     tracking: str | None
     if target.startswith("models:/"):
@@ -130,20 +137,24 @@ def subject_of(target: str, config: Config, root: Path, options: EvaluationConfi
         teacher = options.teacher or _teacher_inside(student, root)
         name, parent, tracking = target.removeprefix("models:/"), str(found.run), found.uri
     else:
-        students = tuple(Student(f"k{k}", k, str(config.root / f"k{k}")) for k in config.ks())
-        teacher, name = str(config.root / "teacher"), config.root.name
-        state = made_by(config.root)
+        students = tuple(Student(spec.name, spec.k, str(run.root / spec.name)) for spec in run.students)
+        teacher, name = str(run.root / "teacher"), run.root.name
+        state = made_by(run.root)
         parent, tracking = state.get("parent"), state.get("uri", "off")
     stores = str(prepared.split("train")), str(prepared.split("heldout"))
-    return Subject(name, config, teacher, students, str(prepared.tokenizer), *stores, str(root), parent, tracking)
+    return Subject(name, run, teacher, students, str(prepared.tokenizer), *stores, str(root), parent, tracking)
 
 
 def config_of(record: dict[str, str], target: str) -> Config:
-    """A run's config from its fields as text, in the form in which the log and MLflow keep them."""
+    """The config of a run without `config.yaml`, which an earlier release made, from its fields as text.
+
+    The run's log has them, and so have the parameters of its MLflow run. Raises ConfigError where they are not enough.
+    """
     name = record.get("recipe", "")
     if name not in RECIPES:
         raise ConfigError(
-            f"{target}: its run has recipe {name!r}, unknown to this release; use the release that made the run"
+            f"{target} has no {CONFIG_FILE} and recipe {name!r}, which this release does not know; run pipelines/distill.py "
+            "once more with the settings of the run: it skips finished stages and writes the file"
         )
     config = dataclasses.replace(recipe(name), stages={})
     for path, value in record.items():
@@ -152,7 +163,10 @@ def config_of(record: dict[str, str], target: str) -> Config:
         try:
             config = override(config, path, value)
         except ConfigError as error:
-            raise ConfigError(f"{target} was made by another release: {error}") from None
+            raise ConfigError(
+                f"{target} has no {CONFIG_FILE}, and its log is not that of this release ({error}); run pipelines/distill.py "
+                "once more with the settings of the run: it skips finished stages and writes the file"
+            ) from None
     return config
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from kforcing.device import peak_rss_mb
+from pipelines.config.saved import save_config
 from pipelines.config.schema import Config
-from pipelines.config.stages import StageSpec, corpus_spec, evaluation_fingerprint, resolve, teacher_spec
+from pipelines.config.stages import StageSpec, evaluation_fingerprint, resolve_run
 from pipelines.data.tokenise import Prepared, eos_id, load_tokenizer, prepare
 from pipelines.evaluation.heldout import EvalJob, SampleJob, evaluate_student, write_samples
 from pipelines.log import log
@@ -42,17 +43,15 @@ class Model:
 
 
 class Pipeline:
-    """A run directory with its tracker; use as a context manager."""
+    """A run directory, with the config that it belongs to and its tracker; use as a context manager."""
 
     def __init__(self, config: Config):
-        self.root, self.recipe, self.seed, self.eval = config.root, config.recipe, config.seed, config.eval
-        self.corpus, self.teacher_stage, self.student_stages = (
-            corpus_spec(config),
-            teacher_spec(config),
-            resolve(config),
-        )
+        run = resolve_run(config)
+        self.root, self.recipe, self.seed, self.eval = run.root, run.recipe, run.seed, run.eval
+        self.corpus, self.teacher_stage, self.student_stages = run.corpus, run.teacher, run.students
         self.relay = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Relay).remote()
-        self.tracker = Tracker(config, lambda: ray.get(self.relay.drain.remote()))
+        save_config(config)
+        self.tracker = Tracker(run, asdict(config), lambda: ray.get(self.relay.drain.remote()))
         self.models: list[Model] = []
         self.training: dict[str, list[dict[str, Any]]] = {}
 

@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 
+def tracking_uri(given: str | None, folder: Path) -> str:
+    """The MLflow server or store: the given one, else `MLFLOW_TRACKING_URI`, else the file `mlflow.db` in a folder."""
+    return given or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute()}/mlflow.db"
+
+
 def mlflow_client(uri: str) -> Any:
     """A client that is quiet and does not try for minutes to reach a server that is down."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -37,7 +42,7 @@ def log_report(
     uri: str | None, experiment: str, folder: Path, params: dict[str, Any], metrics: dict[str, float]
 ) -> str:
     """A run of its own for a benchmark or a comparison, with the files of its folder; returns where it went."""
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.parent.absolute()}/mlflow.db"
+    uri = tracking_uri(uri, folder.parent)
     client = mlflow_client(uri)
     run = client.create_run(open_experiment(client, uri, experiment, folder.parent), run_name=folder.name).info.run_id
     _log_values(client, run, list(params.items()), metrics)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from kforcing.model_uri import parse_model_uri
 from pipelines.config.section import ConfigError
-from pipelines.tracking.mlflow_client import mlflow_client
+from pipelines.tracking.mlflow_client import mlflow_client, tracking_uri
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,15 @@ class Registered:
     run: str
     """Id of the pipeline's run."""
     params: dict[str, str]
-    """Its config, field by field."""
+    """The config of that run, field by field, as text of at most 500 characters each."""
+
+    def run_file(self, name: str, folder: Path) -> Path | None:
+        """A file of the pipeline's run, copied to a folder; None where the run has no such file."""
+        client = mlflow_client(self.uri)
+        if name not in [file.path for file in client.list_artifacts(self.run)]:
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        return Path(client.download_artifacts(self.run, name, str(folder)))
 
     def download(self, folder: Path) -> None:
         """Copy the model's files to a new folder."""
@@ -38,7 +45,7 @@ def registered_student(name: str, uri: str | None) -> Registered:
     from mlflow.exceptions import MlflowException
     from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd()}/runs/mlflow.db"
+    uri = tracking_uri(uri, Path("runs"))
     try:
         model, alias, number = parse_model_uri(name)
     except ValueError as error:

@@ -7,9 +7,7 @@ only ever written from one process.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 import sys
 import threading
 import time
@@ -19,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config.overrides import leaves
-from pipelines.config.schema import Config
+from pipelines.config.saved import CONFIG_FILE
+from pipelines.config.stages import RunSpec
 from pipelines.data.tokenise import Prepared
 from pipelines.files import write_json
 from pipelines.tracking.flavour import log_flavour
-from pipelines.tracking.mlflow_client import mlflow_client, open_experiment
+from pipelines.tracking.mlflow_client import mlflow_client, open_experiment, tracking_uri
 from pipelines.tracking.registry import model_files
 
 _RETRY_AFTER_S = 30.0
@@ -31,30 +30,28 @@ LOG = "log.jsonl"
 Record = dict[str, Any]
 
 
-def default_uri(config: Config) -> str:
-    """`tracking.uri`, else `MLFLOW_TRACKING_URI`, else sqlite beside the run directory."""
-    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{config.root.parent}/mlflow.db"
-
-
 class Tracker:
     """A parent run for the pipeline and a child run for each stage, with the same metric keys in every child.
 
-    `drain` takes the records that train workers have left since the last call.
+    Args:
+        run: the run that is tracked.
+        params: its config, as nested dictionaries.
+        drain: takes the records that train workers have left since the last call.
     """
 
-    def __init__(self, config: Config, drain: Callable[[], list[Record]]):
-        self.config, self.drain = config, drain
-        self.uri = default_uri(config)
-        self.log = config.root / LOG
+    def __init__(self, run: RunSpec, params: dict[str, Any], drain: Callable[[], list[Record]]):
+        self.run, self.params, self.drain = run, params, drain
+        self.uri = tracking_uri(run.tracking.uri, run.root.parent)
+        self.log = run.root / LOG
         self.client: Any = None
         self.prepared: Prepared | None = None
         self._open: tuple[str, str, dict[str, Any]] | None = None
         self._quiet_until, self._failing = 0.0, False
-        self._state_file = config.root / "mlflow.json"
+        self._state_file = run.root / "mlflow.json"
 
     @property
     def _state(self) -> dict[str, Any]:
-        state = made_by(self.config.root)
+        state = made_by(self.run.root)
         return state if state.get("uri") == self.uri else {}
 
     @property
@@ -93,7 +90,7 @@ class Tracker:
     def begin(self, prepared: Prepared) -> None:
         """Record the whole config and the dataset."""
         self.prepared = prepared
-        self.write(event="config", **{path: str(value) for path, value in leaves(dataclasses.asdict(self.config))})
+        self.write(event="config", **{path: str(value) for path, value in leaves(self.params)})
         self._mlflow(lambda client: None)
 
     def _mlflow(self, call: Callable[[Any], Any]) -> Any:
@@ -110,9 +107,11 @@ class Tracker:
         if self.parent and self._still_there(client, self.parent):
             client.update_run(self.parent, status="RUNNING")
             return client
-        experiment = open_experiment(client, self.uri, self.config.tracking.experiment, self.config.root.parent)
-        run = client.create_run(experiment, run_name=f"{self.config.recipe} {self.config.root.name}").info.run_id
-        self._describe(client, run, dataclasses.asdict(self.config))
+        root = self.run.root
+        experiment = open_experiment(client, self.uri, self.run.tracking.experiment, root.parent)
+        run = client.create_run(experiment, run_name=f"{self.run.recipe} {root.name}").info.run_id
+        self._describe(client, run, self.params)
+        client.log_artifact(run, str(root / CONFIG_FILE))
         write_json(self._state_file, {"uri": self.uri, "experiment": experiment, "parent": run, "children": {}})
         return client
 
@@ -137,7 +136,7 @@ class Tracker:
         assert self.prepared is not None, "begin() comes first"
         for split, facts in self.prepared.facts().items():
             dataset = Dataset(
-                name=f"{self.config.data.source}:{split}"[-500:],
+                name=f"{self.run.corpus.data.source}:{split}"[-500:],
                 digest=self.prepared.id,
                 source_type="local",
                 source=json.dumps({"uri": str(self.prepared.split(split))}),
@@ -227,7 +226,7 @@ class Tracker:
         """Register a finished student as a version of the run's model, with alias `k<k>`, unless it is already."""
         if fingerprint in self._state.get("registered", {}):
             return
-        name = self.config.tracking.model_name or f"kforcing-{self.config.recipe}"
+        name = self.run.tracking.model_name or f"kforcing-{self.run.recipe}"
 
         def log(client: Any) -> None:
             from mlflow.exceptions import MlflowException

@@ -98,7 +98,7 @@ def test_mlflow_holds_a_parent_and_comparable_children(smoke):
         assert version.run_id == children[f"k{k}"].info.run_id
         folder = client.download_artifacts(version.run_id, "model")
         assert PushForwardLM.from_pretrained(folder).k == k
-    assert {"report.md", "match.png"} <= {a.path for a in client.list_artifacts(parent.info.run_id)}
+    assert {"config.yaml", "report.md", "match.png"} <= {a.path for a in client.list_artifacts(parent.info.run_id)}
 
 
 def test_a_second_run_skips_what_is_finished(smoke, tmp_path):

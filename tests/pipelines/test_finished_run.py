@@ -13,6 +13,7 @@ import pytest
 from pipelines.config.fingerprint import fingerprint
 from pipelines.config.overrides import apply
 from pipelines.config.recipes import recipe
+from pipelines.config.saved import load_config
 from pipelines.config.stages import evaluation_fingerprint, resolve, teacher_spec
 from tests.pipeline_runs import distill, report
 
@@ -70,3 +71,4 @@ def test_a_run_that_the_earlier_release_finished_is_skipped_and_reported(tmp_pat
     again = report(run)["stages"]
     assert [{**stage, "path": ""} for stage in again] == [{**stage, "path": ""} for stage in figures]
     assert not (run / "archive").exists()
+    assert load_config(run / "config.yaml").student.k == 2  # that release wrote no such file

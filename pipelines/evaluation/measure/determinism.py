@@ -105,7 +105,7 @@ def _match(decoding: RepeatedDecoding, made_RT: Tensor) -> dict[str, Any]:
 def _windows(decoding: RepeatedDecoding) -> dict[str, float]:
     """Share of tokens that bf16 changes in held-out windows: one pass of a block, same contexts, same noise."""
     measurement = decoding.measurement
-    rows = heldout(measurement, PROMPTS, measurement.subject.config.data.block)
+    rows = heldout(measurement, PROMPTS, measurement.subject.run.corpus.data.block)
     seq, length = torch.arange(len(rows.seeds)), rows.tokens_RN.shape[1]
     anchors = sample_anchors(derive_key(measurement.config.seed, "flips"), seq, length, min(16, length))
     noise = window_noise(derive_key(measurement.config.seed, "flip noise"), seq, anchors, measurement.k)

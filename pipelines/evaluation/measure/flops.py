@@ -10,7 +10,7 @@ from kforcing.device import pick_device
 from kforcing.distillation.steps import ARStep, TokenBatch
 from kforcing.metrics.flops import attention_step, measured_step, predicted_ar_step
 from kforcing.modeling import PushForwardLM
-from pipelines.config.stages import resolve
+from pipelines.config.schema import TrainConfig
 from pipelines.data.rows import tokens_of
 from pipelines.data.token_store import TokenStore
 from pipelines.evaluation.measure.measurement import Measurement
@@ -26,11 +26,10 @@ def training_and_decoding_flops(folder: Path, measurement: Measurement, given: A
         `stages`: rollout and training FLOPs of each. `flops`: their sum without the teacher's stage. `decoding`: FLOPs a
         token of the AR model (first) and of each student at each k.
     """
-    subject, config = measurement.subject, measurement.subject.config
+    subject, specs = measurement.subject, measurement.subject.run.students
     stages = []
-    if config.teacher.path is None:
-        stages.append(_teacher_flops(subject))
-    specs = resolve(config)
+    if subject.run.teacher.train is not None:
+        stages.append(_teacher_flops(subject, subject.run.teacher.train))
     local, previous = LocalStudent(specs, subject.teacher, subject.train, str(folder), "count"), None
     have = {student.k: Path(student.path) for student in subject.students}
     for stage in specs:
@@ -46,9 +45,8 @@ def training_and_decoding_flops(folder: Path, measurement: Measurement, given: A
     return {"stages": stages, "flops": total, "decoding": _decoding_flops(subject)}
 
 
-def _teacher_flops(subject: Subject) -> dict[str, Any]:
-    train = subject.config.teacher.train
-    store = TokenStore(subject.train, subject.config.seed)
+def _teacher_flops(subject: Subject, train: TrainConfig) -> dict[str, Any]:
+    store = TokenStore(subject.train, subject.run.seed)
 
     def micro(step: int, steps: int) -> list[TokenBatch]:
         rows = store.read(StepPlan(train.micro_batch, 1, 1, 0, 1).positions(0))
@@ -59,7 +57,7 @@ def _teacher_flops(subject: Subject) -> dict[str, Any]:
 
 
 def _decoding_flops(subject: Subject) -> list[dict[str, Any]]:
-    context = subject.config.data.block - subject.last.k
+    context = subject.run.corpus.data.block - subject.last.k
     backbone = load_ar(subject.teacher)
     ar = predicted_ar_step(backbone).flops + attention_step(backbone, 1, context).flops
     decoding = [{"name": "AR", "k": 1, "flops_a_token": ar}]

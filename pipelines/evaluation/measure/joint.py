@@ -87,7 +87,7 @@ def joint_of_student(folder: Path, measurement: Measurement, given: Any) -> dict
     config, fidelity, k, device = measurement.config, measurement.config.fidelity, measurement.k, pick_device()
     teacher = load_ar(measurement.subject.teacher).to(device)
     model = PushForwardLM.from_pretrained(measurement.student.path).to(device)
-    contexts = heldout(measurement, fidelity.contexts, measurement.subject.config.data.block, FIRST_CONTEXT)
+    contexts = heldout(measurement, fidelity.contexts, measurement.subject.run.corpus.data.block, FIRST_CONTEXT)
     conditional, vocabulary = model.config.design.conditional, head(teacher).weight.shape[0]
     by = "samples" if not conditional else "enumeration" if enumerable(vocabulary, k) else "densities"
     roll_out = ARTeacher(teacher, COUPLINGS["inverse_cdf"]).rollout

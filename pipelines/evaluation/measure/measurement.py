@@ -45,7 +45,7 @@ class Measurement:
     def decoder(self, row: MethodRow, temperature: float = 1.0) -> Decoder:
         """The decoder of a row, loaded from the folder in which its method was trained."""
         trained = self.root / f"train-{row.method}" if row.method else None
-        noise = noise_of(self.subject.config)
+        noise = noise_of(self.subject.run.shared.design)
         return decoder_of(row, self.subject.teacher, trained, self.subject.last.k, noise, temperature)
 
     def cut(self, tokens_RT: Tensor) -> list[list[int]]:

@@ -13,7 +13,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pipelines.config.stages import resolve
 from pipelines.data.tokenise import load_tokenizer
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.decoders import MethodRow, rows_in, slug
@@ -141,14 +140,15 @@ def _stage_seconds(subject: Subject) -> dict[str, Record]:
     for which GPUs were held (without GPUs, that of the machine). The dictionary is empty where the run's report is not
     here, as for most registered models.
     """
-    root, found = subject.config.root, {}
+    run, found = subject.run, {}
+    root = run.root
     if not (root / "report.json").is_file() or made_by(root).get("parent") != subject.parent:
         return {}
-    specs = {spec.name: spec for spec in resolve(subject.config)}
+    specs = {spec.name: spec for spec in run.students}
     for cost in json.loads((root / "report.json").read_text())["costs"]:
         stage = specs.get(cost["name"])
-        train = stage.train if stage else subject.config.teacher.train
-        rollout = stage.rollout if stage else subject.config.rollout
+        train = stage.train if stage else run.teacher.config.train
+        rollout = stage.rollout if stage else run.teacher.rollout
         cached = rollout.cache
         times = {"wall_s": cost["seconds"], "trainer_s": cost["seconds"] * (1 - cost["data_wait"]) * train.workers}
         held_s = cost["seconds"] * train.workers * train.gpus_per_worker

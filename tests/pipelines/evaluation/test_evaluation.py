@@ -1,5 +1,6 @@
 """The evaluation for real: every method trained and decoded on a smoke run, killed in the middle, tracked."""
 
+import dataclasses
 import json
 import math
 import os
@@ -13,9 +14,11 @@ import pytest
 from mlflow import MlflowClient
 from transformers import GPT2Config, LlamaConfig
 
+from pipelines.config.overrides import leaves
 from pipelines.config.recipes import RECIPES, recipe
 from pipelines.config.schema import TrainConfig
 from pipelines.config.section import ConfigError
+from pipelines.config.stages import resolve_run
 from pipelines.evaluation.baseline_training import spent_by
 from pipelines.evaluation.baselines import METHODS, rows_of
 from pipelines.evaluation.config import EvaluationConfig, evaluation_config
@@ -168,6 +171,7 @@ def test_mlflow_holds_the_evaluation_below_the_run_and_a_row_below_it(killed, ru
     experiment = client.get_run(parent).info.experiment_id
     below = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent}' and tags.evaluation = 'smoke'")
     assert len(below) == 1
+    assert "config.yaml" in {f.path for f in client.list_artifacts(parent)}
     names = {f.path for f in client.list_artifacts(below[0].info.run_id)}
     assert {"report.md", "report.json", "samples.html", "match.png", "distance.png", "baselines.png"} <= names
     rows = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{below[0].info.run_id}'")
@@ -229,10 +233,6 @@ def test_a_folder_that_is_no_run_and_a_name_that_is_none_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_a_config_comes_back_from_its_fields_as_text(name):
-    import dataclasses
-
-    from pipelines.config.overrides import leaves
-
     config = recipe(name)
     assert config_of({k: str(v) for k, v in leaves(dataclasses.asdict(config))}, "x") == config
 
@@ -308,7 +308,7 @@ def test_flips_count_to_the_first_difference():
 
 def test_break_even_is_cost_over_saving(tmp_path):
     class Subject:
-        config = type("Run", (), {"root": tmp_path, "teacher": None, "stage": None})
+        run = resolve_run(dataclasses.replace(recipe("smoke"), output_dir=str(tmp_path)))
         students = (Student("k2", 2, "/k2"), Student("k4", 4, "/k4"))
         parent = None
 

@@ -1,5 +1,6 @@
 """MLflow for real: a server over HTTP, one that dies, one that never was."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,6 +17,8 @@ from mlflow.artifacts import download_artifacts
 from kforcing import PushForwardLM
 from pipelines.config.overrides import apply
 from pipelines.config.recipes import recipe
+from pipelines.config.saved import save_config
+from pipelines.config.stages import resolve_run
 from pipelines.data.tokenise import Prepared
 from pipelines.tracking.tracker import Tracker, flatten, progress_line
 from tests.models import make_backbone
@@ -112,7 +115,8 @@ def kill(process):
 def tracker_for(tmp_path, uri, records=()):
     config = apply(recipe("smoke"), {}, [f"output_dir={tmp_path}/runs/a", f"tracking.uri={uri}"])
     config.root.mkdir(parents=True, exist_ok=True)
-    return config, Tracker(config, Mailbox(list(records)))
+    save_config(config)
+    return config, Tracker(resolve_run(config), dataclasses.asdict(config), Mailbox(list(records)))
 
 
 def log_lines(config):
@@ -133,6 +137,7 @@ def test_a_server_holds_runs_inputs_and_registered_students(server, tmp_path, pr
     assert child.data.metrics["train/match_2"] == 0.25
     assert child.data.params["k"] == "2"
     assert child.data.params["train.lr"] == "0.002"
+    assert [file.path for file in client.list_artifacts(tracker.parent)] == ["config.yaml"]
     assert {d.dataset.name for d in child.inputs.dataset_inputs} == {"sotu:train", "sotu:heldout"}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     local = download_artifacts("models:/kforcing-smoke@k2", dst_path=str(tmp_path / "downloaded"))
