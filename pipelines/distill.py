@@ -15,15 +15,13 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from pipelines.config.command_line import read_command_line  # noqa: E402
-from pipelines.config.schema import Config  # noqa: E402
-from pipelines.config.section import ConfigError  # noqa: E402
-from pipelines.log import show_progress  # noqa: E402
-from pipelines.runs.cluster import connected, work_of_run  # noqa: E402
-from pipelines.runs.pipeline import Pipeline  # noqa: E402
-from pipelines.runs.stages import StageError, locked  # noqa: E402
+from pipelines.config.command_line import read_command_line
+from pipelines.config.schema import Config
+from pipelines.config.section import ConfigError
+from pipelines.log import show_progress
+from pipelines.runs.cluster import connected, work_of_run
+from pipelines.runs.pipeline import Pipeline
+from pipelines.runs.stages import StageError, locked
 
 
 def distill(config: Config) -> Path:

@@ -21,23 +21,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from pipelines.config.fingerprint import fingerprint  # noqa: E402
-from pipelines.config.help import describe_fields  # noqa: E402
-from pipelines.config.section import ConfigError  # noqa: E402
-from pipelines.data.tokenise import Prepared  # noqa: E402
-from pipelines.evaluation.config import EvaluationConfig, evaluation_config  # noqa: E402
-from pipelines.evaluation.heldout import EvalJob, evaluate_student  # noqa: E402
-from pipelines.evaluation.parts import run_parts  # noqa: E402
-from pipelines.evaluation.plan import plan_of  # noqa: E402
-from pipelines.evaluation.report.record import write_evaluation  # noqa: E402
-from pipelines.evaluation.subject import Subject, open_subject, subject_of  # noqa: E402
-from pipelines.log import log, show_progress  # noqa: E402
-from pipelines.runs.cluster import READING, Pool, Work, connected  # noqa: E402
-from pipelines.runs.stages import StageError, hold, open_stage  # noqa: E402
-from pipelines.tracking.evaluation_log import log_evaluation  # noqa: E402
-from pipelines.tracking.mlflow_client import tracking_uri  # noqa: E402
+from pipelines.config.fingerprint import fingerprint
+from pipelines.config.help import describe_fields
+from pipelines.config.section import ConfigError
+from pipelines.data.tokenise import Prepared
+from pipelines.evaluation.config import EvaluationConfig, evaluation_config
+from pipelines.evaluation.heldout import EvalJob, evaluate_student
+from pipelines.evaluation.parts import run_parts
+from pipelines.evaluation.plan import plan_of
+from pipelines.evaluation.report.record import write_evaluation
+from pipelines.evaluation.subject import Subject, open_subject, subject_of
+from pipelines.log import log, show_progress
+from pipelines.runs.cluster import READING, Pool, Work, connected
+from pipelines.runs.stages import StageError, hold, open_stage
+from pipelines.tracking.evaluation_log import log_evaluation
+from pipelines.tracking.mlflow_client import tracking_uri
 
 
 def evaluate(target: str, config: EvaluationConfig) -> dict[str, Any]:

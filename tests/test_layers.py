@@ -105,6 +105,10 @@ def test_the_lowest_modules_import_nothing_above_them(module):
     assert graph()[module] <= LOWEST[module]
 
 
+def test_no_module_changes_the_import_path():
+    assert [file for file in modules().values() if "sys.path" in file.read_text()] == []
+
+
 def test_nothing_refers_to_absolute_paths():
     for file in modules().values():
         for node in ast.walk(ast.parse(file.read_text())):

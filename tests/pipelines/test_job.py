@@ -56,6 +56,13 @@ def logs(env, name):
     return subprocess.run([RAY, "job", "logs", name], env=env, capture_output=True, text=True, timeout=60).stdout
 
 
+def test_a_job_imports_the_project_from_its_working_directory(cluster):
+    code = "import pipelines; print('from', pipelines.__file__)"
+    line = [RAY, "job", "submit", "--submission-id=where", "--working-dir", ".", "--", "python", "-c", code]
+    done = subprocess.run(line, cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=120)
+    assert re.search(r"from \S+/working_dir_files/\S+/pipelines/__init__.py", done.stdout), done.stdout + done.stderr
+
+
 def test_a_stopped_job_is_continued_by_the_next_submit(cluster, tmp_path):
     run = tmp_path / "runs" / "job"
     assert submit(cluster, "first", run, "--no-wait").returncode == 0
