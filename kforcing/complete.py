@@ -22,7 +22,7 @@ from kforcing import PushForwardLM
 from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
 from kforcing.engine.config import context_limit
 from kforcing.engine.request import ACCEPTANCES
-from kforcing.loading import DTYPES, load_model, load_tokenizer
+from kforcing.loading import DTYPES, eos_token_ids, load_model, load_tokenizer, saved_generation_config
 
 
 def read_prompts(lines: TextIO, as_json: bool) -> Iterator[dict[str, Any]]:
@@ -98,20 +98,15 @@ def run(given: argparse.Namespace) -> None:
         source = sys.stdin if given.prompts == "-" else stack.enter_context(open(given.prompts, encoding="utf-8"))
         records = list(read_prompts(source, given.prompts.endswith(".jsonl")))
         tokenizer = load_tokenizer(given.model)
-        stop = frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
         sampling = SamplingParams(temperature=given.temperature, top_p=given.top_p)
         prompts = [tokenizer(record["prompt"]).input_ids for record in records]
-        requests = [
-            Request(ids, given.max_new_tokens, record.get("seed", given.seed), stop, None, sampling)
-            for ids, record in zip(prompts, records, strict=True)
-        ]
         model = load_model(given.model, given.device, given.dtype)
         backbone = model.backbone if isinstance(model, PushForwardLM) else model
         # As much context as these prompts need, within what the model has.
         needed = max(map(len, prompts), default=1) + given.max_new_tokens
         k = given.k or getattr(model, "k", 1)
         limit = context_limit(backbone.config)
-        slots = max(1, min(given.slots, len(requests)))
+        slots = max(1, min(given.slots, len(prompts)))
         max_model_len = needed if limit is None else min(needed, limit - k + 1)
         config = EngineConfig(
             max_num_seqs=slots,
@@ -121,6 +116,11 @@ def run(given: argparse.Namespace) -> None:
             coupling=given.coupling,
         )
         engine = Engine(model, config)
+        stop = eos_token_ids(saved_generation_config(given.model), tokenizer, engine.vocabulary)
+        requests = [
+            Request(ids, given.max_new_tokens, record.get("seed", given.seed), stop, None, sampling)
+            for ids, record in zip(prompts, records, strict=True)
+        ]
         for number, request in enumerate(requests, start=1):
             try:
                 engine.check(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,25 @@ def load_model(
     return (model.to(dtype=DTYPES[dtype]) if dtype else model).eval()
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer beside a model. Raises FileNotFoundError when there is none."""
-    if not any(Path(path).glob("tokenizer*")) and not any(Path(path).glob("vocab*")):
+def load_tokenizer(path: str | Path, gguf_file: str | None = None) -> Any:
+    """The tokenizer of a model's directory, with its chat template and special tokens, or that of a hub id.
+
+    Args:
+        path: a directory, or a hub id.
+        gguf_file: the file in it that holds the tokenizer, when it is GGUF.
+    Raises:
+        FileNotFoundError: when a directory has no tokenizer, or there is no such directory.
+    """
+    folder = Path(path)
+    if gguf_file:
+        return AutoTokenizer.from_pretrained(str(path), gguf_file=gguf_file)
+    hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)) and not folder.exists()
+    if not hub_id and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
         raise FileNotFoundError(f"no tokenizer in {path}; put tokenizer.json and tokenizer_config.json there")
-    # Whole in itself, where AutoTokenizer would stumble over a student's config.
-    if (Path(path) / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(path)
-    return AutoTokenizer.from_pretrained(path)
+    # AutoTokenizer takes the class from tokenizer_config.json. Without one it would look for that of a student's config.
+    if (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(str(path))
 
 
 def saved_generation_config(path: str | Path) -> GenerationConfig | None:
@@ -65,6 +77,9 @@ def saved_generation_config(path: str | Path) -> GenerationConfig | None:
 
 
 def eos_token_ids(config: GenerationConfig | None, tokenizer: Any, vocabulary: int) -> frozenset[int]:
-    """The ids that end a text: those of a generation config, and the tokenizer's, as far as the vocabulary has them."""
+    """The ids that end a text: all of a generation config, and the tokenizer's, as far as the vocabulary has them.
+
+    Every decoder of the project that reads a model's directory stops at these.
+    """
     ids = [*(eos_ids(config) if config else []), tokenizer.eos_token_id]
     return frozenset(i for i in ids if isinstance(i, int) and 0 <= i < vocabulary)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kforcing.engine import Engine, Request, SamplingParams
-from kforcing.loading import load_model, load_tokenizer
+from kforcing.loading import eos_token_ids, load_model, load_tokenizer, saved_generation_config
 
 
 class TextGenerator:
@@ -14,8 +14,7 @@ class TextGenerator:
     def __init__(self, folder: str):
         self.tokenizer = load_tokenizer(folder)
         self.engine = Engine(load_model(folder))
-        eos = self.tokenizer.eos_token_id
-        self.stop_ids = frozenset() if eos is None else frozenset([eos])
+        self.stop_ids = eos_token_ids(saved_generation_config(folder), self.tokenizer, self.engine.vocabulary)
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
         """The continuation of each prompt, without the prompt. All prompts use the same seed.

@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,48 @@ def atomic_file(path: Path) -> Iterator[Path]:
     finally:
         partial.unlink(missing_ok=True)
     _sync(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A new temporary folder to fill, which becomes `path` when the block ends without an error.
+
+    `path` must not exist, or be an empty folder. As with `atomic_file`, its files are on disk before it has its name, and a
+    block that raises leaves nothing behind.
+    """
+    with _new_folder(path.with_name(f".{path.name}.partial")) as partial:
+        yield partial
+        for part in (*partial.rglob("*"), partial):
+            _sync(part)
+        os.replace(partial, path)
+    _sync(path.parent)
+
+
+@contextmanager
+def added_files(folder: Path, last: str) -> Iterator[Path]:
+    """A temporary folder to fill, whose files move into an existing `folder` when the block ends without an error.
+
+    The file named `last` moves when all others are on disk: a folder that has it is complete.
+    """
+    with _new_folder(folder / ".partial") as partial:
+        yield partial
+        for file in sorted(partial.iterdir(), key=lambda f: f.name == last):
+            _sync(file)
+            if file.name == last:
+                _sync(folder)
+            os.replace(file, folder / file.name)
+    _sync(folder)
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """An empty folder, without what a killed process left in it, for the time of the block."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:

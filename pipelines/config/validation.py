@@ -12,11 +12,12 @@ from typing import Any
 from transformers import AutoConfig
 
 from kforcing.design import Design
+from kforcing.loading import load_tokenizer
 from pipelines.config.schema import Config, TrainConfig
 from pipelines.config.section import ConfigError
 from pipelines.config.stages import StageSpec, corpus_spec, resolve
 from pipelines.data.corpus import check_source, is_remote
-from pipelines.data.tokenise import eos_id, load_tokenizer
+from pipelines.data.tokenise import eos_id
 from pipelines.runs.stages import claim
 
 

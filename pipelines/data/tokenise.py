@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,8 +22,9 @@ import ray
 import ray.data
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from kforcing.loading import load_tokenizer
 from pipelines.config.fingerprint import fingerprint
 from pipelines.config.schema import DataConfig, TokenizerConfig
 from pipelines.config.section import ConfigError
@@ -32,6 +32,7 @@ from pipelines.config.stages import CorpusSpec
 from pipelines.data.corpus import documents, is_heldout, source_digest
 from pipelines.data.rows import token_rows
 from pipelines.data.token_store import MANIFEST, write_manifest, write_shard
+from pipelines.files import atomic_folder
 from pipelines.log import log
 
 _SAY_EVERY_S = 2.0
@@ -63,12 +64,6 @@ class Prepared:
         keep = ("rows", "tokens", "documents", "seconds")
         records = {s: json.loads((self.split(s) / MANIFEST).read_text()) for s in ("train", "heldout")}
         return {name: {key: record[key] for key in keep} for name, record in records.items()}
-
-
-def load_tokenizer(path: str | Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer from a local folder or hub id."""
-    extra = {"gguf_file": gguf_file} if gguf_file else {}
-    return AutoTokenizer.from_pretrained(str(path), **extra)
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -106,14 +101,12 @@ def _make(spec: CorpusSpec, prepared: Prepared) -> None:
     ray.data.DataContext.get_current().execution_options.preserve_order = True  # the same shards every time
     documents(spec.data)  # a source that cannot be read is an error here, not in a remote task
     if not prepared.tokenizer.is_dir():
-        partial = prepared.folder / ".tokenizer.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        if spec.given_tokenizer:
-            load_tokenizer(spec.given_tokenizer, spec.gguf_file).save_pretrained(partial)
-        else:
-            log.info(f"corpus  training a byte-level BPE of {spec.tokenizer.vocab_size} tokens")
-            ray.get(_train_tokenizer.remote(spec.data, spec.tokenizer, str(partial)))
-        partial.rename(prepared.tokenizer)
+        with atomic_folder(prepared.tokenizer) as partial:
+            if spec.given_tokenizer:
+                load_tokenizer(spec.given_tokenizer, spec.gguf_file).save_pretrained(partial)
+            else:
+                log.info(f"corpus  training a byte-level BPE of {spec.tokenizer.vocab_size} tokens")
+                ray.get(_train_tokenizer.remote(spec.data, spec.tokenizer, str(partial)))
     for split in ("train", "heldout"):
         _write_split(spec.data, prepared, split)
 

@@ -17,6 +17,7 @@ from kforcing.attention.windows import Windows
 from kforcing.backbone import load_ar
 from kforcing.device import pick_device
 from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
+from kforcing.loading import load_tokenizer
 from kforcing.metrics.fidelity import window_scores
 from kforcing.metrics.intervals import over_clusters
 from kforcing.modeling import PushForwardLM
@@ -24,7 +25,7 @@ from kforcing.noise import derive_key, sample_anchors, window_noise
 from pipelines.config.schema import EvalConfig
 from pipelines.data.rows import fixed_list, sequences_of, to_numpy, tokens_of
 from pipelines.data.token_store import TokenStore
-from pipelines.data.tokenise import Prepared, load_tokenizer
+from pipelines.data.tokenise import Prepared
 from pipelines.files import write_json
 from pipelines.rollouts.plan import ReadChunk, StepPlan
 from pipelines.runs.stages import Stage

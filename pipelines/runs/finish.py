@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import time
 
-from pipelines.data.tokenise import Prepared, load_tokenizer
+from kforcing.loading import load_tokenizer
+from pipelines.data.tokenise import Prepared
 from pipelines.runs.stages import Stage
 from pipelines.tracking.registry import model_files
 

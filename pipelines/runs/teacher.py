@@ -15,5 +15,6 @@ def copy_teacher(path: str, extra: dict[str, str], folder: str) -> None:
         record.pop("quantization_config", None)
         plain = build_backbone(record).float()
         plain.load_state_dict(backbone.state_dict())
+        plain.generation_config = backbone.generation_config
         backbone = plain
     backbone.save_pretrained(folder)

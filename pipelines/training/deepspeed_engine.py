@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from pipelines.config.schema import TrainConfig
-from pipelines.files import write_json
+from pipelines.files import atomic_folder, write_json
 from pipelines.runs.stages import StageError
 from pipelines.training.schedule import ema_decay
 
@@ -190,17 +190,15 @@ def _load_trained(src: dict[str, Any], dst: nn.Module) -> None:
 def _universal(folder: Path, tag: str) -> str:
     """Convert a checkpoint of another world size; returns the tag of the result."""
     if dist.get_rank() == 0 and not (folder / f"{tag}-universal").exists():
-        partial = folder / f".{tag}-universal.partial"
-        shutil.rmtree(partial, ignore_errors=True)
         script = "deepspeed.checkpoint.ds_to_universal"
-        places = ["--input_folder", str(folder / tag), "--output_folder", str(partial)]
-        line = [sys.executable, "-m", script, *places, "--inject_missing_state", "--num_extract_workers", "1"]
-        done = subprocess.run([*line, "--num_merge_workers", "1"], capture_output=True, text=True)
-        if done.returncode:
-            raise StageError(
-                f"cannot convert checkpoint {folder / tag} to another number of workers:\n{done.stderr[-2000:]}"
-            )
-        partial.rename(folder / f"{tag}-universal")
+        with atomic_folder(folder / f"{tag}-universal") as partial:
+            places = ["--input_folder", str(folder / tag), "--output_folder", str(partial)]
+            line = [sys.executable, "-m", script, *places, "--inject_missing_state", "--num_extract_workers", "1"]
+            done = subprocess.run([*line, "--num_merge_workers", "1"], capture_output=True, text=True)
+            if done.returncode:
+                raise StageError(
+                    f"cannot convert checkpoint {folder / tag} to another number of workers:\n{done.stderr[-2000:]}"
+                )
     dist.barrier()
     return f"{tag}-universal"
 

@@ -23,6 +23,7 @@ from kforcing.distillation.steps import TokenBatch, WindowBatch
 from kforcing.noise import derive_key
 from pipelines.config.section import node_selector
 from pipelines.data.rows import positions_of
+from pipelines.files import added_files
 from pipelines.rollouts.plan import StepPlan
 from pipelines.rollouts.stream import training_rows
 from pipelines.runs.stages import StageError
@@ -169,9 +170,5 @@ def export(job: TrainJob, weights: dict[str, torch.Tensor]) -> None:
 
 def write_model(job: TrainJob, model: Any) -> None:
     """Save a model to the folder of the stage. `config.json` comes last, so a folder that has one is complete."""
-    partial = Path(job.folder, ".export")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    for file in sorted(partial.iterdir(), key=lambda f: f.name == "config.json"):
-        file.rename(Path(job.folder, file.name))
-    partial.rmdir()
+    with added_files(Path(job.folder), last="config.json") as partial:
+        model.save_pretrained(partial)

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from pipelines.files import atomic_file, atomic_write, write_json
+from pipelines.files import added_files, atomic_file, atomic_folder, atomic_write, write_json
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
@@ -30,6 +30,36 @@ def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path):
         fail()
     assert file.read_text() == "earlier"
     assert [f.name for f in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_folder_appears_with_all_its_files_or_not_at_all(tmp_path):
+    (tmp_path / ".a.partial").mkdir()
+    (tmp_path / ".a.partial" / "left").write_text("by a killed process")
+
+    def fill(fails):
+        with atomic_folder(tmp_path / "a") as partial:
+            (partial / "inner").mkdir()
+            (partial / "inner" / "one").write_text("1")
+            if fails:
+                raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        fill(fails=True)
+    assert list(tmp_path.iterdir()) == []
+    fill(fails=False)
+    assert sorted(f.relative_to(tmp_path).as_posix() for f in tmp_path.rglob("*")) == ["a", "a/inner", "a/inner/one"]
+
+
+def test_the_named_file_is_added_to_a_folder_after_all_others(tmp_path, monkeypatch):
+    moved, real = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(b.name), real(a, b)))
+    (tmp_path / "manifest").write_text("stays")
+    with added_files(tmp_path, last="config.json") as partial:
+        for name in ("config.json", "a.bin", "z.bin"):
+            (partial / name).write_text(name)
+    assert sorted(moved[:2]) == ["a.bin", "z.bin"]
+    assert moved[2:] == ["config.json"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.bin", "config.json", "manifest", "z.bin"]
 
 
 def test_the_content_is_on_disk_before_the_file_has_its_name(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipelines.data.tokenise import load_tokenizer
+from kforcing.loading import load_tokenizer
 from pipelines.evaluation.decoders import slug
 from pipelines.evaluation.judge import JudgeConfig, Pair, judge
 from pipelines.evaluation.measure.measurement import Measurement

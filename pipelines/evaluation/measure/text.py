@@ -14,6 +14,7 @@ from torch import Tensor
 from kforcing.backbone import load_ar
 from kforcing.coupling import COUPLINGS
 from kforcing.device import pick_device
+from kforcing.loading import load_tokenizer
 from kforcing.metrics.diversity import diversity
 from kforcing.metrics.external import load_external
 from kforcing.metrics.free_run import same_so_far
@@ -21,7 +22,6 @@ from kforcing.metrics.gen_ppl import gen_ppl
 from kforcing.metrics.joint import independent
 from kforcing.metrics.mauve import features, mauve
 from kforcing.modeling import PushForwardLM
-from pipelines.data.tokenise import load_tokenizer
 from pipelines.evaluation.decoders import EngineDecoder, MethodRow, slug
 from pipelines.evaluation.measure.joint import BLOCK, joint_of, next_blocks
 from pipelines.evaluation.measure.measurement import Measurement

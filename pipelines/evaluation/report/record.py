@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.tokenise import load_tokenizer
+from kforcing.loading import load_tokenizer
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.decoders import MethodRow, rows_in, slug
 from pipelines.evaluation.report.markdown import markdown

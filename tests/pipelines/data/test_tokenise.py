@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from kforcing.loading import load_tokenizer
 from pipelines.config.overrides import apply
 from pipelines.config.recipes import recipe
 from pipelines.config.schema import DataConfig
@@ -9,7 +10,7 @@ from pipelines.config.stages import corpus_spec
 from pipelines.data.corpus import document_id, is_heldout, source_digest
 from pipelines.data.rows import to_numpy
 from pipelines.data.token_store import TokenStore
-from pipelines.data.tokenise import eos_id, load_tokenizer, pack, prepare, sequence_ids
+from pipelines.data.tokenise import eos_id, pack, prepare, sequence_ids
 
 
 def test_packing_ends_documents_with_eos_and_drops_the_tail():
