@@ -17,7 +17,7 @@ from torch import nn
 
 from kforcing import engine
 from kforcing.detokenizer import TextStream
-from kforcing.engine import Engine, EngineConfig, Request
+from kforcing.engine import Engine, EngineConfig, Request, TokenLogprobs
 from kforcing.loading import eos_token_ids, load_model, load_tokenizer, saved_generation_config
 from kforcing.noise import choice_seed
 
@@ -73,6 +73,8 @@ class CompletionOutput:
     """The stop string or the token id that ended the text."""
     steps: int = 0
     """Forward passes that the continuation took."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One entry for each of `token_ids`, if `SamplingParams.logprobs` asked for them."""
 
 
 @dataclass
@@ -182,6 +184,8 @@ class LLM:
                     output.text += piece.text
                     output.token_ids += made.tokens[: piece.tokens]
                     output.steps = made.steps
+                    if made.logprobs is not None:
+                        output.logprobs = (output.logprobs or []) + made.logprobs[: piece.tokens]
                     if piece.stopped:
                         output.finish_reason, output.stop_reason = "stop", stream.stop
                         self.engine.cancel(made.id)

@@ -4,6 +4,7 @@ request.py     what is asked for: Request, SamplingParams; what comes back: Outp
 config.py      EngineConfig, EngineStats
 scheduler.py   which request has which slot, and when its prompt is read
 runner.py      one step for all slots; fixed and exact mode
+drafts.py      exact mode: drafts from a request's own prompt and answer
 width.py       exact mode: how many tokens the next block has
 sampler.py     tokens from logits, each slot by its request's options
 layers.py      transformer layers over cache.py; packing.py and graphs.py make them fast on CPUs and GPUs
@@ -12,6 +13,15 @@ engine.py      Engine: submit, step, cancel, stream, generate
 
 from kforcing.engine.config import EngineConfig, EngineStats
 from kforcing.engine.engine import Engine
-from kforcing.engine.request import Completion, Output, Request, SamplingParams
+from kforcing.engine.request import Completion, Output, Request, SamplingParams, TokenLogprobs
 
-__all__ = ["Completion", "Engine", "EngineConfig", "EngineStats", "Output", "Request", "SamplingParams"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "EngineConfig",
+    "EngineStats",
+    "Output",
+    "Request",
+    "SamplingParams",
+    "TokenLogprobs",
+]

@@ -33,7 +33,7 @@ from kforcing.engine.config import (
 )
 from kforcing.engine.graphs import Graphs, cuda_capture
 from kforcing.engine.packing import can_pack, packed_copy
-from kforcing.engine.request import Completion, Output, Request, SamplingParams
+from kforcing.engine.request import Completion, Output, Request, SamplingParams, TokenLogprobs
 from kforcing.engine.runner import ModelRunner, StepShape
 from kforcing.engine.scheduler import Move, Scheduler, Sequence
 from kforcing.engine.width import WidthChooser
@@ -127,6 +127,11 @@ class Engine:
     def _check_sampling(self, sampling: SamplingParams) -> None:
         if self.student is None or self.student.design.conditional:
             return
+        if sampling.logprobs is not None:
+            raise ValueError(
+                f"logprobs={sampling.logprobs}: this student's noise picks tokens inside the network, so tokens have no "
+                "probabilities; leave it out or use a sequential student or the AR model"
+            )
         if sampling.filters:
             raise ValueError(
                 f"top_k={sampling.top_k}, top_p={sampling.top_p}: this student's noise picks tokens inside the network, so "
@@ -232,14 +237,17 @@ class Engine:
             steps.append(self._step(shapes[-1])[: len(running)])
             for sequence in running:
                 sequence.made_block(min(sequence.k, width))
-        made = torch.stack(steps, dim=1).tolist()  # slots, steps, 4 + k
+        made_RSX = torch.stack(steps, dim=1)
+        made, bits_RSX = made_RSX[:, :, : 4 + self.k].tolist(), made_RSX[:, :, 4 + self.k :].contiguous()
+        record = bits_RSX.shape[2] // self.k  # numbers for each token, 0 where no sequence asks for log-probabilities
+        records = bits_RSX.view(torch.float64).unflatten(2, (self.k, record)).tolist()
         size = width if self.student else shapes[0].read
         if all(shape.read == size and (shape.verify or size == 1) for shape in shapes):
             self.widths.step(len(running), size, (time.perf_counter() - began) / len(steps))
         self.stats.steps += len(steps)
         self.stats.slot_steps += len(steps) * len(running)
         self.stats.widths[size] = self.stats.widths.get(size, 0) + len(steps)
-        outputs = [self._finish(sequence, made[i]) for i, sequence in enumerate(running)]
+        outputs = [self._finish(*each) for each in zip(running, made, records, strict=True)]
         self._apply(self.scheduler.leave([s for s, o in zip(running, outputs, strict=True) if o.finish_reason]))
         return outputs
 
@@ -264,10 +272,12 @@ class Engine:
         """The shape of the step that comes `ahead` steps after the known lengths."""
         n, most = len(running), self.runner.cache.columns
         plain = all(s.request.sampling.plain for s in running)
+        asked = [s.request.sampling.logprobs for s in running]
+        logprobs = max((n for n in asked if n is not None), default=None)
         context = self.config.context_ngram > 0 and any(s.exact and s.k > 1 for s in running)
         if self.config.batch_invariant:
             verify = self.k > 1 and (self.student is None or self.student.design.exact_trunk)
-            return StepShape(self.config.max_num_seqs, most, self.k, self.k, plain, verify, context)
+            return StepShape(self.config.max_num_seqs, most, self.k, self.k, plain, verify, context, logprobs=logprobs)
         read = min(read, max(s.unread for s in running))
         verify = read > 1 and any(s.drafts for s in running)
         # A step brings as many tokens as the block before was long, which may be more than `width`.
@@ -276,19 +286,24 @@ class Engine:
         columns = min(used + hints + (self.k if verify else 0), most)
         if self._buckets:
             n = min(_power_of_two(n), self.config.max_num_seqs)
-            return StepShape(n, min(_power_of_two(columns, 256), most), read, width, plain, verify, context)
+            return StepShape(
+                n, min(_power_of_two(columns, 256), most), read, width, plain, verify, context, logprobs=logprobs
+            )
         known = ahead == 0 or self.k == 1  # the lengths at this step
         alike = read == 1 and not hints and not verify and known and min(lengths) == max(lengths)
-        return StepShape(n, columns, read, width, plain, verify, context, masked=not alike)
+        return StepShape(n, columns, read, width, plain, verify, context, not alike, logprobs)
 
-    def _finish(self, sequence: Sequence, made: list[list[int]]) -> Output:
+    def _finish(self, sequence: Sequence, made: list[list[int]], records: list[list[list[float]]]) -> Output:
         """Take over the tokens that became final in some steps, cut at the first stop id or the limit."""
-        tokens = []
-        for new, verified, source, drafts, *final in made:
+        tokens, logprobs = [], []
+        most = sequence.request.sampling.logprobs
+        for (new, verified, source, drafts, *final), step_records in zip(made, records, strict=True):
             self.stats.count_block(verified, new - 1, sequence.source)
             self.widths.block(verified, new - 1, sequence.source)
             sequence.saw_block(source, drafts)
             tokens += final[:new]
+            if most is not None:
+                logprobs += [_token_logprobs(record, most) for record in step_records[:new]]
         sequence.steps += len(made)
         room = sequence.limit - len(sequence.new)
         stops = sequence.request.stop_ids
@@ -298,7 +313,7 @@ class Engine:
         self.stats.tokens += len(kept)
         self.stats.discarded += len(tokens) - len(kept)
         reason = "stop" if at is not None else "length" if len(sequence.new) >= sequence.limit else None
-        return Output(sequence.id, kept, reason, stop, sequence.steps)
+        return Output(sequence.id, kept, reason, stop, sequence.steps, None if most is None else logprobs[: len(kept)])
 
 
 def _packed(model: nn.Module, config: EngineConfig) -> nn.Module:
@@ -311,10 +326,18 @@ def _packed(model: nn.Module, config: EngineConfig) -> nn.Module:
 
 def _completion(outputs: list[Output]) -> Completion:
     tokens = [token for output in outputs for token in output.tokens]
-    if not outputs or not outputs[-1].finish_reason:
-        return Completion(tokens, "cancelled", steps=outputs[-1].steps if outputs else 0)
+    if not outputs:
+        return Completion(tokens, "cancelled")
     last = outputs[-1]
-    return Completion(tokens, str(last.finish_reason), last.stop_id, last.steps)
+    logprobs = None if last.logprobs is None else [entry for output in outputs for entry in output.logprobs or ()]
+    return Completion(tokens, last.finish_reason or "cancelled", last.stop_id, last.steps, logprobs)
+
+
+def _token_logprobs(record: list[float], n: int) -> TokenLogprobs:
+    """A row of `log_probabilities` with the n likeliest tokens of those that it has."""
+    own, *rest = record
+    half = len(rest) // 2
+    return TokenLogprobs(own, {int(id): logprob for id, logprob in zip(rest[half:][:n], rest, strict=False)})
 
 
 def _power_of_two(n: int, least: int = 1) -> int:

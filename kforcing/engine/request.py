@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+MAX_LOGPROBS = 20
+"""The largest number of likeliest tokens whose log-probabilities are returned, as in vLLM."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,10 @@ class SamplingParams:
     hints of the same block have not seen the change."""
     presence_penalty: float = 0.0
     """Subtracted once from the logits of tokens that the request has made before; the same holds."""
+    logprobs: int | None = None
+    """Return the log-probability of each token and of so many likeliest tokens at its place; 0 for the token's alone, None
+    for nothing. They are those of the model itself: before temperature, filters and penalties. Exact mode and AR give the AR
+    model's, fixed mode gives those of a sequential student. Argmax students have none."""
 
     def check(self) -> None:
         """Raise ValueError for a value out of range."""
@@ -38,6 +46,8 @@ class SamplingParams:
             raise ValueError("top_p=0 leaves no token to draw; use temperature=0 for the likeliest")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be at least 0 (0 for all tokens)")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise ValueError(f"logprobs={self.logprobs}: ask for 0 to {MAX_LOGPROBS} likeliest tokens, or None")
 
     @property
     def plain(self) -> bool:
@@ -79,6 +89,15 @@ class Request:
     verified. None for the engine's mode."""
 
 
+class TokenLogprobs(NamedTuple):
+    """Natural logarithms of probabilities at the place of one token."""
+
+    logprob: float
+    """Of the token itself."""
+    top: dict[int, float]
+    """Of the likeliest tokens, by id, the likeliest first."""
+
+
 @dataclass(frozen=True)
 class Output:
     """What a step made for a request."""
@@ -91,6 +110,8 @@ class Output:
     """The id that ended it; not among the tokens."""
     steps: int = field(default=0, compare=False)
     """Steps that the request has taken so far: its tokens divided by its steps are the accepted tokens a step."""
+    logprobs: list[TokenLogprobs] | None = field(default=None, compare=False)
+    """One entry for each token, if the request asked for them."""
 
 
 @dataclass(frozen=True)
@@ -102,3 +123,5 @@ class Completion:
     stop_id: int | None = None
     steps: int = field(default=0, compare=False)
     """Steps that the request took."""
+    logprobs: list[TokenLogprobs] | None = field(default=None, compare=False)
+    """One entry for each token, if the request asked for them."""

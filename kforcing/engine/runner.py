@@ -39,7 +39,7 @@ from kforcing.engine.cache import SlotCache
 from kforcing.engine.drafts import DraftSources, find_drafts
 from kforcing.engine.layers import Stack, build_stack
 from kforcing.engine.request import SamplingParams
-from kforcing.engine.sampler import Sampler
+from kforcing.engine.sampler import Sampler, log_probabilities
 from kforcing.noise import derive_key, uniform
 from kforcing.readout.base import Pick, Turn, as_student
 
@@ -63,6 +63,8 @@ class StepShape(NamedTuple):
     """Some slot takes drafts from its context."""
     masked: bool = True
     """False when all slots use exactly `columns` columns and one token is read."""
+    logprobs: int | None = None
+    """N, how many likeliest tokens are returned with log-probabilities; None when no slot asks for any."""
 
 
 class ARReadout:
@@ -198,25 +200,29 @@ class ModelRunner:
 
         Returns:
             (R, 4 + k) int64: the number of tokens that became final in this step, how many drafts were verified, the source
-            of the new drafts (see `DraftSources`) and their number; then the final tokens, then anything.
+            of the new drafts (see `DraftSources`) and their number; then the final tokens, then anything. With
+            log-probabilities (R, 4 + k + k · (1 + 2N)): behind the tokens, the bits of `log_probabilities` of each.
         """
         R, P, K = shape.slots, shape.read, shape.width
         if shape.context:
             self._forget_drafts(R, P - 1)
         start_R = self.length_S[:R] - P
         tokens_RP = self._at(self.tokens_SC, start_R, P)
+        records: list[
+            Tensor
+        ] = []  # (R, L, 1 + 2N) log-probabilities of AR's own tokens, then of the block's other ones
         known_R = P - self.drafted_S[:R]
         reader = SlotReader(self, self.backbone.base_model, start_R, shape.columns, shape.masked)
         if shape.verify:
-            accepted_R, trunk_RD, first_R = self._verify(reader, start_R, tokens_RP, known_R, shape.plain)
+            accepted_R, trunk_RD, first_R = self._verify(reader, shape, start_R, tokens_RP, known_R, records)
             end_R = (start_R + accepted_R).clamp(max=self.max_model_len - 1)
             # The next block begins behind the last accepted token, and its hints overwrite the rejected drafts.
             reader = SlotReader(self, self.backbone.base_model, end_R, shape.columns, masked=True)
-            made_RK = self._block(reader, end_R, shape, trunk_RD=trunk_RD, first_R=first_R)
+            made_RK = self._block(reader, end_R, shape, records, trunk_RD=trunk_RD, first_R=first_R)
         else:
             accepted_R = torch.full_like(start_R, P)
             end_R = self.length_S[:R].clamp(max=self.max_model_len - 1)
-            made_RK = self._block(reader, end_R, shape, tokens_RP=tokens_RP)
+            made_RK = self._block(reader, end_R, shape, records, tokens_RP=tokens_RP)
         self._write(end_R, made_RK)
         stride_R = self.stride_S[:R].clamp(max=K)
         kept_R = torch.where(self.exact_S[:R], 1, stride_R)
@@ -226,13 +232,14 @@ class ModelRunner:
             self.sampler.count(made_RK, made_K < kept_R[:, None])
         verified_R, new_R = P - known_R, accepted_R - known_R + kept_R
         final_RK = self._final(known_R, accepted_R, tokens_RP, made_RK)
+        extras = [] if shape.logprobs is None else [self._final_records(shape, known_R, accepted_R, records)]
         drafted_R, source_R = stride_R - kept_R, torch.zeros_like(new_R)
         if shape.context:
             self.sources.judge(verified_R, new_R, final_RK)
             drafted_R, source_R = self._draft(shape, end_R, made_RK, drafted_R)
         self.length_S[:R].copy_(end_R + kept_R + drafted_R)
         self.drafted_S[:R].copy_(drafted_R)
-        return torch.cat([torch.stack([new_R, verified_R, source_R, drafted_R], dim=1), final_RK], dim=1)
+        return torch.cat([torch.stack([new_R, verified_R, source_R, drafted_R], dim=1), final_RK, *extras], dim=1)
 
     def _forget_drafts(self, R: int, most: int) -> None:
         """Keep so many drafts of each slot."""
@@ -241,14 +248,23 @@ class ModelRunner:
         self.drafted_S[:R] -= excess_R
 
     def _verify(
-        self, reader: SlotReader, start_R: Tensor, tokens_RP: Tensor, known_R: Tensor, plain: bool
+        self,
+        reader: SlotReader,
+        shape: StepShape,
+        start_R: Tensor,
+        tokens_RP: Tensor,
+        known_R: Tensor,
+        records: list[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Read the tokens; returns how many are accepted (R,), the trunk's state at the last of them, and AR's next token."""
         R, P = tokens_RP.shape
         states_RPD = reader.read(embeddings(self.backbone)(tokens_RP[:, None]))[:, 0]
         drafted_RP = torch.arange(P, device=start_R.device) >= known_R[:, None]
         noise_RP = self._at(self.noise_SC, start_R + 1, P)
-        own_RP = self.sampler.along_drafts(lm_head(self.backbone, states_RPD), noise_RP, tokens_RP, drafted_RP, plain)
+        logits_RPV = lm_head(self.backbone, states_RPD)
+        own_RP = self.sampler.along_drafts(logits_RPV, noise_RP, tokens_RP, drafted_RP, shape.plain)
+        if shape.logprobs is not None:
+            records.append(log_probabilities(logits_RPV, own_RP, shape.logprobs))
         agrees_RP = torch.cat([torch.ones_like(drafted_RP[:, :1]), own_RP[:, :-1] == tokens_RP[:, 1:]], dim=1)
         accepted_R = (agrees_RP | ~drafted_RP).long().cumprod(dim=1).sum(dim=1)
         last_R1 = accepted_R[:, None] - 1
@@ -260,6 +276,7 @@ class ModelRunner:
         reader: SlotReader,
         end_R: Tensor,
         shape: StepShape,
+        records: list[Tensor],
         tokens_RP: Tensor | None = None,
         trunk_RD: Tensor | None = None,
         first_R: Tensor | None = None,
@@ -287,24 +304,47 @@ class ModelRunner:
 
         if first_R is None:
             turns = self.readout.turns(self.backbone, windows, reader, None, pick)
-            return torch.cat([token for _, token in turns], dim=1)
+            return self._tokens(turns, shape, records)
         assert trunk_RD is not None
         if K == 1:
             return first_R[:, None]
         if counts_RV is not None:
             counts_RV.scatter_add_(1, first_R[:, None], torch.ones_like(first_R, dtype=counts_RV.dtype)[:, None])
         turns = self.readout.drafts(self.backbone, windows, reader, trunk_RD[:, None], first_R[:, None], pick)
-        return torch.cat([first_R[:, None], *(token for _, token in turns)], dim=1)
+        return torch.cat([first_R[:, None], self._tokens(turns, shape, records)], dim=1)
 
-    def _final(self, known_R: Tensor, accepted_R: Tensor, tokens_RP: Tensor, made_RK: Tensor) -> Tensor:
+    def _tokens(self, turns: Iterator[Turn], shape: StepShape, records: list[Tensor]) -> Tensor:
+        """(R, L) tokens of the turns, whose log-probabilities are noted where a slot asks for them."""
+        tokens = []
+        for logits_RWV, token_RW in turns:
+            tokens.append(token_RW)
+            if shape.logprobs is not None:
+                records.append(log_probabilities(logits_RWV, token_RW, shape.logprobs))
+        return torch.cat(tokens, dim=1)
+
+    def _final(self, known_R: Tensor, accepted_R: Tensor, read_RP: Tensor, made_RK: Tensor) -> Tensor:
         """(R, k) tokens: the accepted drafts of each slot, then its new block, then anything.
 
         They do not come from the slot: behind its last column, the block overwrites drafts that were accepted.
         """
-        both_RL = torch.cat([tokens_RP, made_RK], dim=1)
+        both_RL = torch.cat([read_RP, made_RK], dim=1)
         at_RK = known_R[:, None] + torch.arange(self.k, device=known_R.device)
-        at_RK = torch.where(at_RK < accepted_R[:, None], at_RK, at_RK + (tokens_RP.shape[1] - accepted_R)[:, None])
+        at_RK = torch.where(at_RK < accepted_R[:, None], at_RK, at_RK + (read_RP.shape[1] - accepted_R)[:, None])
         return both_RL.gather(1, at_RK.clamp_(max=both_RL.shape[1] - 1))
+
+    def _final_records(self, shape: StepShape, known_R: Tensor, accepted_R: Tensor, records: list[Tensor]) -> Tensor:
+        """(R, k · (1 + 2N)) log-probabilities of the tokens of `_final`, as their bits.
+
+        The AR model's own token behind token i of those that were read has record i. Without verification there are
+        records of the new block alone.
+        """
+        records_RLN = torch.cat(records, dim=1)
+        rows_RL = torch.arange(records_RLN.shape[1], device=known_R.device).expand(shape.slots, -1)
+        own = shape.read if shape.verify else 0
+        first_R, last_R = (known_R - 1, accepted_R) if shape.verify else (0 * known_R, 0 * known_R)
+        at_RK = self._final(first_R, last_R, rows_RL[:, :own], rows_RL[:, own:])
+        final_RKN = records_RLN.gather(1, at_RK[..., None].expand(-1, -1, records_RLN.shape[-1]))
+        return final_RKN.flatten(1).view(torch.int64)
 
     def _draft(self, shape: StepShape, end_R: Tensor, made_RK: Tensor, drafted_R: Tensor) -> tuple[Tensor, Tensor]:
         """Put drafts from the context behind token 1 of exact slots, where they are better than the student's.

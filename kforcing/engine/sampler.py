@@ -16,6 +16,15 @@ Draw = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(..., V) logits, (...) noise and (...) temperatures → (...) tokens: `Readout.pick` of the model."""
 
 
+def log_probabilities(logits: Tensor, tokens: Tensor, n: int) -> Tensor:
+    """(..., V) logits and (...) tokens → (..., 1 + 2n) float64: ln p of the token and of the n likeliest, then their ids."""
+    logits = logits.float()
+    best, ids = logits.topk(min(n, logits.shape[-1]), dim=-1)
+    own = logits.gather(-1, tokens[..., None])
+    logprobs = torch.cat([own, best], dim=-1) - logits.logsumexp(dim=-1, keepdim=True)
+    return torch.cat([logprobs.double(), ids.double()], dim=-1)
+
+
 class Sampler:
     """The options of each slot as tensors, and how often each token occurs in the slot's final tokens."""
 

@@ -1,5 +1,7 @@
 """`LLM`: the engine's texts, stop strings, choices and errors behind vLLM's interface."""
 
+import dataclasses
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -57,6 +59,16 @@ def test_exact_mode_gives_the_text_of_the_ar_model(folder, llm):
     student = load_model(folder)
     ar = LLM(student.backbone, llm.tokenizer, max_num_seqs=1, max_model_len=56, coupling="gumbel")
     assert exact.token_ids == ar.generate("abc", SamplingParams(max_tokens=30, seed=5))[0].outputs[0].token_ids
+
+
+def test_log_probabilities_are_aligned_with_the_tokens_before_a_stop_string(llm):
+    params = SamplingParams(max_tokens=30, seed=3, ignore_eos=True, logprobs=2)
+    whole = llm.generate("abc", params)[0].outputs[0]
+    assert len(whole.logprobs) == len(whole.token_ids) == 30
+    stop = whole.text[5:7]
+    cut = llm.generate("abc", dataclasses.replace(params, stop=stop))[0].outputs[0]
+    assert cut.logprobs == whole.logprobs[: len(cut.token_ids)]
+    assert llm.generate("abc", SamplingParams(max_tokens=3))[0].outputs[0].logprobs is None
 
 
 def test_choices_differ_and_the_first_is_that_of_the_seed(llm):
