@@ -20,6 +20,7 @@ from kforcing.attention.windows import Windows, read_context
 from kforcing.backbone import embeddings, head, key_heads
 from kforcing.modeling import PushForwardLM
 from kforcing.readout.argmax import ArgmaxReadout
+from kforcing.readout.base import Student
 from kforcing.readout.sequential import SequentialReadout
 
 
@@ -109,16 +110,17 @@ def attention_step(backbone: PreTrainedModel, entries: int, context: int) -> Ste
     return StepCost(4 * entries * columns * config.num_attention_heads, 2 * size * columns * heads)
 
 
-def predicted_step(student: PushForwardLM, k: int) -> StepCost:
+def predicted_step(student: Student, k: int, exact: bool = False) -> StepCost:
     """A step's FLOPs and bytes from parameter counts (matrices × positions), without attention over the context.
 
     The paper's read-out reads trunk, noise encoder and LM head once, for 2k, k and k positions. The sequential read-out
     reads the trunk once for k positions, hint layers once for k − 1 positions, the head's block in each of its k − 1
     turns, and the LM head for each token. With a shortlist of m it reads the LM head twice (once if hints see no
-    draft) and m of its rows for each token.
+    draft) and m of its rows for each token. In exact mode the LM head scores all k tokens that are read, and no longer
+    scores token 1 and the hints of a student without draft in one pass.
     """
     backbone, readout = student.backbone, student.readout
-    size = next(student.parameters()).element_size()
+    size = next(backbone.parameters()).element_size()
     trunk = _matrices(backbone.base_model) - embeddings(backbone).weight.numel()
     lm_head = head(backbone).weight.numel()
     if isinstance(readout, ArgmaxReadout):
@@ -137,7 +139,8 @@ def predicted_step(student: PushForwardLM, k: int) -> StepCost:
     first = readout.entry.weight.numel() + readout.block.qkv.weight.numel()  # the trunk state's keys and values
     flops = k * trunk + (k - 1) * (hints + block + m * width) + first + k * lm_head + drafts
     reads = trunk + hints + (k - 1) * block + first + drafts
-    passes = 1 if readout.config.draft == "none" else 2
+    flops += (k - 1) * lm_head if exact else 0
+    passes = 1 if readout.config.draft == "none" and not exact else 2
     reads += passes * lm_head + (k - 1) * m * width if m else k * lm_head
     return StepCost(2 * flops, size * reads)
 

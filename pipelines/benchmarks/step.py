@@ -31,7 +31,8 @@ from kforcing.coupling import COUPLINGS
 from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
 from kforcing.engine.packing import joined, packed_copy
 from kforcing.metrics.external import SMOLLM2, load_external
-from pipelines.benchmarks.engine import Work, measure_machine, stock_rounds
+from pipelines.benchmarks.decoding.hardware import measure_hardware
+from pipelines.benchmarks.decoding.rounds import DecodingRound, Workload, transformers_rounds
 
 CPU = torch.device("cpu")
 OPTIONS = {
@@ -130,10 +131,10 @@ def measure(backbone: Any, prompts: list[list[int]], rounds: int, steps: int) ->
     batch, ways = len(prompts), [(c, name) for c in COUPLINGS for name in OPTIONS]
     engine = running_engine(backbone, prompts, len(ways) * (rounds + 1) * (steps + 1))
     parts = parts_of(engine, packed_copy(backbone), batch)
-    stock: Iterator[tuple[float, float]] = stock_rounds(backbone, Work(prompts, steps, rounds, None), CPU)
+    stock: Iterator[DecodingRound] = transformers_rounds(backbone, Workload(prompts, steps, rounds), CPU)
     seen: dict[str, list[float]] = {}
     for round_ in range(rounds + 1):  # the first warms up
-        figures = {"transformers": next(stock)[0]}
+        figures = {"transformers": next(stock).step_ms}
         for coupling, name in ways:
             with_options(engine, coupling, OPTIONS[name])
             engine.step()
@@ -190,7 +191,7 @@ def main() -> None:
         external = load_external(SMOLLM2, "cpu", "fp32")
         backbone, ids = external.model, external.tokenizer(TEXT).input_ids
     text = ids * (2 + given.context // len(ids))
-    machine = measure_machine(CPU, torch.float32)
+    machine = measure_hardware(CPU, torch.float32)
     bytes_ms = sum(p.nbytes for p in backbone.parameters()) / machine.bytes_per_s * 1e3
     results = {}
     for batch in map(int, given.batch.split(",")):

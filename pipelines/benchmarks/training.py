@@ -136,9 +136,9 @@ def alternate(rows: dict[str, Callable[[], tuple[float, float]]], rounds: int) -
 
 def matmul_flops_per_s(given: argparse.Namespace) -> float:
     """What a large square matrix product reaches."""
-    from pipelines.benchmarks.engine import measure_machine
+    from pipelines.benchmarks.decoding.hardware import measure_hardware
 
-    return measure_machine(torch.device(given.device), DTYPES[given.dtype]).flops_per_s
+    return measure_hardware(torch.device(given.device), DTYPES[given.dtype]).flops_per_s
 
 
 def steps(given: argparse.Namespace) -> dict[str, dict[str, float]]:

@@ -4,8 +4,22 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kforcing import PushForwardLM
+from kforcing.engine import Engine, EngineConfig, Request
 from kforcing.metrics.flops import WeightReads, flop_counter, measured_step, predicted_step
 from tests.models import make_sequential
+
+
+def wide_llama():
+    """A backbone whose matrices outweigh its vectors."""
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=128,
+    )
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 
 
 def test_products_and_attention_are_counted_forward_and_backward():
@@ -43,16 +57,27 @@ def test_weights_are_counted_as_often_as_they_are_read():
 )
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_a_step_costs_what_its_shapes_predict(parts, k):
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=128,
-    )
-    backbone = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    backbone = wide_llama()
     student = PushForwardLM.from_backbone(backbone, 4) if parts is None else make_sequential(backbone, **parts)
     predicted, measured = predicted_step(student, k), measured_step(student, k, context=4)
     assert measured.flops == pytest.approx(predicted.flops, rel=0.1)  # attention is left out of the prediction
     assert measured.bytes == pytest.approx(predicted.bytes, rel=0.05)  # vectors and embedding rows are
+
+
+@pytest.mark.parametrize("parts", [{"hint_layers": 1}, {"shortlist": 5}, {"shortlist": 5, "draft": "none"}], ids=str)
+@pytest.mark.parametrize("k", [2, 4])
+def test_a_step_in_exact_mode_costs_what_its_shapes_predict(parts, k):
+    backbone = wide_llama()
+    student = make_sequential(backbone, **parts)
+    options = EngineConfig(1, 64, k=k, acceptance="exact", adapt_width=False, packed=False)
+    engine = Engine(student, options)
+    engine.submit(Request([1, 2, 3]))
+    for _ in range(2):
+        engine.step()
+    with flop_counter() as flops:
+        engine.step()
+    with WeightReads(student) as reads:
+        engine.step()
+    predicted = predicted_step(student, k, exact=True)
+    assert flops.get_total_flops() == pytest.approx(predicted.flops, rel=0.1)
+    assert reads.bytes == pytest.approx(predicted.bytes, rel=0.05)
