@@ -45,9 +45,9 @@ def evaluate(target: str, config: EvaluationConfig) -> dict[str, Any]:
     plan = plan_of(run, config)
     busy = f"{root} is in use by another evaluation; wait for it or choose another output_dir"
     with hold(root, busy), connected(root, work_of(config)):
-        subject = subject_of(target, run, root, config, log.info)
+        subject = subject_of(target, run, root, config)
         windows = same_noise(subject, config)
-        results = run_parts(plan(subject), root, log.info, config.cpus, config.gpus, alone_cpus(config))
+        results = run_parts(plan(subject), root, config.cpus, config.gpus, alone_cpus(config))
     results["windows"] = windows
     report = write_evaluation(subject, config, results, time.monotonic() - started)
     uri = config.tracking.uri or subject.tracking or tracking_uri(run.tracking.uri, run.root.parent)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config.fingerprint import fingerprint
+from pipelines.log import log
 from pipelines.runs.stages import Stage, StageError, open_stage
 
 Results = dict[str, Any]
@@ -38,14 +39,11 @@ class Part:
     """Whether nothing else may run at the same time, because its result is a time."""
 
 
-def run_parts(
-    parts: list[Part], root: Path, say: Callable[[str], None], cpus: float, gpus: float, alone_cpus: float
-) -> Results:
+def run_parts(parts: list[Part], root: Path, cpus: float, gpus: float, alone_cpus: float) -> Results:
     """Run the parts that are not finished, and return all results. Parts earlier in the list start first.
 
     Args:
         root: folder of the evaluation.
-        say: takes a progress line.
         cpus: Ray CPUs of a part. As many parts run at once as the cluster has room for.
         gpus: Ray GPUs of a part.
         alone_cpus: Ray CPUs of a part that must run alone.
@@ -57,7 +55,7 @@ def run_parts(
     stages = _open(parts, root)
     results = {part.name: m["result"] for part in parts if (m := stages[part.name].manifest)}
     if results:
-        say(f"{len(results)} of {len(parts)} parts were finished before")
+        log.info(f"{len(results)} of {len(parts)} parts were finished before")
     started, todo = time.monotonic(), [p for p in parts if p.name not in results]
     running: dict[Any, Part] = {}
     at_once = max(1, int(ray.cluster_resources().get("CPU", 1.0) / cpus)) if cpus else len(parts)
@@ -76,7 +74,8 @@ def run_parts(
             raise StageError(f"part {part.name} of the evaluation failed: {error.cause or error}") from error
         stages[part.name].finish(result=results[part.name], seconds=seconds)
         left = len(todo) + len(running)
-        say(f"{part.name:<36}done in {seconds:.0f} s  ({left} to go, {time.monotonic() - started:.0f} s so far)")
+        took = f"done in {seconds:.0f} s  ({left} to go, {time.monotonic() - started:.0f} s so far)"
+        log.info(f"{part.name:<36}{took}")
     return {part.name: results[part.name] for part in parts}
 
 

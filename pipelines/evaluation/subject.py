@@ -25,8 +25,9 @@ from pipelines.data.tokenise import prepare
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.files import write_json
 from pipelines.runs.cluster import with_lasting_root
+from pipelines.tracking.pipeline_runs import made_by
 from pipelines.tracking.registry import Registered, registered_student
-from pipelines.tracking.tracker import LOG, made_by
+from pipelines.tracking.tracker import LOG
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def lasting(path: str) -> Path:
     return with_lasting_root(Config("", output_dir=path)).root
 
 
-def subject_of(target: str, run: RunSpec, root: Path, options: EvaluationConfig, say: Any) -> Subject:
+def subject_of(target: str, run: RunSpec, root: Path, options: EvaluationConfig) -> Subject:
     """Models and data of an opened target. A missing corpus is prepared, and a registered model is downloaded."""
     prepared = prepare(run.corpus)
     parent: str | None

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from pipelines.config.overrides import leaves
 from pipelines.files import write_json
+from pipelines.log import log
 from pipelines.tracking.mlflow_client import _log_values, _numbers, mlflow_client, open_experiment
-from pipelines.tracking.tracker import Record, made_by
+from pipelines.tracking.pipeline_runs import STATE_FILE, made_by
 
 
-def log_evaluation(uri: str, experiment: str, parent: str | None, folder: Path, report: Record) -> None:
+def log_evaluation(uri: str, experiment: str, parent: str | None, folder: Path, report: dict[str, Any]) -> None:
     """A run for the evaluation, below the run that made the models, and one below it for each row: rows compare in the UI.
 
     It takes the place of the one that the same folder was logged to before. A server that is down costs a warning: the
@@ -43,9 +43,9 @@ def log_evaluation(uri: str, experiment: str, parent: str | None, folder: Path, 
             )
             client.set_terminated(run)
         client.set_terminated(top)
-        write_json(folder / "mlflow.json", {"uri": uri, "run": top})
+        write_json(folder / STATE_FILE, {"uri": uri, "run": top})
     except Exception as error:
-        print(f"warning  tracking to {uri} failed, the report is in {folder} ({error})", file=sys.stderr, flush=True)
+        log.warning(f"tracking to {uri} failed, the report is in {folder} ({error})")
 
 
 MEASURED = (

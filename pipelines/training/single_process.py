@@ -24,6 +24,7 @@ from pipelines.config.schema import TrainConfig
 from pipelines.config.stages import StageSpec
 from pipelines.data.token_store import TokenStore
 from pipelines.files import atomic_file, write_json
+from pipelines.log import log
 from pipelines.rollouts.actor import RolloutActor
 from pipelines.rollouts.plan import StepPlan
 from pipelines.training.job import TrainJob, stage_job
@@ -104,7 +105,7 @@ def train_here(
         optimizer.step()
         _follow(average, trained, ema_decay(step, train.ema))
         if step % 200 == 199:
-            print(f"{name}  {step + 1}/{train.steps}  loss {loss / tokens:.3f}", flush=True)
+            log.info(f"{name}  {step + 1}/{train.steps}  loss {loss / tokens:.3f}")
         if checkpoint and time.monotonic() - kept > KEEP_EVERY_S:
             kept = time.monotonic()
             _keep(checkpoint, step + 1, earlier + kept - started, trained, optimizer, average)

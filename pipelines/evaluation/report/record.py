@@ -21,7 +21,7 @@ from pipelines.evaluation.report.plots import write_plots
 from pipelines.evaluation.report.samples_page import write_page
 from pipelines.evaluation.subject import Subject
 from pipelines.files import write_json
-from pipelines.tracking.tracker import made_by
+from pipelines.tracking.pipeline_runs import made_by
 
 Record = dict[str, Any]
 

@@ -6,23 +6,25 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
+import mlflow
 import pytest
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 
-from kforcing import PushForwardLM
+from kforcing import LLM, PushForwardLM, SamplingParams
 from pipelines.config.overrides import apply
 from pipelines.config.recipes import recipe
 from pipelines.config.saved import save_config
 from pipelines.config.stages import resolve_run
 from pipelines.data.tokenise import Prepared
 from pipelines.tracking.tracker import Tracker, flatten, progress_line
+from tests.endpoint import save_model
 from tests.models import make_backbone
 from tests.ranks import free_port
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 PARAMS = {"k": 2, "train": {"lr": 0.002}}
@@ -93,23 +95,26 @@ def server(tmp_path):
     process = subprocess.Popen(
         [*line, *store], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path, start_new_session=True
     )
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-            break
-        except OSError:
-            assert time.monotonic() < deadline, "the MLflow server did not come up"
-            time.sleep(0.5)
-    yield f"http://127.0.0.1:{port}", process
-    kill(process)
+    try:
+        wait_until(lambda: answers(port), "the MLflow server did not come up", 300, pause=0.5)
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        kill(process)
+
+
+def answers(port):
+    """Whether the server is up."""
+    try:
+        return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).status == 200
+    except OSError:
+        return False
 
 
 def kill(process):
     """The server and its workers."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.wait(timeout=60)
 
 
 def tracker_for(tmp_path, uri, records=()):
@@ -126,33 +131,35 @@ def log_lines(config):
 def test_a_server_holds_runs_inputs_and_registered_students(server, tmp_path, prepared, monkeypatch):
     uri, _ = server
     _, tracker = tracker_for(tmp_path, uri, [RECORD])
-    student = tmp_path / "student"
-    PushForwardLM.from_backbone(make_backbone(), k=2).save_pretrained(student)
+    student = save_model(tmp_path / "student", PushForwardLM.from_backbone(make_backbone(), k=2))
     tracker.begin(prepared)
     with tracker.stage("k2", "f00", PARAMS):
         tracker.register(student, 2, "f00")
     tracker.finish("FINISHED")
     client = MlflowClient(uri)
-    child = client.get_run(tracker.children["k2-f00"])
+    child = client.get_run(tracker.mlflow.children["k2-f00"])
     assert child.data.metrics["train/match_2"] == 0.25
     assert child.data.params["k"] == "2"
     assert child.data.params["train.lr"] == "0.002"
-    assert [file.path for file in client.list_artifacts(tracker.parent)] == ["config.yaml"]
+    assert [file.path for file in client.list_artifacts(tracker.mlflow.parent)] == ["config.yaml"]
     assert {d.dataset.name for d in child.inputs.dataset_inputs} == {"sotu:train", "sotu:heldout"}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     local = download_artifacts("models:/kforcing-smoke@k2", dst_path=str(tmp_path / "downloaded"))
     assert PushForwardLM.from_pretrained(Path(local)).k == 2
     assert (Path(local) / "MLmodel").is_file()
+    model = mlflow.pyfunc.load_model("models:/kforcing-smoke@k2")
+    (answer,) = LLM(student).generate("abc", SamplingParams(max_tokens=9, seed=3))
+    assert model.predict(["abc"], params={"max_new_tokens": 9, "seed": 3}) == [answer.outputs[0].text]
     # The same run directory continues the same runs.
     _, again = tracker_for(tmp_path, uri)
     again.begin(prepared)
     with again.stage("k2", "f00", PARAMS):
         pass
-    assert again.parent == tracker.parent
-    assert again.children == tracker.children
+    assert again.mlflow.parent == tracker.mlflow.parent
+    assert again.mlflow.children == tracker.mlflow.children
 
 
-def test_a_server_that_dies_costs_a_warning_and_no_record(server, tmp_path, prepared, capsys):
+def test_a_server_that_dies_costs_a_warning_and_no_record(server, tmp_path, prepared, caplog):
     uri, process = server
     config, tracker = tracker_for(tmp_path, uri)
     tracker.begin(prepared)
@@ -160,39 +167,40 @@ def test_a_server_that_dies_costs_a_warning_and_no_record(server, tmp_path, prep
         kill(process)
         tracker.drain.records = [RECORD, {**RECORD, "step": 40}]
     tracker.finish("FINISHED")
-    assert capsys.readouterr().err.count("training goes on") == 1
+    assert caplog.text.count("training goes on") == 1
     assert [r["step"] for r in log_lines(config) if r.get("event") == "train"] == [20, 40]
 
 
-def test_no_server_at_all_costs_a_warning(tmp_path, prepared, capsys, monkeypatch):
+def test_no_server_at_all_costs_a_warning(tmp_path, prepared, caplog, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     config, tracker = tracker_for(tmp_path, "http://127.0.0.1:9", [RECORD])
     tracker.begin(prepared)
     with tracker.stage("k2", "f00", PARAMS):
         pass
     tracker.finish("FINISHED")
-    assert capsys.readouterr().err.count("tracking to http://127.0.0.1:9 failed, training goes on") == 1
+    assert caplog.text.count("tracking to http://127.0.0.1:9 failed, training goes on") == 1
     assert [r["event"] for r in log_lines(config)].count("train") == 1
 
 
-def test_a_store_that_forgot_the_run_gets_a_new_one(tmp_path, prepared, capsys):
+def test_a_store_that_forgot_the_run_gets_a_new_one(tmp_path, prepared, caplog):
     uri = f"sqlite:///{tmp_path}/one.db"
     _, tracker = tracker_for(tmp_path, uri)
     tracker.begin(prepared)
-    first = tracker.parent
+    first = tracker.mlflow.parent
     (tmp_path / "one.db").rename(tmp_path / "moved.db")
-    _, tracker = tracker_for(tmp_path, f"sqlite:///{tmp_path}/./one.db")
-    tracker._state_file.write_text(tracker._state_file.read_text().replace(uri, tracker.uri))
+    config, tracker = tracker_for(tmp_path, f"sqlite:///{tmp_path}/./one.db")
+    state = config.root / "mlflow.json"
+    state.write_text(state.read_text().replace(uri, tracker.mlflow.uri))
     tracker.begin(prepared)
-    assert tracker.parent not in (None, first)
-    assert capsys.readouterr().err == ""
+    assert tracker.mlflow.parent not in (None, first)
+    assert caplog.text == ""
 
 
-def test_tracking_can_be_off(tmp_path, prepared, capsys):
+def test_tracking_can_be_off(tmp_path, prepared, caplog):
     _, tracker = tracker_for(tmp_path, "off", [RECORD])
     tracker.begin(prepared)
     with tracker.stage("k2", "f00", PARAMS):
         pass
     tracker.finish("FINISHED")
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
     assert not (tmp_path / "runs" / "mlflow.db").exists()

@@ -1,0 +1,233 @@
+"""The MLflow runs of a pipeline: a parent for the run directory, a child for each stage, and registered students.
+
+`mlflow.json` in the run directory remembers their ids, so that the next start continues them:
+
+    {"uri": …, "experiment": id, "parent": run id, "children": {"<stage>-<fingerprint>": run id},
+     "registered": {fingerprint: version}}
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.config.overrides import leaves
+from pipelines.config.saved import CONFIG_FILE
+from pipelines.config.stages import RunSpec
+from pipelines.data.tokenise import Prepared
+from pipelines.files import write_json
+from pipelines.tracking.flavour import log_flavour
+from pipelines.tracking.mlflow_client import mlflow_client, open_experiment, tracking_uri
+from pipelines.tracking.registry import model_files
+
+_RETRY_AFTER_S = 30.0
+STATE_FILE = "mlflow.json"
+
+
+@dataclass(frozen=True)
+class OpenStage:
+    """The stage that runs now."""
+
+    name: str
+    fingerprint: str
+    params: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Its name in `children`."""
+        return f"{self.name}-{self.fingerprint}"
+
+
+class PipelineRuns:
+    """Logs to MLflow as far as it can be reached. No call raises, and after a failure MLflow is left alone for a while.
+
+    What could not be logged is left out. A run that could not be made is made by the next call that needs it.
+
+    Args:
+        run: the run that is tracked.
+        params: its config, as nested dictionaries.
+        failed: takes a description of each failure, and whether it is the first one after a success.
+    """
+
+    def __init__(self, run: RunSpec, params: dict[str, Any], failed: Callable[[str, bool], None]):
+        self.run, self.params, self.failed = run, params, failed
+        self.uri = tracking_uri(run.tracking.uri, run.root.parent)
+        self.stage: OpenStage | None = None
+        self.prepared: Prepared | None = None
+        self._client: Any = None
+        self._quiet_until, self._failing = 0.0, False
+
+    @property
+    def _state(self) -> dict[str, Any]:
+        state = made_by(self.run.root)
+        return state if state.get("uri") == self.uri else {}
+
+    def _remember(self, state: dict[str, Any]) -> None:
+        write_json(self.run.root / STATE_FILE, state)
+
+    @property
+    def parent(self) -> str | None:
+        """Run id of the pipeline, None while MLflow has not been reached."""
+        return self._state.get("parent")
+
+    @property
+    def children(self) -> dict[str, str]:
+        """Run ids by `<stage>-<fingerprint>`."""
+        return self._state.get("children", {})
+
+    def begin(self, prepared: Prepared) -> None:
+        """Open the parent run: a new one with config and dataset, or the one that the run directory remembers."""
+        self.prepared = prepared
+        self._call(lambda client: None)
+
+    def open(self, stage: OpenStage) -> None:
+        """Log to the stage's child run from now on."""
+        self.stage = stage
+        self._current()
+
+    def close(self, status: str) -> None:
+        """End the child run; later calls log to the parent."""
+        self._on_run(lambda client, run: client.set_terminated(run, status))
+        self.stage = None
+
+    def finish(self, status: str) -> None:
+        """End the parent run."""
+        self._call(lambda client: client.set_terminated(self.parent, status))
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        """Log metrics to the open child run, or to the parent when no stage is open."""
+
+        def log(client: Any, run: str) -> None:
+            from mlflow.entities import Metric
+
+            now = int(time.time() * 1000)
+            client.log_batch(run, metrics=[Metric(name, float(v), now, step) for name, v in values.items()])
+
+        self._on_run(log)
+
+    def artifact(self, path: Path) -> None:
+        """Copy a file to the open child run, or to the parent when no stage is open."""
+        self._on_run(lambda client, run: client.log_artifact(run, str(path)))
+
+    def register(self, folder: Path, k: int, fingerprint: str) -> None:
+        """Register a finished student as a version of the run's model, with alias `k<k>`, unless it is already."""
+        run = self.children.get(f"k{k}-{fingerprint}")
+        if run is not None and fingerprint not in self._state.get("registered", {}):
+            self._call(lambda client: self._register(client, run, folder, k, fingerprint))
+
+    def _register(self, client: Any, run: str, folder: Path, k: int, fingerprint: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        name = self.run.tracking.model_name or f"kforcing-{self.run.recipe}"
+        for file in model_files(folder):
+            client.log_artifact(run, str(file), "model")
+        log_flavour(client, run, "model")
+        try:
+            client.create_registered_model(name, description="Push-forward students; alias k<k> is the newest of k")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        source = client.get_run(run).info.artifact_uri.rstrip("/") + "/model"
+        version = client.create_model_version(name, source, run_id=run, tags={"k": str(k)})
+        client.set_registered_model_alias(name, f"k{k}", version.version)
+        state = self._state
+        state.setdefault("registered", {})[fingerprint] = version.version
+        self._remember(state)
+
+    def _call(self, call: Callable[[Any], Any]) -> Any:
+        """Run a call with a connected client; None when MLflow is off or out of reach."""
+        if self.uri == "off":
+            return None
+        if self._client is None:
+            self._client = self._safely(self._connect)
+        return self._safely(lambda: call(self._client)) if self._client is not None else None
+
+    def _safely(self, call: Callable[[], Any]) -> Any:
+        if time.monotonic() < self._quiet_until:
+            return None
+        try:
+            result = call()
+            self._failing = False
+            return result
+        except Exception as error:
+            self._quiet_until = time.monotonic() + _RETRY_AFTER_S
+            first, self._failing = not self._failing, True
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
+            self.failed(f"tracking to {self.uri} failed, training goes on ({type(error).__name__}: {reason})", first)
+            return None
+
+    def _connect(self) -> Any:
+        """A client whose experiment and parent run exist."""
+        client = mlflow_client(self.uri)
+        if self.parent and _still_there(client, self.parent):
+            client.update_run(self.parent, status="RUNNING")
+            return client
+        root = self.run.root
+        experiment = open_experiment(client, self.uri, self.run.tracking.experiment, root.parent)
+        run = client.create_run(experiment, run_name=f"{self.run.recipe} {root.name}").info.run_id
+        self._describe(client, run, self.params)
+        client.log_artifact(run, str(root / CONFIG_FILE))
+        self._remember({"uri": self.uri, "experiment": experiment, "parent": run, "children": {}})
+        return client
+
+    def _describe(self, client: Any, run: str, params: dict[str, Any]) -> None:
+        """Parameters and dataset inputs of a new run."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+        values = [Param(path, str(value)[:500]) for path, value in leaves(params)]
+        for start in range(0, len(values), 100):
+            client.log_batch(run, params=values[start : start + 100])
+        assert self.prepared is not None, "begin() comes first"
+        for split, facts in self.prepared.facts().items():
+            dataset = Dataset(
+                name=f"{self.run.corpus.data.source}:{split}"[-500:],
+                digest=self.prepared.id,
+                source_type="local",
+                source=json.dumps({"uri": str(self.prepared.split(split))}),
+                profile=json.dumps(facts),
+            )
+            client.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", split)])])
+
+    def _on_run(self, call: Callable[[Any, str], Any]) -> Any:
+        run = self._current()
+        return self._call(lambda client: call(client, run)) if run else None
+
+    def _current(self) -> str | None:
+        """The open stage's child run, made now if MLflow was out of reach before; the parent outside stages."""
+        stage = self.stage
+        if stage is None:
+            return self.parent
+        return self.children.get(stage.key) or self._call(lambda client: self._open_child(client, stage))
+
+    def _open_child(self, client: Any, stage: OpenStage) -> str:
+        from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+        state = self._state
+        tags = {MLFLOW_PARENT_RUN_ID: state["parent"], "stage": stage.name, "fingerprint": stage.fingerprint}
+        run = client.create_run(state["experiment"], tags=tags, run_name=stage.name).info.run_id
+        self._describe(client, run, stage.params)
+        state["children"][stage.key] = run
+        self._remember(state)
+        return run
+
+
+def _still_there(client: Any, run: str) -> bool:
+    """Whether a run that a directory remembers is still in the store."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run).info.lifecycle_stage == "active"
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+
+
+def made_by(folder: Path) -> dict[str, Any]:
+    """What a folder was logged to (`uri`, and the ids of its runs), empty when it was not."""
+    file = folder / STATE_FILE
+    return json.loads(file.read_text()) if file.is_file() else {}
