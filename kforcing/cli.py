@@ -15,7 +15,7 @@ import sys
 
 COMMANDS = {
     "distill": ("pipelines.distill", "train", ("ray", "deepspeed", "mlflow", "datasets")),
-    "evaluate": ("pipelines.evaluate", "train", ("ray", "mlflow", "datasets")),
+    "evaluate": ("pipelines.evaluate", "eval", ("ray", "mlflow", "datasets", "openai")),
     "generate": ("kforcing.complete", "", ()),
     "serve": ("ray.serve.scripts", "serve", ("ray", "fastapi", "prometheus_client")),
     "benchmark": ("pipelines.benchmark", "train", ("matplotlib", "mlflow")),

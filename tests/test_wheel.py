@@ -62,7 +62,7 @@ def test_the_bare_install_generates_the_same_text(clean, tmp_path):
     assert json.loads(done.stdout.splitlines()[-1]) == expected
 
 
-@pytest.mark.parametrize(("command", "extra"), [("distill", "train"), ("evaluate", "train"), ("serve", "serve")])
+@pytest.mark.parametrize(("command", "extra"), [("distill", "train"), ("evaluate", "eval"), ("serve", "serve")])
 def test_a_command_names_the_extra_that_it_needs_in_one_line(clean, tmp_path, command, extra):
     done = run([clean / "kforcing", command], tmp_path)
     assert done.returncode == 1
