@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,15 +16,29 @@ from torch import Tensor
 from kforcing.noise import race_words
 
 _SMALLEST = 5e-324
-ENTRIES = 2**22  # probabilities in float64 at a time: 32 MiB
-CACHED = 2**17  # scores of a race at a time on a CPU, so that its passes over them stay in the core's cache
+ENTRIES = {"cpu": 2**17}
+"""Logits at a time, 2²² elsewhere. What is made of them is larger, and on a CPU stays in the caches."""
 BLOCK = 256
-
-Coupling = Callable[[Tensor, Tensor, Tensor | float], Tensor]
-"""(..., V) logits, (...) noise and temperature → (...) int64 token ids."""
+"""Scores of which the largest is sought at a time."""
 
 
-def inverse_cdf(logits: Tensor, z: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
+class Coupling(Protocol):
+    """(..., V) logits, (...) noise and temperature → (...) int64 token ids.
+
+    Where the logits are those of some tokens only, (V,) `ids` names them in ascending order. The token is then the same as if
+    all others had −inf.
+    """
+
+    def __call__(self, logits: Tensor, z: Tensor, temperature: Tensor | float, ids: Tensor | None = None) -> Tensor:
+        """Draw."""
+        ...
+
+
+Draw = Callable[[Tensor, Tensor, Tensor | float], Tensor]
+"""The same of all tokens."""
+
+
+def inverse_cdf(logits: Tensor, z: Tensor, temperature: Tensor | float = 1.0, ids: Tensor | None = None) -> Tensor:
     """Inverse CDF in vocabulary order, F⁻¹(z) = min { v : Σ_{v' ≤ v} p(v') ≥ z } (K-Forcing's coupling).
 
     The CDF is accumulated in float64, unnormalised, and z scaled by where it ends, so rounding can never leave a z beyond
@@ -34,10 +50,12 @@ def inverse_cdf(logits: Tensor, z: Tensor, temperature: Tensor | float = 1.0) ->
         logits: (..., V) floating point; float32 or wider is wanted, because bf16 logits move the CDF's steps.
         z: (...) uniform noise in [0, 1).
         temperature: divides the logits; a scalar or broadcastable to (...).
+        ids: (V,) int64, ascending: the tokens whose logits these are; all when omitted.
     Returns:
         (...) int64 token ids.
     """
-    return _by_rows(_inverse_cdf, logits, z, temperature)
+    place = _by_rows(_inverse_cdf, logits, z, temperature)
+    return place if ids is None else ids[place]
 
 
 def _inverse_cdf(logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
@@ -48,7 +66,7 @@ def _inverse_cdf(logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tens
     return torch.searchsorted(cdf, z, side="left").squeeze(-1).clamp_(max=logits.shape[-1] - 1)
 
 
-def gumbel_max(logits: Tensor, z: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
+def gumbel_max(logits: Tensor, z: Tensor, temperature: Tensor | float = 1.0, ids: Tensor | None = None) -> Tensor:
     """Gumbel-max: argmax over v of log p(v) + g_v(z), with g_v(z) = −log(−log(1 − w_v(z))) standard Gumbel.
 
     The V uniforms w_v are made from the bits of z by a counter-based mixer (`race_words`), so z is still the only noise.
@@ -61,14 +79,17 @@ def gumbel_max(logits: Tensor, z: Tensor, temperature: Tensor | float = 1.0) -> 
         logits: (..., V) floating point.
         z: (...) uniform noise in [0, 1), float64: all of its bits matter.
         temperature: divides the logits; a scalar or broadcastable to (...).
+        ids: (V,) int64, ascending: the tokens whose logits these are; all when omitted.
     Returns:
         (...) int64 token ids; of equal scores the lowest.
     """
-    return _by_rows(_gumbel_max, logits, z, temperature, CACHED if logits.device.type == "cpu" else ENTRIES)
+    tokens = torch.arange(logits.shape[-1], device=z.device) if ids is None else ids
+    place = _by_rows(partial(_gumbel_max, tokens), logits, z, temperature)
+    return place if ids is None else ids[place]
 
 
-def _gumbel_max(logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
-    w = race_words(z.to(torch.float64), logits.shape[-1]).to(torch.float32)
+def _gumbel_max(ids: Tensor, logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
+    w = race_words(z.to(torch.float64), ids).to(torch.float32)
     race = w.mul_((2.0**-23 - 1) * 2.0**-31).sub_(2.0**-32).log1p_().neg_().log_()
     return first_largest(_tempered(logits, temperature, torch.float32) - race)
 
@@ -90,12 +111,10 @@ def first_largest(scores: Tensor) -> Tensor:
     return ids.gather(-1, inside).squeeze(-1)
 
 
-def _by_rows(
-    draw: Coupling, logits: Tensor, z: Tensor, temperature: Tensor | float, entries: int | None = None
-) -> Tensor:
-    """`draw` of a few rows at a time: what it makes of (..., V) logits is larger than they are."""
+def _by_rows(draw: Draw, logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
+    """`draw` of a few rows at a time."""
     shape, V = logits.shape[:-1], logits.shape[-1]
-    size = max(1, (entries or ENTRIES) // V)
+    size = max(1, ENTRIES.get(logits.device.type, 2**22) // V)
     if shape.numel() <= size:
         return draw(logits, z, temperature)
     temperatures: Iterable[Tensor | float] = itertools.repeat(temperature)

@@ -68,16 +68,16 @@ def uniform(key: Tensor | int, sequence: Tensor, window: Tensor | int, offset: T
     return (n.to(torch.float64) + 0.5) * 2.0**-52
 
 
-def race_words(z: Tensor, n: int) -> Tensor:
-    """n words of 31 bits that are a function of one uniform: (...) float64 in [0, 1) → (..., n) int32.
+def race_words(z: Tensor, ids: Tensor) -> Tensor:
+    """A word of 31 bits for each token: (...) float64 in [0, 1) and (n,) integers → (..., n) int32.
 
-    The 52 bits of z key a permutation of 32-bit words (an index times an odd number plus the low bits, then Wellons'
+    The 52 bits of z key a permutation of 32-bit words (an id times an odd number plus the low bits, then Wellons'
     `triple32` mixer with the high bits added after its first round), so each word is uniform over draws of z, and the n of
     one z are independent of each other and of those of other z for every practical purpose. int32 products wrap, and the
     shifts are made logical by a mask, so CPU and GPU give the same bits.
     """
     bits = (z * 2.0**52).to(torch.int64)[..., None]
-    x = torch.arange(n, dtype=torch.int32, device=z.device) * _signed(_WEYL[0]) + bits.to(torch.int32)
+    x = ids.to(torch.int32) * _signed(_WEYL[0]) + bits.to(torch.int32)
     for shift, multiplier in ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB)):
         x ^= (x >> shift).bitwise_and_(_LOW >> shift)
         x *= _signed(multiplier)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kforcing.coupling import Coupling
+from kforcing.coupling import Draw
 from kforcing.modeling import PushForwardLM, one_window
 from kforcing.noise import derive_key, uniform
 
@@ -27,7 +27,7 @@ def decode(
     k: int = 1,
     temperature: float = 1.0,
     stop_ids: frozenset[int] = frozenset(),
-    coupling: Coupling | None = None,
+    coupling: Draw | None = None,
     acceptance: str = "fixed",
 ) -> list[int]:
     """Continue one prompt, reading all of it again at every step.
@@ -84,7 +84,7 @@ def _verified(
     return block
 
 
-def _ar_step(backbone: PreTrainedModel, coupling: Coupling | None) -> Step:
+def _ar_step(backbone: PreTrainedModel, coupling: Draw | None) -> Step:
     assert coupling is not None, "an AR model needs a coupling"
 
     def step(ids: Tensor, noise: Tensor, temperature: float) -> Tensor:

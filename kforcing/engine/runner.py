@@ -150,7 +150,7 @@ class ModelRunner:
         if compiled:
             self.stacks = {model: torch.compile(stack, dynamic=True) for model, stack in self.stacks.items()}
         vocabulary = head(backbone).weight.shape[0]
-        self.sampler = Sampler(slots, vocabulary, self.readout.pick, device)
+        self.sampler = Sampler(slots, vocabulary, self.readout, device)
         self.tokens_SC = torch.zeros(slots, columns, dtype=torch.int64, device=device)
         self.noise_SC = torch.full((slots, columns), 0.5, dtype=torch.float64, device=device)
         self.length_S = torch.ones(slots, dtype=torch.int64, device=device)

@@ -5,15 +5,14 @@ Shapes: S slots, R the slots of a step, P tokens that a step verifies, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kforcing.coupling import first_largest
 from kforcing.engine.request import SamplingParams
-
-Draw = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(..., V) logits, (...) noise and (...) temperatures → (...) tokens: `Readout.pick` of the model."""
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, n: int) -> Tensor:
@@ -26,10 +25,14 @@ def log_probabilities(logits: Tensor, tokens: Tensor, n: int) -> Tensor:
 
 
 class Sampler:
-    """The options of each slot as tensors, and how often each token occurs in the slot's final tokens."""
+    """The options of each slot as tensors, and how often each token occurs in the slot's final tokens.
 
-    def __init__(self, slots: int, vocabulary: int, draw: Draw, device: torch.device):
-        self.draw = draw
+    Args:
+        readout: its `pick` makes tokens; where requests may have filters it has a coupling too.
+    """
+
+    def __init__(self, slots: int, vocabulary: int, readout: Any, device: torch.device):
+        self.readout, self.draw = readout, readout.pick
         self.temperature_S = torch.ones(slots, dtype=torch.float64, device=device)
         self.greedy_S = torch.zeros(slots, dtype=torch.bool, device=device)
         self.top_k_S = torch.full((slots,), vocabulary, device=device)
@@ -38,9 +41,14 @@ class Sampler:
         self.presence_S = torch.zeros(slots, device=device)
         self.counts_SV = torch.zeros(slots, vocabulary, device=device)
         self.vocabulary = vocabulary
+        self.options = [SamplingParams()] * slots
+        self.one_by_one = device.type == "cpu"
+        """Each row takes only the way that its options need. On a GPU all rows go one way, which a graph can capture. The
+        tokens are the same."""
 
     def join(self, slot: int, sampling: SamplingParams) -> None:
         """Take over the options of a request that begins in a slot."""
+        self.options[slot] = sampling
         self.temperature_S[slot] = sampling.temperature or 1e-3  # drafts of a greedy request are as good as greedy
         self.greedy_S[slot] = sampling.temperature == 0
         self.top_k_S[slot] = min(sampling.top_k or self.vocabulary, self.vocabulary)
@@ -51,6 +59,7 @@ class Sampler:
 
     def move(self, source: int, target: int) -> None:
         """Copy the state of a slot to another slot."""
+        self.options[target] = self.options[source]
         for state in vars(self).values():
             if isinstance(state, Tensor):
                 state[target] = state[source]
@@ -66,6 +75,8 @@ class Sampler:
         temperature_R = self.temperature_S[:R]
         if counts_RV is None:
             return self.draw(logits_RV, z_R, temperature_R)
+        if self.one_by_one:
+            return self._each(logits_RV, z_R, counts_RV)
         penalty_RV = self.frequency_S[:R, None] * counts_RV + self.presence_S[:R, None] * (counts_RV > 0)
         logits_RV = logits_RV.float() - penalty_RV
         drawn_R = self.draw(self._filtered(logits_RV, temperature_R), z_R, temperature_R)
@@ -98,11 +109,58 @@ class Sampler:
 
     def _filtered(self, logits_RV: Tensor, temperature_R: Tensor) -> Tensor:
         """The logits, with −inf for tokens beyond top-k and top-p."""
-        R = len(logits_RV)
-        best, order = (logits_RV.double() / temperature_R[:, None]).sort(dim=-1, descending=True, stable=True)
-        p = best.softmax(dim=-1)
+        order = logits_RV.argsort(dim=-1, descending=True, stable=True)
+        p = _probabilities(logits_RV, temperature_R[:, None]).gather(-1, order).double()
         before = p.cumsum(dim=-1) - p
-        top_p = self.top_p_S[:R, None]
-        rank = torch.arange(logits_RV.shape[-1], device=logits_RV.device)
-        keep = ((before < top_p) | (top_p >= 1)) & (rank < self.top_k_S[:R, None])
+        top_p, top_k = (option_S[: len(p), None] for option_S in (self.top_p_S, self.top_k_S))
+        keep = ((before < top_p) | (top_p >= 1)) & (torch.arange(p.shape[-1], device=p.device) < top_k)
         return logits_RV.masked_fill(~torch.zeros_like(keep).scatter(1, order, keep), -torch.inf)
+
+    def _each(self, logits_RV: Tensor, z_R: Tensor, counts_RV: Tensor) -> Tensor:
+        """(R,) tokens, each row by its own options."""
+        token_R = torch.empty(len(z_R), dtype=torch.int64)
+        drawn, rows = [], []
+        for i, options in enumerate(self.options[: len(z_R)]):
+            logits_V = logits_RV[i].float()
+            if options.penalises:
+                counts_V = counts_RV[i]
+                penalty_V = options.frequency_penalty * counts_V + options.presence_penalty * (counts_V > 0)
+                logits_V = logits_V - penalty_V
+            if options.temperature == 0:
+                token_R[i] = first_largest(logits_V)
+            elif options.filters:
+                ids = _kept(logits_V, self.temperature_S[i], options)
+                token_R[i] = self.readout.coupling(logits_V[ids], z_R[i], self.temperature_S[i], ids)
+            else:
+                drawn.append(i)
+                rows.append(logits_V)
+        if drawn:
+            token_R[drawn] = self.draw(torch.stack(rows), z_R[drawn], self.temperature_S[drawn])
+        return token_R
+
+
+def _probabilities(logits: Tensor, temperature: Tensor) -> Tensor:
+    return (logits / temperature.float()).softmax(dim=-1)
+
+
+def _kept(logits_V: Tensor, temperature: Tensor, options: SamplingParams) -> Tensor:
+    """The tokens that `Sampler._filtered` keeps of a row, in ascending order.
+
+    It sorts only those that are likely enough, and more of them where these are too few.
+    """
+    top_k, top_p = options.top_k or len(logits_V), options.top_p
+    p_V = _probabilities(logits_V, temperature) if top_p < 1 else None
+    largest, scale = logits_V.amax().item(), temperature.item()
+    for least in (1e-3, 1e-4, 1e-5, 0.0):
+        threshold = largest + scale * math.log(least) if least else -math.inf
+        ids = (logits_V >= threshold).nonzero().squeeze(1)
+        order = logits_V[ids].argsort(descending=True, stable=True)
+        n, enough = min(top_k, len(ids)), len(ids) >= top_k
+        if p_V is not None:
+            p = p_V[ids[order]].double()
+            total = p.cumsum(dim=-1)
+            n = min(n, int((total - p < top_p).sum()))
+            enough = enough or total[-1].item() >= top_p
+        if enough:
+            break
+    return ids[order[:n]].sort().values

@@ -135,14 +135,14 @@ def test_tokens_of_related_noise_are_independent(shape):
 
 
 def test_race_words_are_uniform_over_noise_and_over_tokens():
-    words = race_words(noise(20_000), 6)
+    words = race_words(noise(20_000), torch.arange(6))
     assert words.shape == (20_000, 6)
     u = (words.double() + 0.5) * 2.0**-31
     assert u.min() > 0
     assert u.max() < 1
     assert all(stats.kstest(u[:, i].numpy(), "uniform").pvalue > 1e-3 for i in range(6))
     assert (torch.corrcoef(torch.cat([u, noise(20_000)[:, None]], 1).T) - torch.eye(7)).abs().max() < 0.03
-    of_tokens = (race_words(noise(4, key=1), 50_000).double() + 0.5) * 2.0**-31
+    of_tokens = (race_words(noise(4, key=1), torch.arange(50_000)).double() + 0.5) * 2.0**-31
     assert all(stats.kstest(row.numpy(), "uniform").pvalue > 1e-3 for row in of_tokens)
     pairs = torch.cat([of_tokens, of_tokens.roll(1, 1), of_tokens.roll(2, 1), of_tokens.roll(256, 1)])
     assert (torch.corrcoef(pairs) - torch.eye(16)).abs().max() < 0.02
@@ -151,7 +151,9 @@ def test_race_words_are_uniform_over_noise_and_over_tokens():
 @pytest.mark.parametrize("change", [2.0**-52, 2.0**-32, 2.0**-21, 2.0**-20, 2.0**-1])
 def test_one_bit_of_the_noise_changes_half_of_the_bits_of_all_words(change):
     z = noise(64) % 0.5
-    changed = race_words(z, 500) ^ race_words(z + change * (1 if change < 0.5 else 0.999), 500)
+    changed = race_words(z, torch.arange(500)) ^ race_words(
+        z + change * (1 if change < 0.5 else 0.999), torch.arange(500)
+    )
     shares = torch.stack([(changed >> bit & 1).float().mean() for bit in range(31)])
     assert (shares - 0.5).abs().max() < 0.02
 
@@ -166,8 +168,24 @@ def test_race_words_equal_the_mixer_in_python_integers():
 
     z = noise(5)
     bits = [int(x * 2**52) for x in z.tolist()]
-    assert race_words(z, 40).tolist() == [[mixed(b & 0xFFFFFFFF, b >> 32, v) for v in range(40)] for b in bits]
-    assert torch.equal(race_words(z, 3), race_words(z, 6)[:, :3])
+    assert race_words(z, torch.arange(40)).tolist() == [
+        [mixed(b & 0xFFFFFFFF, b >> 32, v) for v in range(40)] for b in bits
+    ]
+    assert torch.equal(race_words(z, torch.arange(3)), race_words(z, torch.arange(6))[:, :3])
+
+
+@pytest.mark.parametrize("name", list(COUPLINGS))
+def test_some_tokens_are_drawn_as_if_all_others_were_impossible(name):
+    g = torch.Generator().manual_seed(0)
+    logits, z, ids = (
+        torch.randn(3000, generator=g) * 3,
+        noise(200),
+        torch.randperm(3000, generator=g)[:40].sort().values,
+    )
+    masked = torch.full((3000,), -math.inf).scatter(0, ids, logits[ids])
+    few = COUPLINGS[name](logits[ids].expand(200, 40), z, 0.7, ids)
+    assert torch.equal(few, COUPLINGS[name](masked.expand(200, 3000), z, 0.7))
+    assert len(set(few.tolist())) > 10
 
 
 def test_a_certain_token_wins_every_race():
@@ -191,7 +209,7 @@ def test_a_few_rows_at_a_time_are_drawn_the_same(monkeypatch, name, temperature)
     z = noise(111).view(3, 37)
     tau = torch.linspace(0.5, 1.5, 111).view(3, 37) if temperature == "each" else temperature
     whole = COUPLINGS[name](logits, z, tau)
-    monkeypatch.setattr(coupling, "ENTRIES", 7 * 501)
+    monkeypatch.setitem(coupling.ENTRIES, "cpu", 7 * 501)
     assert torch.equal(COUPLINGS[name](logits, z, tau), whole)
     if temperature == "each":
         assert torch.equal(COUPLINGS[name](logits, z, tau[:, :1]), COUPLINGS[name](logits, z, tau[:, :1].expand(3, 37)))
