@@ -4,7 +4,8 @@
 
 MODEL is a student's directory or that of a causal LM of transformers. Prompts are lines of text, or of JSON with a
 `prompt` when the name ends in .jsonl; `-` is standard input. Each line of the output is a JSON object with `prompt`, `text`,
-`tokens` (ids) and `finish_reason`, in the order of the prompts. All prompts use the same seed unless a JSON line has its own.
+`tokens` (ids), `finish_reason` and `steps` (forward passes), in the order of the prompts. All prompts use the same seed
+unless a JSON line has its own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from kforcing import PushForwardLM
-from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
+from kforcing.engine import Engine, EngineConfig, Output, Request, SamplingParams
 from kforcing.engine.config import context_limit
 from kforcing.engine.request import ACCEPTANCES
 from kforcing.loading import DTYPES, eos_token_ids, load_model, load_tokenizer, saved_generation_config
@@ -42,10 +43,10 @@ def read_prompts(lines: TextIO, as_json: bool) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def complete(engine: Engine, requests: list[Request], progress: Any) -> Iterator[tuple[list[int], str]]:
-    """Tokens and finish reason of each request, in order, as soon as it and those before it have ended."""
+def complete(engine: Engine, requests: list[Request], progress: Any) -> Iterator[tuple[list[int], Output]]:
+    """Tokens and last output of each request, in order, as soon as it and those before it have ended."""
     made: list[list[int]] = [[] for _ in requests]
-    ends: dict[int, str] = {}
+    ends: dict[int, Output] = {}
     ids: dict[int, int] = {}
     given = done = 0
     while done < len(requests):
@@ -56,8 +57,9 @@ def complete(engine: Engine, requests: list[Request], progress: Any) -> Iterator
             i = ids[output.id]
             made[i] += output.tokens
             if output.finish_reason:
-                ends[i] = output.finish_reason
-                progress.set_postfix_str(f"{engine.stats.tokens:,} tokens, {engine.stats.steps:,} steps")
+                ends[i] = output
+                a_step = f"{engine.stats.tokens_a_step:.2f} tokens a step"
+                progress.set_postfix_str(f"{engine.stats.tokens:,} tokens, {engine.stats.steps:,} steps, {a_step}")
                 progress.update()
         while done in ends:
             yield made[done], ends[done]
@@ -128,12 +130,13 @@ def run(given: argparse.Namespace) -> None:
                 raise ValueError(f"prompt {number}: {error}") from None
         out = sys.stdout if given.output == "-" else stack.enter_context(open(given.output, "w", encoding="utf-8"))
         progress = stack.enter_context(tqdm(total=len(requests), unit="prompt", file=sys.stderr))
-        for record, (tokens, reason) in zip(records, complete(engine, requests, progress), strict=True):
+        for record, (tokens, last) in zip(records, complete(engine, requests, progress), strict=True):
             answer = {
                 "prompt": record["prompt"],
                 "text": tokenizer.decode(tokens),
                 "tokens": tokens,
-                "finish_reason": reason,
+                "finish_reason": last.finish_reason,
+                "steps": last.steps,
             }
             out.write(json.dumps(answer, ensure_ascii=False) + "\n")
             out.flush()

@@ -17,7 +17,7 @@ from torch import nn
 
 from kforcing import engine
 from kforcing.detokenizer import TextStream
-from kforcing.engine import Engine, EngineConfig, Request, TokenLogprobs
+from kforcing.engine import DraftCounts, Engine, EngineConfig, Request, TokenLogprobs
 from kforcing.loading import eos_token_ids, load_model, load_tokenizer, saved_generation_config
 from kforcing.noise import choice_seed
 
@@ -75,6 +75,13 @@ class CompletionOutput:
     """Forward passes that the continuation took."""
     logprobs: list[TokenLogprobs] | None = None
     """One entry for each of `token_ids`, if `SamplingParams.logprobs` asked for them."""
+    drafts: DraftCounts = field(default_factory=DraftCounts)
+    """Exact mode: the drafts that were verified and accepted, by their offset in a block."""
+
+    @property
+    def tokens_a_step(self) -> float:
+        """Tokens for each forward pass; 0 before the first."""
+        return len(self.token_ids) / self.steps if self.steps else 0.0
 
 
 @dataclass
@@ -183,7 +190,7 @@ class LLM:
                     piece = stream.push(made.tokens)
                     output.text += piece.text
                     output.token_ids += made.tokens[: piece.tokens]
-                    output.steps = made.steps
+                    output.steps, output.drafts = made.steps, made.drafts
                     if made.logprobs is not None:
                         output.logprobs = (output.logprobs or []) + made.logprobs[: piece.tokens]
                     if piece.stopped:

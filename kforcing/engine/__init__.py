@@ -13,10 +13,11 @@ engine.py      Engine: submit, step, cancel, stream, generate
 
 from kforcing.engine.config import EngineConfig, EngineStats
 from kforcing.engine.engine import Engine
-from kforcing.engine.request import Completion, Output, Request, SamplingParams, TokenLogprobs
+from kforcing.engine.request import Completion, DraftCounts, Output, Request, SamplingParams, TokenLogprobs
 
 __all__ = [
     "Completion",
+    "DraftCounts",
     "Engine",
     "EngineConfig",
     "EngineStats",

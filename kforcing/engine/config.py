@@ -7,7 +7,7 @@ from typing import Any
 
 from kforcing.coupling import COUPLINGS
 from kforcing.engine.layers import STATIC_ROPE
-from kforcing.engine.request import ACCEPTANCES
+from kforcing.engine.request import ACCEPTANCES, DraftCounts
 from kforcing.readout.base import Student
 
 
@@ -50,8 +50,8 @@ class EngineConfig:
 
 
 @dataclass
-class EngineStats:
-    """Counts of what an engine has done since it was made."""
+class EngineStats(DraftCounts):
+    """Counts of what an engine has done since it was made, and what became of the drafts of all requests."""
 
     steps: int = 0
     prefill_tokens: int = 0
@@ -62,31 +62,12 @@ class EngineStats:
     """Steps, summed over the requests that ran in them."""
     discarded: int = 0
     """Final tokens that were not returned: they lie behind a stop id, a limit or a cancellation."""
-    drafted: list[int] = field(default_factory=list)
-    """Exact mode: how many drafts were made for each offset 2, 3, … of a block."""
-    accepted: list[int] = field(default_factory=list)
-    """Exact mode: how many of them, and of all drafts before them in their block, equal the AR model's own token."""
     context_drafted: int = 0
     """How many of all drafts came from the context."""
     context_accepted: int = 0
     """How many of these were accepted."""
     widths: dict[int, int] = field(default_factory=dict)
     """How many steps made blocks of each width."""
-
-    def count_block(self, drafted: int, accepted: int, source: int = 0) -> None:
-        """Count one verified block: `drafted` tokens beyond the first, of which the first `accepted` were kept.
-
-        `source` is that of the drafts: 0 for the student, more for the context.
-        """
-        if source:
-            self.context_drafted += drafted
-            self.context_accepted += accepted
-        missing = drafted - len(self.drafted)
-        self.drafted += [0] * missing
-        self.accepted += [0] * missing
-        for offset in range(drafted):
-            self.drafted[offset] += 1
-            self.accepted[offset] += offset < accepted
 
     @property
     def tokens_a_step(self) -> float:

@@ -293,13 +293,21 @@ class Engine:
         alike = read == 1 and not hints and not verify and known and min(lengths) == max(lengths)
         return StepShape(n, columns, read, width, plain, verify, context, not alike, logprobs)
 
+    def _count_drafts(self, sequence: Sequence, verified: int, accepted: int) -> None:
+        """Note that a step verified so many drafts of a sequence, and how many of them it accepted."""
+        self.stats.count_block(verified, accepted)
+        sequence.counts.count_block(verified, accepted)
+        self.widths.block(verified, accepted, sequence.source)
+        if verified and sequence.source:
+            self.stats.context_drafted += verified
+            self.stats.context_accepted += accepted
+
     def _finish(self, sequence: Sequence, made: list[list[int]], records: list[list[list[float]]]) -> Output:
         """Take over the tokens that became final in some steps, cut at the first stop id or the limit."""
         tokens, logprobs = [], []
         most = sequence.request.sampling.logprobs
         for (new, verified, source, drafts, *final), step_records in zip(made, records, strict=True):
-            self.stats.count_block(verified, new - 1, sequence.source)
-            self.widths.block(verified, new - 1, sequence.source)
+            self._count_drafts(sequence, verified, accepted=new - 1)
             sequence.saw_block(source, drafts)
             tokens += final[:new]
             if most is not None:
@@ -313,7 +321,8 @@ class Engine:
         self.stats.tokens += len(kept)
         self.stats.discarded += len(tokens) - len(kept)
         reason = "stop" if at is not None else "length" if len(sequence.new) >= sequence.limit else None
-        return Output(sequence.id, kept, reason, stop, sequence.steps, None if most is None else logprobs[: len(kept)])
+        entries = None if most is None else logprobs[: len(kept)]
+        return Output(sequence.id, kept, reason, stop, sequence.steps, entries, sequence.counts)
 
 
 def _packed(model: nn.Module, config: EngineConfig) -> nn.Module:
@@ -330,7 +339,7 @@ def _completion(outputs: list[Output]) -> Completion:
         return Completion(tokens, "cancelled")
     last = outputs[-1]
     logprobs = None if last.logprobs is None else [entry for output in outputs for entry in output.logprobs or ()]
-    return Completion(tokens, last.finish_reason or "cancelled", last.stop_id, last.steps, logprobs)
+    return Completion(tokens, last.finish_reason or "cancelled", last.stop_id, last.steps, logprobs, last.drafts)
 
 
 def _token_logprobs(record: list[float], n: int) -> TokenLogprobs:

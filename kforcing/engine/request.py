@@ -98,6 +98,25 @@ class TokenLogprobs(NamedTuple):
     """Of the likeliest tokens, by id, the likeliest first."""
 
 
+@dataclass
+class DraftCounts:
+    """Exact mode: what became of the drafts, for each offset 2, 3, … of a block. Empty lists where none was verified."""
+
+    drafted: list[int] = field(default_factory=list)
+    """How many drafts were verified."""
+    accepted: list[int] = field(default_factory=list)
+    """How many of them, and of all drafts before them in their block, equal the AR model's own token."""
+
+    def count_block(self, drafted: int, accepted: int) -> None:
+        """Count one verified block: `drafted` tokens beyond the first, of which the first `accepted` were kept."""
+        missing = drafted - len(self.drafted)
+        self.drafted += [0] * missing
+        self.accepted += [0] * missing
+        for offset in range(drafted):
+            self.drafted[offset] += 1
+            self.accepted[offset] += offset < accepted
+
+
 @dataclass(frozen=True)
 class Output:
     """What a step made for a request."""
@@ -112,6 +131,8 @@ class Output:
     """Steps that the request has taken so far: its tokens divided by its steps are the accepted tokens a step."""
     logprobs: list[TokenLogprobs] | None = field(default=None, compare=False)
     """One entry for each token, if the request asked for them."""
+    drafts: DraftCounts = field(default_factory=DraftCounts, compare=False)
+    """What became of the request's drafts so far."""
 
 
 @dataclass(frozen=True)
@@ -125,3 +146,10 @@ class Completion:
     """Steps that the request took."""
     logprobs: list[TokenLogprobs] | None = field(default=None, compare=False)
     """One entry for each token, if the request asked for them."""
+    drafts: DraftCounts = field(default_factory=DraftCounts, compare=False)
+    """What became of the request's drafts."""
+
+    @property
+    def tokens_a_step(self) -> float:
+        """Tokens for each step of the request; 0 without steps."""
+        return len(self.tokens) / self.steps if self.steps else 0.0

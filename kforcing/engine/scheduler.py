@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kforcing.engine.request import Request
+from kforcing.engine.request import DraftCounts, Request
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Sequence:
     source: int = 0
     """Where they come from: 0 for the student, n for an earlier occurrence of the last n tokens."""
     steps: int = 0
+    counts: DraftCounts = field(default_factory=DraftCounts)
 
     def __post_init__(self) -> None:
         self.unread = self.tail

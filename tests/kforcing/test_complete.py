@@ -52,6 +52,7 @@ def test_lines_come_back_in_order_with_the_reference_tokens(folder, monkeypatch)
         assert answer["tokens"] == decode(student, ids, 9, k=4)
         assert answer["finish_reason"] == "length"
         assert answer["text"]
+        assert answer["steps"] == 3
 
 
 def test_exact_acceptance_gives_the_tokens_of_the_ar_model(folder, monkeypatch):

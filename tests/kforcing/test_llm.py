@@ -56,6 +56,8 @@ def test_a_prompt_may_be_a_text_or_token_ids_alone_or_in_a_list(llm):
 
 def test_exact_mode_gives_the_text_of_the_ar_model(folder, llm):
     exact = llm.generate("abc", SamplingParams(max_tokens=30, seed=5, acceptance="exact"))[0].outputs[0]
+    assert exact.steps + sum(exact.drafts.accepted) >= len(exact.token_ids)
+    assert exact.tokens_a_step == len(exact.token_ids) / exact.steps
     student = load_model(folder)
     ar = LLM(student.backbone, llm.tokenizer, max_num_seqs=1, max_model_len=56, coupling="gumbel")
     assert exact.token_ids == ar.generate("abc", SamplingParams(max_tokens=30, seed=5))[0].outputs[0].token_ids

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kforcing import Design, NoiseConfig, PushForwardLM, SequentialConfig
-from kforcing.engine import Engine, EngineConfig, EngineStats, Request, SamplingParams
+from kforcing.engine import DraftCounts, Engine, EngineConfig, Request, SamplingParams
 from kforcing.engine.graphs import Graphs
 from kforcing.reference import decode
 from tests.kforcing.engine.scenes import run, run_eagerly
@@ -183,7 +183,7 @@ def test_wrong_drafts_cost_steps_and_no_tokens():
 
 
 def test_statistics_count_a_draft_as_accepted_only_behind_accepted_ones():
-    stats = EngineStats()
+    stats = DraftCounts()
     stats.count_block(drafted=3, accepted=2)
     stats.count_block(drafted=3, accepted=0)
     stats.count_block(drafted=1, accepted=1)
@@ -218,6 +218,23 @@ def test_a_student_without_its_ar_model_refuses_exact_mode(m, message):
 def test_an_unknown_acceptance_is_refused():
     with pytest.raises(ValueError, match="acceptance=lossy: choose one of exact, fixed"):
         Engine(student("head alone"), EngineConfig(acceptance="lossy"))
+
+
+def test_each_request_has_its_own_counts_of_drafts():
+    m = student("all hints")
+    engine = Engine(m, EngineConfig(max_num_seqs=4, max_model_len=60, acceptance="exact", adapt_width=False))
+    requests = [Request([1, 2, i], 30 + i, seed=i, k=2 + i) for i in range(3)]
+    done = engine.generate([*requests, Request([1, 2], 20, acceptance="fixed")])
+    for request, completion in zip(requests, done, strict=False):
+        assert len(completion.drafts.drafted) == request.k - 1
+        assert completion.drafts.drafted[0] == completion.steps - 1
+        over = completion.steps + sum(completion.drafts.accepted) - len(completion.tokens)
+        assert 0 <= over < request.k
+        assert completion.tokens_a_step == len(completion.tokens) / completion.steps
+    assert done[3].drafts == DraftCounts()
+    assert engine.stats.drafted[0] == sum(c.drafts.drafted[0] for c in done[:3])
+    assert sum(engine.stats.accepted) == sum(sum(c.drafts.accepted) for c in done[:3])
+    assert sum(engine.stats.widths.values()) == engine.stats.steps
 
 
 def test_a_stream_in_exact_mode_gives_one_to_k_tokens_a_step():
