@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +31,7 @@ from pipelines.evaluation.report.record import cost_record
 from pipelines.evaluation.subject import Student, block_sizes, config_of, open_subject
 from pipelines.training.single_process import shortened
 from tests.pipeline_runs import copy_with_tracking, environment
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[3]
 SMALL = [
@@ -80,15 +80,20 @@ def killed(run):
     """An evaluation of the smoke run, killed with the first rows done, and continued."""
     words = [str(run), *SMALL]
     cwd, root = run.parent.parent, run / "evaluation"
+
+    def output():
+        return (cwd / "evaluation.log").read_text()[-3000:]
+
     with open(cwd / "evaluation.log", "w") as log:
         first = subprocess.Popen(
             command(*words), stdout=log, stderr=log, cwd=cwd, env=environment(), start_new_session=True
         )
-        deadline = time.monotonic() + 300
-        while not list(root.glob("row-*/manifest.json")):
-            assert first.poll() is None, (cwd / "evaluation.log").read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+
+        def a_row_is_done():
+            assert first.poll() is None, output()
+            return list(root.glob("row-*/manifest.json"))
+
+        wait_until(a_row_is_done, output, 600, pause=0.2)
         os.killpg(first.pid, signal.SIGKILL)
         first.wait(timeout=60)
     before = {f: f.stat().st_mtime_ns for f in root.glob("*/manifest.json")}
