@@ -1,6 +1,6 @@
-"""Couplings: maps from (distribution, noise) to a token that sample the distribution when the noise is uniform.
+"""Couplings: maps from (distribution, noise) to a token, which sample the distribution when the noise is uniform.
 
-Each is a function of (logits, z, temperature); z is one uniform number a token, whatever the coupling.
+Each coupling is a function of (logits, z, temperature). Each token has one uniform number z.
 """
 
 from __future__ import annotations

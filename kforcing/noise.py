@@ -1,9 +1,11 @@
 """Counter-based noise: every z is a pure function of (key, sequence, window, offset).
 
-No generator is shared or advanced. A retried rollout, another batch size or another number of workers therefore
-reproduces the same z, rollouts ship token ids instead of noise, and AR and push-forward decoding can be compared
-under the same draws. The generator is Philox4x32-10 (Salmon et al., *Parallel Random Numbers: As Easy as 1, 2, 3*,
-SC 2011), written in int64 torch arithmetic so that CPU and GPU give the same bits.
+No generator is shared or advanced. Three things follow. A retried rollout, another batch size or another number of workers
+reproduces the same z. Rows of a rollout need not hold the noise, because it can be computed again. AR and push-forward
+decoding can be compared under the same draws.
+
+The generator is Philox4x32-10 (Salmon et al., *Parallel Random Numbers: As Easy as 1, 2, 3*, SC 2011), written in int64
+torch arithmetic, so CPU and GPU give the same bits.
 """
 
 from __future__ import annotations
@@ -95,7 +97,8 @@ def _signed(word: int) -> int:
 def window_noise(key: Tensor | int, sequence_B: Tensor, anchors_BW: Tensor, k: int) -> Tensor:
     """Noise of the windows of a batch: (B,) ids and (B, W) anchors give (B, W, k) float64 in (0, 1).
 
-    Where an anchor repeats in a sequence its windows are independent draws: the d-th one counts in the offset's high bits.
+    Where an anchor occurs several times in a sequence, its windows have independent noise: the number of the occurrence is
+    in the high bits of the offset.
     """
     offsets_K = torch.arange(k, device=anchors_BW.device)
     draws_BW = repetitions(anchors_BW)
@@ -105,7 +108,7 @@ def window_noise(key: Tensor | int, sequence_B: Tensor, anchors_BW: Tensor, k: i
 
 
 def repetitions(anchors_BW: Tensor) -> Tensor:
-    """How often each anchor came before in its sequence: (B, W) int64, zeros when all are different."""
+    """How often each anchor occurred before in its sequence: (B, W) int64, zeros when all are different."""
     sorted_BW, order_BW = anchors_BW.sort(dim=1, stable=True)
     places_W = torch.arange(anchors_BW.shape[1], device=anchors_BW.device)
     count_BW = places_W - torch.searchsorted(sorted_BW, sorted_BW)
@@ -115,8 +118,8 @@ def repetitions(anchors_BW: Tensor) -> Tensor:
 def sample_anchors(key: Tensor | int, sequence_B: Tensor, n_context: int, n_windows: int) -> Tensor:
     """`n_windows` different anchors in [0, n_context) for each sequence, sorted: (B,) → (B, W) int64.
 
-    The anchor is the position of the last context token that a window sees. Raises ValueError when a sequence has
-    fewer positions than windows are asked for.
+    The anchor is the position of the last context token that a window sees. Raises ValueError when `n_windows` is not
+    between 1 and `n_context`.
     """
     if not 1 <= n_windows <= n_context:
         raise ValueError(f"{n_windows} windows asked of a sequence with {n_context} positions; need 1 to {n_context}")

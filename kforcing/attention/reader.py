@@ -7,8 +7,8 @@ The block of a window holds committed tokens and hints. A reader takes all entri
 time. Entry l of a block has position anchor + 1 + l: a committed token has the position that it would have in the
 sequence, and the paper's hint has the position of the token that it predicts.
 
-The context pass (`kforcing.attention.windows`) leaves keys and values. A read uses them where they lie, through an attention
-function that transformers calls like any other (`attend`), so nothing of the context is computed, copied or masked again.
+The context pass (`kforcing.attention.windows`) keeps its keys and values. A read attends to them through a function
+that transformers calls like any other attention (`attend`), so nothing of the context is computed, copied or masked again.
 
 Shapes: B batch, N context, W windows, K tokens of a block, L block entries of one read, T block entries so far, D width,
 V vocabulary; J heads of keys, E width of a head, S = W · L.

@@ -1,19 +1,19 @@
 """Staircase attention: the windows' blocks over one shared context, at a cost that is linear in the entries of a block.
 
-    context part   an entry of window w sees context tokens 0 … anchor(w): stock attention kernels
-    window part    and the entries of its own window up to itself: a softmax over T numbers, written out here
+    context part   an entry of window w sees context tokens 0 … anchor(w). Stock attention kernels compute this part.
+    window part    it also sees the entries of its own window up to itself. This module computes a softmax over T scores.
 
-Both are merged by their log-sum-exps. Autograd knows no gradient of a kernel's log-sum-exp, and none is needed: a kernel's
-backward rebuilds its probabilities as exp(score − lse) and subtracts Σ grad · out from their gradients, so calling it with
-the *merged* output and log-sum-exp gives the exact gradients of its part (ring attention: Liu, Zaharia, Abbeel 2023).
+The two parts are merged by their log-sum-exps. The backward function of a kernel rebuilds the probabilities as
+exp(score − lse) and subtracts Σ grad · out from their gradients. When it is called with the *merged* output and log-sum-exp,
+it returns the exact gradients of its part (ring attention: Liu, Zaharia, Abbeel 2023). So autograd, which cannot
+differentiate a kernel's log-sum-exp, does not have to.
 
-How kernels are called. The windows are cut into chunks. A chunk's entries are the queries of one call, its keys are the
-context up to the chunk's last anchor and its mask says which of those each window sees. On GPUs, in half precision, full
-windows (every anchor, each equally often) are plain causal attention instead: entry l of all windows is one head's worth
-of N queries against N keys. On CPUs chunks are faster than the causal kernel, which skips less of the upper triangle. No
-recipe makes the causal call so far: all of them sample windows or compute in float32, as rollouts always do.
-
-The calls for GPUs are checked for shapes, types and layouts alone: they have not run on a GPU.
+How kernels are called. The windows are divided into chunks, and each chunk is one call: its queries are the entries of the
+windows, its keys are the context up to the last anchor of the chunk, and its mask says which keys each window sees. On GPUs,
+in half precision, full windows (every position is an anchor, each equally often) use plain causal attention instead: entry
+l of all windows is one head of N queries and N keys. On CPUs chunks are faster than the causal kernel, which skips less of
+the upper triangle. No recipe makes the causal call so far: all recipes sample windows or compute in float32, and rollouts
+always compute in float32.
 
 Shapes: B batch, N context, W windows, C windows of a call, L entries of this read, T entries of a window so far (the last L
 are this read's), H query heads, J key heads, G = H / J, E width of a head, S = W · L.
@@ -42,14 +42,14 @@ class Chunk:
     windows: slice
     end: int
     anchors_BC: Tensor
-    """Of one row when all rows have the same."""
+    """int64 anchors; one row alone when all rows have the same anchors."""
 
     def fold(self, x_BJWGLE: Tensor) -> Tensor:
         """The entries of the call as its queries: (B, J, C·G·L, E)."""
         return x_BJWGLE[:, :, self.windows].flatten(2, 4)
 
     def unfold(self, y: Tensor, into_BJWGLE: Tensor) -> None:
-        """Write what the call gives for its queries where they came from."""
+        """Write the result of the call to the places of its queries."""
         part = into_BJWGLE[:, :, self.windows]
         part.copy_(y.view(part.shape))
 
@@ -57,14 +57,14 @@ class Chunk:
         """The additive attention mask (B, 1, C·repeats, end): 0 where a window may attend, −inf elsewhere."""
         columns = torch.arange(self.end, device=self.anchors_BC.device)
         hidden = (columns > self.anchors_BC[..., None]).repeat_interleave(repeats, dim=1)[:, None]
-        wide = -(-self.end // 16) * 16  # GPU kernels want rows of the mask to be aligned
+        wide = -(-self.end // 16) * 16  # GPU kernels need aligned rows of the mask
         mask = torch.zeros(*hidden.shape[:-1], wide, dtype=dtype, device=hidden.device)[..., : self.end]
         return mask.masked_fill_(hidden, -torch.inf)
 
 
 @dataclass(frozen=True)
 class Causal:
-    """The one call for full windows: each entry of a window is a head of its own, whose N queries are the windows."""
+    """The single call for full windows: entry l of all windows is a head of its own, with N queries."""
 
     end: int
     """N."""
@@ -76,19 +76,19 @@ class Causal:
         return x_BJWGLE.unflatten(2, (self.end, self.draws)).permute(0, 1, 3, 4, 5, 2, 6).flatten(1, 4)
 
     def unfold(self, y: Tensor, into_BJWGLE: Tensor) -> None:
-        """Write what the call gives for its queries where they came from."""
+        """Write the result of the call to the places of its queries."""
         B, J, _, G, L, E = into_BJWGLE.shape
         back = y.view(B, J, self.draws, G, L, self.end, E).permute(0, 1, 5, 2, 3, 4, 6)
         into_BJWGLE.unflatten(2, (self.end, self.draws)).copy_(back)
 
 
 class Staircase:
-    """Which context tokens each window sees, as calls of kernels: made once for all layers and reads of a batch.
+    """The kernel calls that let each window see its context. They are the same for all layers and reads of a batch.
 
     Args:
-        anchors_BW: int64, position of the last context token each window sees. Sorted anchors cost least.
-        n_context: tokens of the context.
-        causal: serve full windows by the causal kernel.
+        anchors_BW: int64, the position of the last context token that each window sees. Sorted anchors cost least.
+        n_context: number of tokens of the context.
+        causal: whether full windows use the causal kernel.
     """
 
     def __init__(self, anchors_BW: Tensor, n_context: int, causal: bool):
@@ -96,7 +96,7 @@ class Staircase:
         every = torch.arange(n_context, device=anchors_BW.device).repeat_interleave(draws)
         full = (anchors_BW == every).all() if draws and not rest else torch.zeros_like(anchors_BW[0, 0])
         last = [chunk.amax() for chunk in anchors_BW.split(WINDOWS_A_CALL, dim=1)]
-        # The only time the host waits for these tensors.
+        # This is the only time that the host waits for the device.
         *ends, is_full = torch.stack([*last, full.to(anchors_BW.dtype)]).tolist()
         self.windows = anchors_BW.shape[1]
         self.calls: list[Chunk | Causal]
@@ -112,7 +112,7 @@ class Staircase:
         self._masks: dict[tuple[int, torch.dtype], list[Tensor | None]] = {}
 
     def masks(self, repeats: int, dtype: torch.dtype) -> list[Tensor | None]:
-        """The masks of the calls for so many queries a window and key head; none for a causal call."""
+        """The masks of the calls, for `repeats` queries of each window and key head. The mask of a causal call is None."""
         if (repeats, dtype) not in self._masks:
             masks = [call.mask(repeats, dtype) if isinstance(call, Chunk) else None for call in self.calls]
             self._masks[repeats, dtype] = masks
@@ -139,12 +139,12 @@ def staircase_attention(
 
     Args:
         q_BHSE: queries, window by window.
-        keys_BJNE: keys of the context; read where they lie, never copied.
-        values_BJNE: its values.
-        own_keys_BJWTE: keys of the windows' entries, of earlier reads and of this one.
-        own_values_BJWTE: their values.
+        keys_BJNE: keys of the context. They are not copied.
+        values_BJNE: values of the context.
+        own_keys_BJWTE: keys of the windows' entries: those of earlier reads, then those of this read.
+        own_values_BJWTE: values of the windows' entries.
         staircase: which context each window sees.
-        scale: of the scores.
+        scale: factor of the scores.
     """
     return _StaircaseAttention.apply(  # type: ignore[no-untyped-call]
         q_BHSE, keys_BJNE, values_BJNE, own_keys_BJWTE, own_values_BJWTE, staircase, scale
@@ -205,23 +205,23 @@ class _StaircaseAttention(torch.autograd.Function):
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums of this type are kept in."""
+    """The type in which sums of values of `dtype` are kept."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _wide_product(x_BJWXE: Tensor, y_BJWTE: Tensor) -> Tensor:
-    """x @ yᵀ, not rounded to half precision: like stock kernels, which keep scores and their gradients in float32."""
+    """x @ yᵀ in at least float32, because stock kernels keep scores and their gradients in float32."""
     wide = _wide(x_BJWXE.dtype)
     return x_BJWXE.to(wide) @ y_BJWTE.to(wide).mT
 
 
 def _by_window(x_BHSE: Tensor, windows: int, key_heads: int) -> Tensor:
-    """A view with windows, entries and query heads of a key head apart: (B, J, W, G, L, E)."""
+    """A view with separate dimensions for key heads, windows, query heads of a key head, and entries: (B, J, W, G, L, E)."""
     return x_BHSE.unflatten(1, (key_heads, -1)).unflatten(3, (windows, -1)).transpose(2, 3)
 
 
 def _window_scores(q_BJWXE: Tensor, own_keys_BJWTE: Tensor, L: int, scale: float) -> Tensor:
-    """Scores of X = G·L queries a window for the T entries of their own window, −inf for later ones."""
+    """Scores of the X = G·L queries of a window for the T entries of that window; −inf for later entries."""
     scores_BJWXT = _wide_product(q_BJWXE, own_keys_BJWTE) * scale
     T, G = own_keys_BJWTE.shape[3], q_BJWXE.shape[3] // L
     later_LT = torch.ones(L, T, dtype=torch.bool, device=scores_BJWXT.device).triu(T - L + 1)
@@ -251,7 +251,7 @@ def _window_backward(
     grad_q_BJWGLE: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the windows' keys and values; that of the queries is added to what the context part gave."""
+    """Gradients of the windows' keys and values. The gradient of the queries is added to that of the context part."""
     q, grad = q_BJWGLE.flatten(3, 4), grad_BJWGLE.flatten(3, 4)
     p_BJWXT = (_window_scores(q, own_keys, q_BJWGLE.shape[4], scale) - lse_BJWGL1.flatten(3, 4)).exp_()
     grad_values = p_BJWXT.to(grad.dtype).mT @ grad
@@ -262,7 +262,7 @@ def _window_backward(
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of a stock kernel, causal when there is no mask; float32 in float32, or wider."""
+    """Output and log-sum-exp of a stock kernel, causal when there is no mask. The log-sum-exp is float32 or wider."""
     if q.device.type == "cpu":
         causal = mask is None
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
@@ -285,7 +285,7 @@ def _kernel_backward(
         )
     width, n, end = v.shape[-1], q.shape[2], k.shape[2]
     grad, q, k, v, out = (_aligned(x) for x in (grad, q, k, v, out))
-    # Without dropout the generator's state is not read.
+    # The kernels read the state of the generator for dropout alone, so any state will do.
     if mask is None:
         seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
         grads = aten._scaled_dot_product_flash_attention_backward(
@@ -294,7 +294,7 @@ def _kernel_backward(
     else:
         seed = torch.zeros((), dtype=torch.int64, device=q.device)
         padded, bias = pad(lse, (0, -n % 32), value=torch.inf), mask.expand(*q.shape[:3], -1)
-        # In half precision the kernel takes rows of the output to be `heads · width` apart, whatever their stride is.
+        # In half precision the kernel assumes that rows of the output are `heads · width` apart, and ignores the strides.
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
         needed = [True, True, True, False]
         grads = aten._scaled_dot_product_efficient_attention_backward(
@@ -304,5 +304,5 @@ def _kernel_backward(
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Heads of a width that GPU kernels take: zeros up to a multiple of 8, last dimension dense."""
+    """The tensor, padded with zeros to a width that is a multiple of 8, as GPU kernels require."""
     return pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x

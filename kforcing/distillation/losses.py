@@ -1,4 +1,4 @@
-"""Losses, summed over tokens: whoever calls divides by the *global* token count (see `pipelines/step.py`).
+"""Losses, summed over tokens. The caller divides by the *global* number of tokens, as `pipelines/training/step.py` does.
 
 Shapes: B batch, W windows, R rows (windows of all sequences in a line), K tokens of a block, M tokens of a label, D width,
 V vocabulary.
@@ -23,13 +23,13 @@ class LossSums:
     """Sums over the tokens of a batch, so that they add up over micro-batches and ranks."""
 
     loss: Tensor
-    """Scalar with gradient: what is minimised."""
+    """Scalar with gradient, which training minimises."""
     nll_K: Tensor
-    """(K,) Σ over windows of −log p_j(target_j), no gradient."""
+    """(K,) Σ over windows of −log p_j(target_j), without gradient."""
     match_K: Tensor
     """(K,) number of windows whose token at offset j is the target."""
     block: Tensor
-    """Scalar: number of windows with every offset right."""
+    """Scalar: number of windows in which the token of every offset is the target."""
     windows: int
     """Number of windows (sequence positions for AR training)."""
 
@@ -55,10 +55,10 @@ class SoftTargets:
     logp_BWKM: Tensor
     """float32 log-probabilities: of the whole vocabulary in order, or of the tokens in `ids_BWKM`."""
     ids_BWKM: Tensor | None = None
-    """int64 token ids; none when the distribution is whole."""
+    """int64 token ids; None when the distribution is whole."""
 
     def rows(self, rows: slice) -> SoftTargets:
-        """Those of some windows, the windows of all sequences in a line: (1, R, K, M)."""
+        """The targets of a slice of the windows, where the windows of all sequences are numbered in a row: (1, R, K, M)."""
         parts = (None if x is None else x.flatten(0, 1)[None, rows] for x in (self.logp_BWKM, self.ids_BWKM))
         return SoftTargets(*parts)  # type: ignore[arg-type]
 
@@ -68,7 +68,7 @@ class SoftTargets:
 
     @property
     def tail_BWK(self) -> Tensor:
-        """Probability that the labels leave out: one tail for all other tokens."""
+        """The probability of all tokens that have no label."""
         if self.ids_BWKM is None:
             return torch.zeros_like(self.logp_BWKM[..., 0])
         return (1 - self.logp_BWKM.exp().sum(dim=-1)).clamp(min=0)
@@ -91,8 +91,8 @@ def token_nll(head: Callable[[Tensor], Tensor], states_BWKD: Tensor, tokens_BWK:
 def soft_target_kl(logits_BWKV: Tensor, soft: SoftTargets) -> Tensor:
     """(B, W, K) float32 KL divergence from the teacher's distribution to the student's, in nats.
 
-    With m tokens and a tail it is the divergence of the two (m + 1)-way distributions: at most the whole one, by what
-    the student could still misplace inside the tail.
+    With m labelled tokens and a tail, it is the divergence between two distributions over m + 1 outcomes. It is at most the
+    divergence over the whole vocabulary, because differences inside the tail do not count.
     """
     logits_BWKV = logits_BWKV.float()
     total_BWK = logits_BWKV.logsumexp(dim=-1)
@@ -110,7 +110,7 @@ def soft_target_kl(logits_BWKV: Tensor, soft: SoftTargets) -> Tensor:
 
 @torch.no_grad()
 def block_sums(loss: Tensor, windows: int, right_RK: Tensor, nll_RK: Tensor) -> LossSums:
-    """The sums over so many windows. Match and NLL were measured on some of them, and are scaled up to all."""
+    """The sums over `windows` windows. Match and NLL were measured on some of them, and are scaled up to all."""
     right, nll = right_RK.flatten(0, -2).float(), nll_RK.flatten(0, -2)
     share = windows / len(right)
     block = right.prod(-1).sum() * share
@@ -121,10 +121,10 @@ def hard_target_loss(head: nn.Module, states_BWKD: Tensor, targets_BWK: Tensor, 
     """−log p_j(target_j) in float32, summed over batch, windows and offsets (K-Forcing's training loss).
 
     Args:
-        head: states before the LM head → logits.
-        states_BWKD: what token j of each window is read from.
+        head: maps states to logits.
+        states_BWKD: the states from which each token is read.
         targets_BWK: int64.
-        chunk: tokens whose logits exist at a time.
+        chunk: number of tokens whose logits exist at a time.
     """
     states_RD, targets_R = states_BWKD.flatten(0, 2), targets_BWK.flatten()
 

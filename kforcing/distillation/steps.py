@@ -20,7 +20,7 @@ from kforcing.distillation.losses import LossSums, SoftTargets, block_sums, next
 from kforcing.modeling import PushForwardLM
 from kforcing.readout.base import BlockScores
 
-# Training measures match on one window out of so many: each draw is a pass over the whole vocabulary.
+# Training measures match on one window out of this many, because each draw is a pass over the whole vocabulary.
 MATCH_STRIDE = 4
 
 

@@ -1,8 +1,8 @@
-"""Teacher rollouts: what k coupled tokens does the frozen teacher make of each window's noise?
+"""Teacher rollouts: the frozen teacher maps the noise of each window to k target tokens.
 
-Two teachers with one method each. `ARTeacher` is the AR model's own unrolled coupling (exact, the ideal student).
-`StudentTeacher` is a push-forward student that makes its k tokens, commits them and makes the next k: two passes of
-PFLM(k) give the targets of PFLM(2k), the paper's self-forcing.
+There are two teachers. `ARTeacher` draws the tokens one after the other from the AR model by the coupling; a perfect student
+would return the same tokens. `StudentTeacher` is a push-forward student that makes k tokens, appends them to the context and
+makes the next k. Two passes of PFLM(k) give the targets of PFLM(2k), which is the paper's self-forcing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kforcing.modeling import PushForwardLM
 
 
 class Teacher(Protocol):
-    """Anything that turns windows and noise into tokens."""
+    """Maps windows and their noise to tokens."""
 
     def rollout(self, windows: Windows) -> Tensor:
         """(B, W, K) int64 tokens of the windows, coupled to their noise."""
@@ -41,7 +41,7 @@ class ARTeacher:
 
     @torch.no_grad()
     def rollout(self, windows: Windows) -> Tensor:
-        """See `Teacher.rollout`."""
+        """Implements `Teacher.rollout`."""
         return self._unroll(windows, lambda logits: ())[0]
 
     @torch.no_grad()
@@ -56,7 +56,7 @@ class ARTeacher:
         return tokens, SoftTargets(logp, ids)
 
     def _unroll(self, windows: Windows, label: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
-        """(B, W, K) tokens, and (B, W, K, …) what `label` makes of the (R, V) float32 logits behind them."""
+        """(B, W, K) tokens, and the (B, W, K, …) tensors that `label` returns for the float32 logits."""
         context = read_context(self.backbone, windows.context_BN)
         reader = BlockReader(self.backbone.base_model, context.layers, windows.anchors_BW)
         states_BWD, shape = context.at(windows.anchors_BW), windows.anchors_BW.shape
@@ -92,7 +92,7 @@ class StudentTeacher:
 
     @torch.no_grad()
     def rollout(self, windows: Windows) -> Tensor:
-        """See `Teacher.rollout`."""
+        """Implements `Teacher.rollout`."""
         context = read_context(self.student.backbone, windows.context_BN)
         tokens_BWP: Tensor | None = windows.prefix_BWP
         made = []

@@ -59,18 +59,18 @@ class ArgmaxReadout(Readout):
         self.noise_encoder = NoiseEncoder(embeddings(backbone).weight.shape[1], noise)
 
     def start(self, backbone: PreTrainedModel) -> None:
-        """Make new hints look like tokens to the first layer."""
+        """Give new hints the standard deviation of the token embeddings."""
         self.noise_encoder.rescale(embeddings(backbone).weight.float().std().item())
 
     def scores(
         self, backbone: PreTrainedModel, windows: Windows, tokens_BWK: Tensor, context: Context | None = None
     ) -> BlockScores:
-        """p_j(· | context, z_1 … z_j): the tokens do not matter here."""
+        """Implements `Readout.scores`: p_j(· | context, z_1 … z_j). The given tokens have no effect."""
         _, reader = open_windows(backbone, windows, context)
         return BlockScores(self._states(backbone, windows, reader), head(backbone))
 
     def tokens(self, backbone: PreTrainedModel, windows: Windows, context: Context | None = None) -> Tensor:
-        """See `Readout.tokens`."""
+        """Implements `Readout.tokens`."""
         _, reader = open_windows(backbone, windows, context)
         states_RKD = self._states(backbone, windows, reader).flatten(0, 1)
         likeliest = lambda rows: (lm_head(backbone, states_RKD[rows]).argmax(dim=-1),)  # noqa: E731
@@ -85,16 +85,16 @@ class ArgmaxReadout(Readout):
         return reader.read(block)[:, :, -windows.k :]
 
     def pick(self, logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
-        """The likeliest token; the noise has done its work inside the network."""
+        """The likeliest token. The noise is not used, because the network has read it."""
         return logits.argmax(dim=-1)
 
     def turns(
         self, backbone: PreTrainedModel, windows: Windows, reader: Reader, known_BWD: Tensor | None, pick: Pick
     ) -> Iterator[Turn]:
-        """All k tokens from one pass."""
+        """Implements `Readout.turns`: one pass gives all k tokens."""
         logits_BWKV = lm_head(backbone, self._states(backbone, windows, reader))
         for offset, logits_BWV in enumerate(logits_BWKV.unbind(2)):
             yield logits_BWV, pick(logits_BWV, offset)
 
     def grow(self, k: int) -> None:
-        """Nothing to do: hints differ by position and noise alone."""
+        """Implements `Readout.grow`. No weight depends on k: hints differ by position and noise alone."""

@@ -1,10 +1,10 @@
-"""The read-out: how one forward pass becomes k tokens. A seam with two sides:
+"""The interface of a read-out, which turns the states of one forward pass into k tokens. It has two implementations:
 
-    ArgmaxReadout (here)           hint j carries z_j through the network; token j is the argmax of its logits
-    SequentialReadout              hints carry no noise; a small head turns their states into explicit distributions,
-    (sequential.py)                one after the other, and a coupling draws from them outside the network
+    argmax.py       ArgmaxReadout: hint j carries z_j through the network, and token j is the argmax of its logits
+    sequential.py   SequentialReadout: hints carry no noise. A small head turns their states into explicit distributions, one
+                    token after the other, and a coupling draws from each of them outside the network
 
-Whoever trains, evaluates or decodes uses `Readout`'s methods and does not ask which side it is.
+Training, evaluation and decoding call the methods of `Readout` and need not know which of the two it is.
 
 Shapes: B batch, N context, W windows, P committed tokens, K tokens to make, D width, V vocabulary.
 """
@@ -27,18 +27,21 @@ from kforcing.design import Design
 
 @dataclass(frozen=True)
 class BlockScores:
-    """What every token of the windows' blocks is read from, before the LM head: logits are made on demand."""
+    """The states from which every token of the windows' blocks is read. Logits are computed on demand.
+
+    Row j of the states gives the logits of token j.
+    """
 
     states_BWKD: Tensor
-    """Final states; `head` makes token j's logits of row j."""
+    """Final states, before the LM head."""
     head: nn.Module
     """(..., D) states → (..., V) logits."""
     side_states: tuple[Tensor, ...] = ()
-    """Further (B, W, K − 1, D) states for tokens 2 … K, whose logits training should also bring near the targets."""
+    """Further (B, W, K − 1, D) states for tokens 2 … K. Training brings their logits near the targets as well."""
 
     @property
     def logits_BWKV(self) -> Tensor:
-        """What token j is read from, all of it at once."""
+        """The logits of all tokens at once."""
         return self.head(self.states_BWKD)
 
     @property
@@ -48,12 +51,12 @@ class BlockScores:
 
 
 class Draw(NamedTuple):
-    """What one step of decoding makes of the windows' noise."""
+    """The result of one step of decoding."""
 
     tokens_BWK: Tensor
     """int64 token ids."""
     logits_BWKV: Tensor
-    """What each was read from."""
+    """The logits from which each token was picked."""
 
 
 Pick = Callable[[Tensor, int], Tensor]
@@ -64,7 +67,7 @@ Turn = tuple[Tensor, Tensor]
 
 
 class Student(Protocol):
-    """What decoding needs of a push-forward student: `kforcing.modeling.PushForwardLM` has it."""
+    """The attributes of a push-forward student that decoding uses. `kforcing.modeling.PushForwardLM` has them."""
 
     backbone: Any
     readout: Any
@@ -86,19 +89,23 @@ def as_student(model: nn.Module) -> Student | None:
 
 
 class Readout(nn.Module):
-    """From windows to blocks of tokens, around a backbone that the caller owns."""
+    """Maps windows to blocks of tokens. The backbone belongs to the caller and is passed to every method."""
 
     @abstractmethod
     def start(self, backbone: PreTrainedModel) -> None:
-        """Set new weights to what suits the backbone, before any training."""
+        """Set the weights of a new read-out to values that suit the backbone, before any training."""
 
     @abstractmethod
     def scores(
         self, backbone: PreTrainedModel, windows: Windows, tokens_BWK: Tensor, context: Context | None = None
     ) -> BlockScores:
-        """What every token of given blocks is read from (teacher-forced where that depends on the tokens before).
+        """The states from which every token of given blocks is read.
 
-        `context` is the pass over `windows.context_BN`, when the caller has it already.
+        Where they depend on the tokens before, those of the given blocks are used (teacher forcing).
+
+        Args:
+            tokens_BWK: int64 token ids of the blocks.
+            context: the pass over `windows.context_BN`, when the caller has made it already.
         """
 
     @abstractmethod
@@ -109,9 +116,12 @@ class Readout(nn.Module):
     def turns(
         self, backbone: PreTrainedModel, windows: Windows, reader: Reader, known_BWD: Tensor | None, pick: Pick
     ) -> Iterator[Turn]:
-        """One step of decoding, offset by offset; `reader` reads `windows.prefix_BWP` and hints after the context.
+        """One step of decoding, offset by offset.
 
-        `known_BWD` are the trunk's states at the anchors, for windows without committed tokens.
+        Args:
+            reader: reads `windows.prefix_BWP` and hints after the context.
+            known_BWD: states of the backbone at the anchors, for windows without committed tokens.
+            pick: chooses a token from its logits and its offset.
         """
 
     def draw(self, backbone: PreTrainedModel, windows: Windows, context: Context | None = None) -> Draw:
@@ -126,18 +136,19 @@ class Readout(nn.Module):
         return Draw(torch.stack(tokens, dim=2), torch.stack(logits, dim=2))
 
     def tokens(self, backbone: PreTrainedModel, windows: Windows, context: Context | None = None) -> Tensor:
-        """The (B, W, K) tokens of `draw` alone.
+        """The (B, W, K) int64 tokens of `draw`, without its logits.
 
-        Overridden where windows are many: the network reads all of them at once, `CHUNK` tokens' logits exist at a time.
+        The read-outs override it for many windows: the network reads all windows at once, and then the logits of `CHUNK`
+        tokens exist at a time.
         """
         return self.draw(backbone, windows, context).tokens_BWK
 
     @abstractmethod
     def grow(self, k: int) -> None:
-        """Become the read-out of another k with the same weights, as far as there are such."""
+        """Become the read-out of another k. Weights that both have are kept."""
 
 
 def open_windows(backbone: PreTrainedModel, windows: Windows, context: Context | None) -> tuple[Context, BlockReader]:
-    """The pass over the windows' context, made here unless the caller has it, and a reader of their blocks behind it."""
+    """The pass over the windows' context, which is made when `context` is None, and a reader of their blocks after it."""
     context = context or read_context(backbone, windows.context_BN)
     return context, BlockReader(backbone.base_model, context.layers, windows.anchors_BW)

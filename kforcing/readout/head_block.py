@@ -24,7 +24,7 @@ class HeadBlock(nn.Module):
         return self.qkv(self.attention_norm(x_TLD)).view(T, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
 
     def remember(self, x_TLD: Tensor) -> Past:
-        """Keys and values of entries whose outputs nobody needs."""
+        """Keys and values of (T, L, D) entries whose outputs are not needed."""
         _, k, v = self._qkv(x_TLD)
         return k, v
 

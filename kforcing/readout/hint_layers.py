@@ -13,11 +13,11 @@ from kforcing.design import SequentialConfig
 
 
 class LowRank(nn.Module):
-    """A linear map of the trunk plus a low-rank one of its own: base(x) + up(down(x)), the latter zero at first (LoRA)."""
+    """A linear map of the trunk plus a low-rank map: base(x) + up(down(x)). The second term is zero at first (LoRA)."""
 
     def __init__(self, base: Any, rank: int):
         super().__init__()
-        self._base = (base,)  # in a tuple: the trunk owns it
+        self._base = (base,)  # in a tuple, because it must not be registered here: it is a module of the trunk
         transposed = type(base).__name__ == "Conv1D"  # GPT-2 keeps weights as (in, out)
         fan_in, fan_out = base.weight.shape if transposed else base.weight.shape[::-1]
         self.down = nn.Linear(fan_in, rank, bias=False)

@@ -1,13 +1,13 @@
-"""The sequential read-out: an exact AR trunk, parallel hints for depth, a small head for dependence.
+"""The sequential read-out: an exact AR trunk, parallel hints, and a small head that makes tokens depend on each other.
 
-    trunk     the AR model; reads context and committed tokens only; its own head gives token 1, exactly
-    hints     K−1 learned queries at positions t+1 … t+K−1, through layers that see the trunk's keys and values and the
-              earlier hints of their window: what can be known of the block before its tokens are
-    head      one transformer block over [trunk state, then for each token made (trunk state, hint state, embedding)]:
-              it corrects the hint's logits for the tokens before, K−1 times
+    trunk     the AR model. It reads the context and committed tokens only, and its own LM head gives token 1 exactly.
+    hints     K−1 learned queries at positions t+1 … t+K−1. Their layers see the keys and values of the trunk and the earlier
+              hints of their window. Their states describe the block before its tokens are known.
+    head      one transformer block. It reads the trunk's state, and then for each token that was made the trunk's state, the
+              state of the next hint and the embedding of the token. It corrects the state of the hint, K−1 times.
 
-A coupling draws each token from its distribution outside the network, so temperature and log-probabilities mean what
-they say. The step is still a push-forward map: k noise variables in, k tokens out.
+A coupling draws each token from its distribution outside the network, so temperatures and log-probabilities are those of the
+distributions. The step is still a push-forward map from k noise variables to k tokens.
 
 Shapes: B batch, W windows, K tokens of a block, H = K − 1 hints, D width, V vocabulary.
 """
@@ -69,24 +69,24 @@ class SequentialReadout(Readout):
         self.correct = nn.Linear(width, width)
 
     def start(self, backbone: PreTrainedModel) -> None:
-        """Begin as the parallel hints alone: the head corrects nothing yet."""
+        """Set the corrections of the head to zero, so that the hints alone give the logits at first."""
         nn.init.zeros_(self.correct.weight)
         nn.init.zeros_(self.correct.bias)
 
     def grow(self, k: int) -> None:
-        """New hints and places in the block begin as the last known ones."""
+        """Implements `Readout.grow`. New hints and places in the block begin as copies of the last ones."""
         self.positions = _extended(self.positions, k)
         if self.config.hints != "none":
             self.queries = _extended(self.queries, max(k - 1, 1))
 
     def pick(self, logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
-        """The coupled draw."""
+        """Draw a token by the coupling: (..., V) logits and (...) noise → (...) int64 ids."""
         return self.coupling(logits.float(), z, temperature)
 
     def scores(
         self, backbone: PreTrainedModel, windows: Windows, tokens_BWK: Tensor, context: Context | None = None
     ) -> BlockScores:
-        """p(· | context, tokens before) over the whole vocabulary, for every token of the given blocks."""
+        """Implements `Readout.scores`: p(· | context, tokens before) for every token of the given blocks."""
         context, reader = open_windows(backbone, windows, context)
         trunk_BWD = self._trunk(backbone, windows, reader, context.at(windows.anchors_BW))
         first_BW1D = trunk_BWD[:, :, None]
@@ -102,11 +102,11 @@ class SequentialReadout(Readout):
     def turns(
         self, backbone: PreTrainedModel, windows: Windows, reader: Reader, known_BWD: Tensor | None, pick: Pick
     ) -> Iterator[Turn]:
-        """Token 1 from the trunk, then K−1 turns of the head."""
+        """Implements `Readout.turns`: token 1 comes from the trunk, and K−1 turns of the head follow."""
         trunk_BWD = self._trunk(backbone, windows, reader, known_BWD)
         hints_BWHD = parallel_BWHV = None
         if windows.k > 1 and self.config.shortlist and self.config.draft == "none":
-            # Nothing waits for token 1: one pass of the LM head scores it and all hints.
+            # The hints do not need token 1, so one pass of the LM head gives its logits and those of all hints.
             hints_BWHD = self._hints(backbone, trunk_BWD, reader, [], windows.k)
             logits_BWKV = lm_head(backbone, torch.cat([trunk_BWD[:, :, None], hints_BWHD], dim=2))
             logits_BWV, parallel_BWHV = logits_BWKV[:, :, 0], logits_BWKV[:, :, 1:]
@@ -139,7 +139,7 @@ class SequentialReadout(Readout):
         yield from self._later_turns(backbone, trunk_BWD, hints_BWHD, None, first_BW, pick)
 
     def tokens(self, backbone: PreTrainedModel, windows: Windows, context: Context | None = None) -> Tensor:
-        """See `Readout.tokens`: the head takes its turns on some windows after the other."""
+        """Implements `Readout.tokens`. The head works on a slice of the windows at a time."""
         context, reader = open_windows(backbone, windows, context)
         trunk_BWD = self._trunk(backbone, windows, reader, context.at(windows.anchors_BW))
         trunk_RD, noise_RK = trunk_BWD.flatten(0, 1), windows.noise_BWK.flatten(0, 1)
@@ -171,7 +171,7 @@ class SequentialReadout(Readout):
         token_BW: Tensor,
         pick: Pick,
     ) -> Iterator[Turn]:
-        """The turns of the head, after token 1; `parallel_BWHV` are the hints' own logits, when they are made already."""
+        """The turns of the head after token 1. `parallel_BWHV` are the logits of the hints alone, if they exist already."""
         if parallel_BWHV is None and self.config.shortlist:
             parallel_BWHV = lm_head(backbone, hints_BWHD)
         past = self._first_entry(trunk_BWD)
@@ -196,7 +196,10 @@ class SequentialReadout(Readout):
     def _drafts(
         self, backbone: PreTrainedModel, windows: Windows, tokens_BWK: Tensor
     ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """Guesses (B, W) of tokens 1, 2, … for the hints to see, of which the first is known; bigram states to train."""
+        """The tokens that the hints see, (B, W) each, and the states of the bigram draft, which training needs.
+
+        The first of these tokens is known; the bigram draft guesses the others.
+        """
         if self.config.draft == "none":
             return [], ()
         drafts = [tokens_BWK[..., 0]]
@@ -222,7 +225,7 @@ class SequentialReadout(Readout):
     def _hints(
         self, backbone: PreTrainedModel, trunk_BWD: Tensor, reader: Reader, drafts: list[Tensor], k: int
     ) -> Tensor:
-        """States (B, W, H, D) that stand for the block before its tokens are known."""
+        """The final states of the hints, which describe the block before its tokens are known: (B, W, H, D)."""
         if self.config.hints == "none":
             return trunk_BWD[:, :, None].expand(-1, -1, k - 1, -1)
         numbers_H = torch.arange(k - 1, device=trunk_BWD.device)
@@ -233,26 +236,26 @@ class SequentialReadout(Readout):
         return reader.fork(self.layers, self.layers.config.num_hidden_layers).read(inputs)
 
     def _first_entry(self, trunk_BWD: Tensor) -> Past:
-        """The head's memory of the trunk state alone."""
+        """Keys and values of the head's first entry, which holds the trunk's state alone."""
         nothing = torch.zeros_like(trunk_BWD[:, :, None])
         return self.block.remember(self._entries(trunk_BWD, nothing, nothing, 0))
 
     def _head(
         self, trunk_BWD: Tensor, hints_BWLD: Tensor, before_BWLD: Tensor, place: int, past: Past
     ) -> tuple[Tensor, Past]:
-        """What the head adds to the hint states from `place` on, once the tokens before are known."""
+        """The corrections of the hint states from `place` on, given the tokens before, and the new `Past`."""
         x_TLD, past = self.block(self._entries(trunk_BWD, hints_BWLD, self.token_norm(before_BWLD), place), past)
         return self.correct(self.norm(x_TLD)).view(hints_BWLD.shape), past
 
     def _entries(self, trunk_BWD: Tensor, hints_BWLD: Tensor, before_BWLD: Tensor, place: int) -> Tensor:
-        """What the head reads at the places from `place` on: (B·W, L, D)."""
+        """The inputs of the head at the places from `place` on: (B·W, L, D)."""
         L = hints_BWLD.shape[2]
         trunk_BWLD = trunk_BWD[:, :, None].expand(-1, -1, L, -1)
         x = self.entry(torch.cat([trunk_BWLD, hints_BWLD, before_BWLD], dim=-1))
         return (x + self.positions(torch.arange(place, place + L, device=x.device))).flatten(0, 1)
 
     def _shortlisted(self, backbone: PreTrainedModel, parallel: Tensor, corrections: Tensor) -> Tensor:
-        """Parallel logits, corrected on the shortlist of their best tokens and −inf elsewhere: (..., V)."""
+        """The logits of the hints, corrected for the tokens of the shortlist and −inf for all others: (..., V)."""
         best, ids = parallel.topk(min(self.config.shortlist, parallel.shape[-1]), dim=-1)
         rows = head(backbone).weight[ids]
         corrected = best + (rows @ corrections[..., None]).squeeze(-1)
@@ -260,7 +263,7 @@ class SequentialReadout(Readout):
 
 
 def _extended(table: nn.Embedding, n: int) -> nn.Embedding:
-    """The first n rows, with the last repeated as often as rows are missing."""
+    """An embedding of n rows: those of the table, with the last one repeated as often as needed."""
     rows = table.weight.detach()
     rows = torch.cat([rows, rows[-1:].expand(max(0, n - len(rows)), -1)])[:n]
     return nn.Embedding.from_pretrained(rows.clone(), freeze=False)

@@ -57,7 +57,7 @@ from pipelines.config.stages import StageSpec, resolve, stage_spec
 from pipelines.config.validation import validate
 from pipelines.data.rows import sequences_of, tokens_of
 from pipelines.data.token_store import TokenStore
-from pipelines.files import atomic_file, write_json
+from pipelines.files import atomic_file, atomic_write, write_json
 from pipelines.log import log, show_progress
 from pipelines.runs.cluster import connected, with_lasting_root, work_of_run
 from pipelines.runs.pipeline import Pipeline
@@ -462,7 +462,7 @@ def run(options: Options) -> dict[str, Any]:
         by_name.setdefault(result["variant"], []).append(result)
     write_json(config.root / "compare.json", by_name)
     text = "\n\n".join(table(by_name, k) for k in (2, 4, 8))
-    (config.root / "compare.md").write_text(text + "\n")
+    atomic_write(config.root / "compare.md", text + "\n")
     plot(by_name, config.root / "compare.png")
     print(text)
     return {"path": str(config.root / "compare.json"), "trials": len(results)}

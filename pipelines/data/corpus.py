@@ -1,7 +1,7 @@
-"""Where documents come from: Parquet, JSONL, text or a `datasets` name, as a Ray dataset of (doc, text) rows.
+"""Reading a corpus: Parquet, JSON lines, text or a name of `datasets` becomes a Ray dataset with columns `doc` and `text`.
 
-A line of a text file is a document, as `datasets` has it. Parquet, JSON lines and streamed `hf:` corpora are read in
-pieces; Ray reads a text file whole, and a downloaded `hf:` corpus passes through the object store.
+Each line of a text file is a document, as in `datasets`. Parquet, JSON lines and streamed `hf:` corpora are read in pieces.
+Ray reads a text file whole, and a downloaded `hf:` corpus passes through the object store.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def local_files(source: str) -> list[str]:
 
 
 def is_remote(source: str) -> bool:
-    """Whether the source is read over a network, so that only the cluster can look at it."""
+    """Whether the source is read over a network. Such a source is checked on the cluster only."""
     return source.startswith("hf:") or "://" in source
 
 
 def check_source(config: DataConfig) -> None:
-    """Look at the first file of a local source: existence, columns, emptiness. Raises ConfigError."""
+    """Check that the first file of a local source exists, has the columns and holds documents. Raises ConfigError."""
     if is_remote(config.source):
         return
     files = local_files(config.source)
@@ -85,12 +85,12 @@ def _look_into(file: str, config: DataConfig) -> tuple[list[str], bool]:
     except ValueError:
         record = None
     if not isinstance(record, dict):
-        raise ConfigError(f"{file} is not JSON lines, an object a line: its first line is {line[:80]!r}")
+        raise ConfigError(f"{file} must hold one JSON object on each line; its first line is {line[:80]!r}")
     return list(record), not line
 
 
 def source_digest(config: DataConfig) -> str:
-    """What the source holds: content hash of small local files; name, size and time of large or remote ones."""
+    """A hash of the contents of small local files, and of name, size and time of other files."""
     digest = hashlib.blake2b(digest_size=16)
     if config.source.startswith("hf:"):
         digest.update(repr((config.source, config.hf_config, config.hf_split)).encode())
@@ -138,7 +138,7 @@ def documents(config: DataConfig) -> ray.data.Dataset:
         dataset = dataset.limit(config.max_docs)
 
     def name_documents(table: pa.Table) -> pa.Table:
-        table = table.filter(pc.is_valid(table[config.text_column]))  # rows without a text are no documents
+        table = table.filter(pc.is_valid(table[config.text_column]))  # a row without a text is no document
         texts = table[config.text_column]
         names = table[config.id_column] if config.id_column else texts
         ids = [document_id(str(name)) for name in names.to_pylist()]
@@ -162,7 +162,7 @@ def _hugging_face(config: DataConfig) -> ray.data.Dataset:
     except Exception as error:
         raise ConfigError(
             f"data.source={config.source}: `datasets` cannot load it ({type(error).__name__}: {error}). Check the name, "
-            "data.hf_config and data.hf_split, and that this machine reaches the hub or has it cached"
+            "data.hf_config and data.hf_split, and that this machine reaches the hub or has the corpus in its cache"
         ) from error
     if loaded.column_names and config.text_column not in loaded.column_names:
         raise ConfigError(
@@ -171,7 +171,7 @@ def _hugging_face(config: DataConfig) -> ray.data.Dataset:
         )
     if isinstance(loaded, datasets.IterableDataset):
         return ray.data.from_huggingface(loaded)
-    # Ray would ask the hub for the Parquet files of a downloaded dataset; its Arrow files are here already.
+    # Ray would ask the hub for the Parquet files of a downloaded dataset, whose Arrow files are on this machine already.
     table = loaded.with_format("arrow")
     return ray.data.from_arrow([table[i : i + _ARROW_ROWS] for i in range(0, len(table), _ARROW_ROWS)])
 
@@ -182,5 +182,5 @@ def document_id(name: str) -> int:
 
 
 def is_heldout(docs: np.ndarray, fraction: float) -> np.ndarray:
-    """Which documents are held out: a function of the id hash alone."""
+    """Whether each document is held out, which depends on the hash of its id alone: (D,) int64 → (D,) bool."""
     return (docs >> 11) < fraction * 2**52

@@ -1,8 +1,8 @@
-"""Corpus → content-addressed token blocks: tokenise, pack into N-token blocks, split by document.
+"""From a corpus to blocks of N tokens: documents are tokenised, packed into blocks and split into train and held-out.
 
     documents (Ray Data, streaming) ─► tokenise + pack + shuffle a shard of documents ─► Parquet shards ─► manifest
 
-A prepared corpus lives in a folder named by the hash of everything it was made from, and is found again by it.
+The name of the folder of a prepared corpus is a hash of everything that it was made from, so the same inputs find it again.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Prepared:
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that ends a document: EOS, or the separator of BERT-style vocabularies."""
+    """The id that ends a document: EOS, or the separator of BERT-style vocabularies. Raises ConfigError without either."""
     for token_id in (tokenizer.eos_token_id, tokenizer.sep_token_id):
         if token_id is not None:
             return token_id
@@ -84,7 +84,7 @@ def _tokenizer_digest(spec: CorpusSpec) -> Any:
 
 
 def prepare(spec: CorpusSpec) -> Prepared:
-    """Make the token blocks of a run, or find them made."""
+    """Make the token blocks of a run, unless they exist already."""
     name = fingerprint(spec.data, source_digest(spec.data), _tokenizer_digest(spec))
     prepared = Prepared(spec.cache / name)
     if (prepared.split("heldout") / MANIFEST).is_file():
@@ -97,7 +97,7 @@ def prepare(spec: CorpusSpec) -> Prepared:
 
 
 def _make(spec: CorpusSpec, prepared: Prepared) -> None:
-    """Whatever of the tokenizer and the two splits is not there yet."""
+    """Make those of the tokenizer and the two splits that do not exist yet."""
     ray.data.DataContext.get_current().execution_options.preserve_order = True  # the same shards every time
     documents(spec.data)  # a source that cannot be read is an error here, not in a remote task
     if not prepared.tokenizer.is_dir():
@@ -145,10 +145,10 @@ def _worker_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 
 
 def pack(ids: list[list[int]], docs: np.ndarray, block: int, eos: int) -> tuple[np.ndarray, np.ndarray]:
-    """Concatenate documents, each followed by EOS, and cut blocks of `block` tokens; the short tail is dropped.
+    """Concatenate documents, each followed by EOS, and cut blocks of `block` tokens. The short tail is dropped.
 
     Returns:
-        blocks (n, block) int32, and for each block the id of the document its first token belongs to.
+        (n, block) int32 blocks, and for each block the id of the document to which its first token belongs.
     """
     stream = np.concatenate([np.append(np.asarray(x, np.int32), np.int32(eos)) for x in ids]).astype(np.int32)
     ends = np.cumsum([len(x) + 1 for x in ids])
@@ -158,7 +158,7 @@ def pack(ids: list[list[int]], docs: np.ndarray, block: int, eos: int) -> tuple[
 
 
 def sequence_ids(blocks: np.ndarray) -> np.ndarray:
-    """63-bit content hash of each block: the sequence id of its noise and its place in the shuffle."""
+    """63-bit hash of the content of each block. It names the sequence in its noise and orders the blocks of a shard."""
     digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in blocks]
     return (np.frombuffer(b"".join(digests), "<u8") >> np.uint64(1)).astype(np.int64)
 

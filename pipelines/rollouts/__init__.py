@@ -1,1 +1,1 @@
-"""Teacher rollouts on their own actors: which rows, who makes them, how they are streamed or cached."""
+"""Rollouts of the frozen teacher on actors of their own: which rows, how they are made, streamed and cached."""

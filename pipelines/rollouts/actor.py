@@ -1,11 +1,11 @@
 """Rollouts: the frozen teacher of a stage turns token blocks into training targets, on its own actors.
 
     chunk numbers ─► read rows (tasks) ─► RolloutActor pool (teacher) ─► train workers, or Parquet when cached
-          (Ray Data: every arrow is bounded; a slow consumer stops the producer)
+          (Ray Data limits the rows on every arrow, so a slow consumer stops the producer)
 
-A *chunk* is the rows that one train worker consumes in a few optimiser steps. Which rows those are is a function of
-the step numbers alone (`StepPlan`), so a stage is one streaming execution whatever its number of epochs, and
-resuming at step s is starting the plan at s.
+A *chunk* holds the rows that one train worker consumes in a few optimiser steps. The step numbers alone determine which rows
+those are (`StepPlan`). A stage is therefore one streaming execution, whatever its number of epochs, and a stage that is
+resumed at step s starts the plan at s.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from kforcing.modeling import PushForwardLM
 from kforcing.noise import derive_key, sample_anchors, uniform, window_noise
 from pipelines.data.rows import epochs_of, sequences_of, tokens_of, with_rollout, with_rollout_cost
 
-# Sequences in one forward on a CPU, where nothing is gained by more.
+# Sequences in one forward pass on a CPU, where larger batches are not faster.
 CPU_BATCH = 16
 
 
 @dataclass(frozen=True)
 class RolloutJob:
-    """What a rollout actor needs to know: all of it, so that any actor anywhere makes the same rows."""
+    """All that determines the rows of a rollout, so that every actor makes the same ones."""
 
     teacher: str
     """Folder of the teacher: a `PushForwardLM`, or a Hugging Face causal LM when `ar`."""
@@ -45,20 +45,20 @@ class RolloutJob:
     windows: int
     seed: int
     stage: str
-    """Names the noise stream, with the epoch."""
+    """Stage and epoch name the stream of the noise."""
     design: Design
-    """The student's: its coupling and temperatures."""
+    """Design of the student, which determines the coupling and the temperatures."""
     teacher_top_k: int | None
-    """How many of the teacher's likeliest tokens label each target; none for tokens alone."""
+    """How many of the teacher's likeliest tokens label each target; None for targets without labels."""
     batch: int | None
-    """Sequences in one forward; none for as many as the device has room for."""
+    """Sequences in one forward pass; None for as many as the device has room for."""
     threads: int
     draws: int = 1
     """Windows of each anchor, with independent noise."""
 
 
 class RolloutActor:
-    """Holds the frozen teacher; called by Ray Data with rows of tokens, returns them with anchors and targets."""
+    """Holds the frozen teacher. Ray Data calls it with rows of tokens, and it returns them with anchors and targets."""
 
     def __init__(self, job: RolloutJob):
         torch.set_num_threads(job.threads)
@@ -83,7 +83,7 @@ class RolloutActor:
         if self.device.type != "cuda":
             return CPU_BATCH
         backbone = self.teacher.backbone if isinstance(self.teacher, ARTeacher) else self.teacher.student.backbone
-        # With what torch has reserved and does not use, so that the answer does not shrink from call to call.
+        # This includes memory that torch has reserved and does not use, so the result does not shrink from call to call.
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         entries = self.job.windows * self.job.draws * self.job.k
         return fitting_batch(free, pass_bytes(backbone, context, entries))
@@ -106,10 +106,10 @@ class RolloutActor:
 
 
 def pass_bytes(backbone: PreTrainedModel, context: int, entries: int) -> int:
-    """Memory that one sequence of a rollout needs at most, about: `context` tokens and the `entries` of its blocks.
+    """Estimate of the bytes that a sequence of `context` tokens with `entries` block entries needs in a rollout.
 
-    Keys and values of all layers, and what one layer works on: a dozen vectors of the model's width for each token that is
-    read at once. Logits are made in chunks and left out.
+    It counts keys and values of all layers, and a dozen vectors of the model's width for each token, which one layer uses.
+    Logits are computed in chunks and are not counted.
     """
     config: Any = backbone.config
     size = next(backbone.parameters()).element_size()
@@ -119,11 +119,11 @@ def pass_bytes(backbone: PreTrainedModel, context: int, entries: int) -> int:
 
 
 def fitting_batch(free: int, sequence: int) -> int:
-    """Sequences that fit in half of so many free bytes: a power of two from 1 to 1024."""
+    """Number of sequences of `sequence` bytes that fit in half of the free bytes: a power of two from 1 to 1024."""
     return 2 ** min(10, max(1, free // 2 // sequence).bit_length() - 1)
 
 
 def draw_temperature(keys_B: torch.Tensor, seq_B: torch.Tensor, noise: NoiseConfig) -> torch.Tensor:
-    """One temperature a sequence, uniform in the student's range: (B,) float32."""
+    """One temperature for each sequence, uniform in the range of the student: (B,) float32."""
     u = uniform(keys_B, seq_B, 0xFFFFFFFE, torch.zeros_like(seq_B)).float()
     return noise.temperature_min + u * (noise.temperature_max - noise.temperature_min)

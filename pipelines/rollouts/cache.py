@@ -27,10 +27,9 @@ from pipelines.runs.stages import Stage
 def cache_rollouts(
     stage: Stage, store: str, seed: int, train: TrainConfig, rollout: RolloutConfig, job: RolloutJob
 ) -> str:
-    """Write the rollouts of `steps · batch / cache_epochs` rows to Parquet, once; returns the store's folder.
+    """Write the rollouts of `steps · batch / cache_epochs` rows to Parquet, unless they exist. Returns the store's folder.
 
-    Shards are written atomically under names that follow from their rows, and an interrupted run goes on with the
-    missing ones.
+    Shards are written atomically under names that follow from their rows, so an interrupted run writes only the missing ones.
     """
     folder = stage.folder / "rollouts"
     folder.mkdir(exist_ok=True)

@@ -12,7 +12,7 @@ from pipelines.data.token_store import (
     open_store,
 )
 
-# Ray plans every chunk ahead; longer stages get longer chunks.
+# Ray plans all chunks in advance, so the chunks of long stages are longer.
 MAX_CHUNKS = 20_000
 
 
@@ -33,11 +33,11 @@ class StepPlan:
 
     @property
     def rows_per_worker(self) -> int:
-        """Rows a worker consumes in a step."""
+        """Number of rows that a worker consumes in a step."""
         return self.batch // self.workers
 
     def positions(self, chunk: int) -> np.ndarray:
-        """Row positions of a chunk: worker chunk % workers, the steps of group chunk // workers."""
+        """The row positions of a chunk: those of worker chunk % workers in the steps of group chunk // workers."""
         group, worker = divmod(chunk, self.workers)
         first = self.start + group * self.steps_per_chunk
         steps = np.arange(first, min(first + self.steps_per_chunk, self.steps))
@@ -53,7 +53,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class ReadChunk:
-    """Chunk numbers to rows of a store; runs in reading tasks."""
+    """Maps numbers of chunks to rows of a store. Ray Data calls it in its reading tasks."""
 
     store: str
     seed: int

@@ -11,7 +11,7 @@ from pipelines.rollouts.plan import ReadChunk, StepPlan
 
 
 def training_rows(store: str, seed: int, plan: StepPlan, job: RolloutJob | None, rollout: RolloutConfig) -> Any:
-    """The streaming dataset of a stage: a block a chunk, in order, rolled out by the actor pool when there is a job."""
+    """The streaming dataset of a stage: one block for each chunk, in order. With a job, actors roll the rows out."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -24,14 +24,14 @@ def training_rows(store: str, seed: int, plan: StepPlan, job: RolloutJob | None,
 
 
 def _rolled_out(dataset: Any, job: RolloutJob, rollout: RolloutConfig, rows: int) -> Any:
-    """A dataset of token rows through the pool of rollout actors, `rows` of them a call."""
+    """The dataset, rolled out by the pool of actors, `rows` rows in each call."""
     import ray.data
 
     return dataset.map_batches(
         RolloutActor,
         fn_constructor_args=(job,),
         batch_format="pyarrow",
-        # Ray wants a number when there are GPUs; without one a call gets a block, which is a chunk already.
+        # Ray needs a batch size when there are GPUs. Without one, a call gets a block, which is a chunk.
         batch_size=rows if rollout.gpus_per_actor else None,
         num_cpus=rollout.cpus_per_actor,
         num_gpus=rollout.gpus_per_actor or None,

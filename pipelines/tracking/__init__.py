@@ -1,1 +1,9 @@
-"""Tracking: a JSONL log that is always written, and MLflow runs and registered models."""
+"""Tracking: a JSONL log, which is always written, and MLflow runs and registered models.
+
+tracker.py         `Tracker`: what a pipeline reports to, with the log and the metrics of train workers
+pipeline_runs.py   `PipelineRuns`: the MLflow runs of a pipeline and its registered students
+evaluation_log.py  the MLflow runs of an evaluation
+registry.py        reading registered students, and the files of a student that are registered
+flavour.py         the MLflow flavour of a registered student
+mlflow_client.py   clients, URIs, experiments
+"""

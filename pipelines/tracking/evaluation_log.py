@@ -13,10 +13,9 @@ from pipelines.tracking.pipeline_runs import STATE_FILE, made_by
 
 
 def log_evaluation(uri: str, experiment: str, parent: str | None, folder: Path, report: dict[str, Any]) -> None:
-    """A run for the evaluation, below the run that made the models, and one below it for each row: rows compare in the UI.
+    """Log an evaluation as a run below the run that made the models, with a run below it for each row of the table.
 
-    It takes the place of the one that the same folder was logged to before. A server that is down costs a warning: the
-    report is on disk.
+    An earlier evaluation of the same folder is replaced. An unreachable server costs a warning, for the report is on disk.
     """
     from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 

@@ -16,7 +16,7 @@ def tracking_uri(given: str | None, folder: Path) -> str:
 
 
 def mlflow_client(uri: str) -> Any:
-    """A client that is quiet and does not try for minutes to reach a server that is down."""
+    """A client that prints nothing, and gives up early when a server is down."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -41,7 +41,7 @@ def open_experiment(client: Any, uri: str, name: str, beside: Path) -> str:
 def log_report(
     uri: str | None, experiment: str, folder: Path, params: dict[str, Any], metrics: dict[str, float]
 ) -> str:
-    """A run of its own for a benchmark or a comparison, with the files of its folder; returns where it went."""
+    """Log a benchmark or comparison as a run of its own, with the files of its folder. Returns the URI of the store."""
     uri = tracking_uri(uri, folder.parent)
     client = mlflow_client(uri)
     run = client.create_run(open_experiment(client, uri, experiment, folder.parent), run_name=folder.name).info.run_id

@@ -1,4 +1,4 @@
-"""DeepSpeed, and nothing else of the pipeline: engine, moving average, checkpoints, whole weights."""
+"""All that the pipeline does with DeepSpeed: the engine, the moving average, checkpoints and the export of whole weights."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def engine_config(train: TrainConfig, world_size: int, universal: bool) -> dict[
 def build_engine(module: nn.Module, train: TrainConfig, checkpoints: Path) -> Any:
     """Wrap a module in a DeepSpeed engine on the process group that is already up.
 
-    `checkpoints` is where `load_checkpoint` will look: a ZeRO checkpoint of another world size has to be announced here.
+    `checkpoints` is the folder that `load_checkpoint` will read: DeepSpeed must know now if its world size is another one.
     """
     deepspeed = _import_deepspeed()
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
@@ -100,12 +100,12 @@ def set_lr(engine: Any, lr: float) -> None:
 
 
 def trained_parameters(engine: Any) -> list[tuple[str, Any]]:
-    """(name, parameter) of all that is not frozen, in the same order on every rank."""
+    """(name, parameter) of every parameter that is not frozen, in the same order on every rank."""
     return [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
 
 
 def _partition(parameter: Tensor) -> Tensor:
-    """What this rank holds of a parameter: its ZeRO-3 partition, or the whole of it."""
+    """The part of a parameter that this rank holds: its ZeRO-3 partition, or all of it."""
     return getattr(parameter, "ds_tensor", parameter)
 
 
@@ -142,9 +142,9 @@ class MovingAverage:
 
 
 def save_checkpoint(engine: Any, average: MovingAverage | None, folder: Path, step: int) -> None:
-    """Write a checkpoint from all ranks; `latest.json` then names it atomically, and older ones go."""
+    """Write a checkpoint from all ranks. Then `latest.json` names it, atomically, and older checkpoints are deleted."""
     tag = f"step-{step:08d}"
-    # Frozen weights are those the stage begins with: a checkpoint need not hold them, and resuming does not ask.
+    # Frozen weights are those that the stage begins with, so a checkpoint need not hold them.
     engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
     if average:
         save_file(average.average, folder / tag / f"average-{dist.get_rank()}.safetensors")

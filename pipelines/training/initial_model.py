@@ -18,7 +18,7 @@ from pipelines.config.schema import TeacherConfig
 
 @dataclass(frozen=True)
 class AR:
-    """A Llama-style model from scratch."""
+    """A new AR model of Llama's kind."""
 
     config: TeacherConfig
     vocab_size: int
@@ -68,7 +68,7 @@ class Grown:
     loss: str
 
     def build(self, chunk: int = CHUNK) -> nn.Module:
-        """The previous student, told its new k."""
+        """The previous student, with its new k."""
         student = PushForwardLM.from_pretrained(self.previous)
         student.set_k(self.k)
         return StudentStep(student, self.loss, chunk)

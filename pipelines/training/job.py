@@ -12,7 +12,7 @@ from pipelines.training.initial_model import AR, Grown, Wrapped
 
 @dataclass(frozen=True)
 class TrainJob:
-    """All a train worker needs to know; plain values, so that it can travel."""
+    """All that a train worker needs to know of its stage, as plain values that can be sent to it."""
 
     stage: str
     folder: str
@@ -24,7 +24,7 @@ class TrainJob:
     rollout_job: RolloutJob | None
     """None for AR training and for cached rollouts."""
     init: AR | Grown | Wrapped
-    """How the model of the stage begins."""
+    """The model that the stage begins with."""
 
 
 def stage_job(spec: StageSpec, folder: str, store: str, teacher: str, previous: str | None) -> TrainJob:

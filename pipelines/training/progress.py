@@ -15,23 +15,29 @@ from pipelines.training.step import largest, reduce_sums
 
 
 class Relay:
-    """A mailbox between train workers and the driver; runs as an actor."""
+    """A mailbox between train workers and the driver. It runs as an actor."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
 
     def put(self, record: dict[str, Any]) -> None:
-        """Leave a record."""
+        """Add a record."""
         self.records.append(record)
 
     def drain(self) -> list[dict[str, Any]]:
-        """Take all records."""
+        """Return all records and forget them."""
         taken, self.records = self.records, []
         return taken
 
 
 class Progress:
-    """What a rank has done since the last report, and the report."""
+    """Counts the steps, tokens and waiting of a rank, and reports them.
+
+    Args:
+        job: the stage.
+        start: the first step.
+        relay: handle of the `Relay` actor that takes the reports; None on ranks that report nothing.
+    """
 
     def __init__(self, job: TrainJob, start: int, relay: Any | None):
         self.job, self.relay, self.step = job, relay, start
@@ -40,7 +46,7 @@ class Progress:
         self.mark, self.tokens = self.began, 0
 
     def waits(self, batches: Iterator[tuple[int, pa.Table]]) -> Iterator[tuple[int, pa.Table]]:
-        """The same batches, with the time spent waiting for each counted."""
+        """The same batches; the time that is spent waiting for each of them is counted."""
         iterator = iter(batches)
         while True:
             asked = time.monotonic()
@@ -48,19 +54,19 @@ class Progress:
                 batch = next(iterator)
             except StopIteration:
                 return
-            if self.step == self.first:  # the pipeline is starting: report it apart from steady waiting
+            if self.step == self.first:  # the pipeline is still starting, which does not count as waiting
                 self.began = self.mark = time.monotonic()
             else:
                 self.wait += time.monotonic() - asked
             yield batch
 
     def stepped(self, step: int, rows: pa.Table, sums: Any) -> None:
-        """Count a finished step; every `log_every` steps reduce over ranks and report."""
+        """Count a finished step. Every `log_every` steps, reduce the figures over the ranks and report them."""
         self.step = step + 1
         self.tokens += sums.tokens * self.job.train.workers
         if self.step % self.job.train.log_every and self.step != self.job.train.steps:
             return
-        # Chunks come to one rank after the other, and who has its rows waits inside the step for who does not.
+        # Ranks receive their chunks one after the other. A rank that has its rows waits inside the step for the others.
         means, wait = reduce_sums(sums), largest(self.wait, sums.loss.device)
         now = time.monotonic()
         if self.relay is None:

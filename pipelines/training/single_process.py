@@ -1,6 +1,6 @@
-"""Training in one process: the pipeline's steps without its distribution, for models small enough to be compared.
+"""Training in one process: the steps of the pipeline without its distribution, for comparisons of small models.
 
-What is trained here has spent a counted number of FLOPs, so that methods can be given the same.
+FLOPs are counted, so that all methods of a comparison can have the same budget.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ class StepFlops:
     """FLOPs of one optimiser step."""
 
     batch: float
-    """Making the batch: rollouts, or whatever the teacher does."""
+    """Making the batch: the passes of the teacher."""
     train: float
     """Forward and backward of what is trained."""
 
     @property
     def total(self) -> float:
-        """Both."""
+        """The sum of both."""
         return self.batch + self.train
 
     def times(self, n: float) -> StepFlops:
-        """Of n such steps."""
+        """The FLOPs of n such steps."""
         return StepFlops(n * self.batch, n * self.train)
 
 
@@ -58,7 +58,7 @@ Batches = Callable[[int, int], list[Any]]
 
 
 def count_step(module: nn.Module, batches: Batches) -> StepFlops:
-    """Count the first step, on the device of the module."""
+    """The FLOPs of the first step, counted on the device of this process."""
     module.to(pick_device())
     with flop_counter() as making:
         micro = batches(0, 1)
@@ -72,13 +72,13 @@ def count_step(module: nn.Module, batches: Batches) -> StepFlops:
 def train_here(
     module: nn.Module, batches: Batches, train: TrainConfig, name: str, checkpoint: Path | None = None
 ) -> float:
-    """`train.steps` optimiser steps; the module ends with its moving average. Returns the seconds they took.
+    """Make `train.steps` optimiser steps, and set the weights to their moving average. Returns the seconds that it took.
 
     Args:
-        module: batch → `LossSums`; moved to the device this process was given.
-        batches: what a step learns from.
+        module: maps a batch to `LossSums`; it is moved to the device of this process.
+        batches: the micro-batches of each step.
         name: for progress lines.
-        checkpoint: file that a killed training continues from; removed at the end.
+        checkpoint: file from which a killed training continues; it is removed at the end.
     """
     module.to(pick_device())
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -116,7 +116,7 @@ def train_here(
 
 
 def shortened(train: TrainConfig, steps: int) -> TrainConfig:
-    """So many steps, of which warm-up takes the share that it takes of the config's own."""
+    """The same training with another number of steps; the warm-up takes the same share of them, or less."""
     return dataclasses.replace(train, steps=steps, warmup=round(train.warmup * min(1.0, steps / train.steps)))
 
 
@@ -160,7 +160,10 @@ class LocalStudent:
         self.spent = 0.0
 
     def stage(self, k: int, steps: int | None, budget: float | None, previous: Path | None) -> dict[str, Any]:
-        """Train PFLM(k) for so many steps, or until a FLOP budget is spent; returns what it cost. Kept once it is done."""
+        """Train PFLM(k) for `steps` steps, or until a FLOP budget is spent. Returns what it cost.
+
+        A stage that has been trained before is kept.
+        """
         record = self.folder / f"k{k}.json"
         if record.is_file():
             cost = json.loads(record.read_text())
@@ -176,7 +179,7 @@ class LocalStudent:
         return cost
 
     def count(self, k: int, previous: Path | None) -> StepFlops:
-        """FLOPs of one step of a stage, of which own windows count by their share."""
+        """The FLOPs of one step of a stage, averaged over its steps with and without on-policy windows."""
         job = self._job(k, previous)
         return self._count(_module(job), job, k)
 
@@ -215,7 +218,7 @@ class LocalStudent:
         }
 
     def _rolled_out(self, job: TrainJob, k: int, batch: int) -> Callable[[int, float], list[Any]]:
-        """(step, share of own windows) → a step's rolled-out rows in micro-batches."""
+        """A function of a step and its on-policy fraction, which returns the step's rolled-out rows in micro-batches."""
         assert job.rollout_job is not None
         actor = RolloutActor(dataclasses.replace(job.rollout_job, threads=1))
         key, micro = derive_key(job.seed, k, "own"), min(batch, job.train.micro_batch)
@@ -227,7 +230,7 @@ class LocalStudent:
         return step_of
 
     def _count(self, module: StudentStep, job: TrainJob, k: int) -> StepFlops:
-        """From one micro-batch."""
+        """The FLOPs of a step, from one micro-batch."""
         train = job.train
         rolled_out = self._rolled_out(job, k, train.micro_batch)
         flops = count_step(module, lambda *_: rolled_out(0, 0.0))

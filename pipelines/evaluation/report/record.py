@@ -20,7 +20,7 @@ from pipelines.evaluation.report.markdown import markdown
 from pipelines.evaluation.report.plots import write_plots
 from pipelines.evaluation.report.samples_page import write_page
 from pipelines.evaluation.subject import Subject
-from pipelines.files import write_json
+from pipelines.files import atomic_write, write_json
 from pipelines.tracking.pipeline_runs import made_by
 
 Record = dict[str, Any]
@@ -39,7 +39,7 @@ def write_evaluation(subject: Subject, config: EvaluationConfig, results: Record
     write_json(root / "report.json", report)
     plots = write_plots(report, config, root)
     write_page(root / "samples.html", subject, rows, results, load_tokenizer(subject.tokenizer))
-    (root / "report.md").write_text(markdown(report, config, subject, plots))
+    atomic_write(root / "report.md", markdown(report, config, subject, plots))
     return report
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipelines.evaluation.decoders import MethodRow, slug
 from pipelines.evaluation.subject import Subject
+from pipelines.files import atomic_write
 
 SHOWN = 12
 """Prompts on the page."""
@@ -39,12 +40,13 @@ def write_page(path: Path, subject: Subject, rows: list[MethodRow], results: dic
         title = f"<h2>Prompt {i + 1} <span>{html.escape(' '.join(prompt.split()))}</span></h2>"
         blocks.append("\n".join([title, "<table>", *_lines(i, shown, results, tokenizer), "</table>"]))
     title = f"{html.escape(subject.name)}: the same prompts under the same noise"
-    path.write_text(
+    atomic_write(
+        path,
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>\n<h1>{title}</h1>\n"
         "<p>Each decoder is compared with the AR model that draws by the same coupling. "
         "<code><span class=first>This token</span></code> is the first that differs, and "
         "<code><span class=after>these tokens</span></code> follow it. The number counts the tokens before it. "
-        "Decoders that verify never differ.</p>\n" + "\n".join(blocks) + "\n</html>\n"
+        "Decoders that verify never differ.</p>\n" + "\n".join(blocks) + "\n</html>\n",
     )
 
 

@@ -88,7 +88,7 @@ def test_training_passes_of_every_k_equal_the_dense_one(monkeypatch, name, k, ki
 
 
 @pytest.mark.parametrize("k", [2, 8])
-def test_512_tokens_with_all_their_windows(k):
+def test_every_window_of_512_tokens_equals_the_dense_pass(k):
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=16,
@@ -121,7 +121,7 @@ def test_both_teacher_passes_of_self_forcing_equal_the_dense_one(name, k):
         hints = student.readout.noise_encoder(noise, torch.ones_like(noise))
 
 
-def test_other_passes_do_not_notice(backbone):
+def test_reading_blocks_leaves_other_passes_and_the_config_as_they_were(backbone):
     ids, anchors, block = windows()
     before, record = backbone(input_ids=ids).logits, backbone.config.to_dict()
     two_pass_states(backbone, ids, anchors, block)
@@ -159,7 +159,7 @@ def test_each_window_sees_what_a_plain_pass_over_its_own_context_sees(backbone):
                 torch.testing.assert_close(states[b, w], plain, rtol=1e-4, atol=1e-4)
 
 
-def test_a_fork_reads_on_from_where_it_was_made():
+def test_a_fork_continues_from_the_entries_that_were_read_before_it():
     backbone = make_backbone()
     context, anchors, block = windows()
     embeds = backbone.get_input_embeddings()(block)
@@ -173,7 +173,7 @@ def test_a_fork_reads_on_from_where_it_was_made():
     torch.testing.assert_close(rest, whole[:, :, 1:], rtol=1e-4, atol=1e-5)
 
 
-def test_block_logits_are_the_stepwise_ones(backbone):
+def test_block_logits_equal_those_of_single_steps(backbone):
     context, anchors, tokens = windows(P=4)
     with torch.no_grad():
         logits = ar_block_logits(backbone, read_context(backbone, context), anchors, tokens)

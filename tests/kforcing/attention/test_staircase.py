@@ -49,7 +49,7 @@ def errors(inputs, anchors, N, causal=False):
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)], ids=str)
 @pytest.mark.parametrize("k", range(1, 9))
 @pytest.mark.parametrize("causal", [False, True])
-def test_full_windows_are_the_dense_softmax_with_its_gradients(k, heads, causal):
+def test_full_windows_equal_the_dense_softmax_with_its_gradients(k, heads, causal):
     for N, draws in ((1, 1), (7, 1), (7, 3), (70, 1)):
         anchors = full(2, N, draws)
         inputs = tensors(anchors, N, k, k, *heads)
@@ -61,7 +61,7 @@ def test_full_windows_are_the_dense_softmax_with_its_gradients(k, heads, causal)
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
 @pytest.mark.parametrize("k", range(1, 9))
-def test_sampled_windows_with_repeated_anchors_are_too(monkeypatch, k, heads):
+def test_sampled_windows_with_repeated_anchors_are_the_dense_softmax_with_its_gradients(monkeypatch, k, heads):
     monkeypatch.setattr(attention, "WINDOWS_A_CALL", 16)
     for N, W in ((9, 1), (9, 5), (40, 33), (20, 64)):
         anchors = sampled(3, N, W, seed=k)
@@ -80,21 +80,21 @@ def test_later_reads_see_the_earlier_ones_of_their_window(k, before):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_it_holds_at_512_tokens(causal):
+def test_windows_over_512_tokens_equal_the_dense_softmax(causal):
     anchors = full(1, 512)
     error, relative = errors(tensors(anchors, 512, 4, 4, 2, 1, 8), anchors, 512, causal)
     assert error < 1e-5
     assert relative < 1e-5
 
 
-def test_anchors_in_any_order_are_served():
+def test_anchors_may_be_in_any_order():
     anchors = torch.tensor([[5, 0, 3, 3], [1, 6, 0, 2]])
     error, relative = errors(tensors(anchors, 7, 2, 2), anchors, 7)
     assert error < 1e-5
     assert relative < 1e-5
 
 
-def test_the_gradient_is_the_numerical_one():
+def test_the_gradient_equals_the_numerical_gradient():
     anchors = sampled(2, 5, 3)
     inputs = tensors(anchors, 5, 2, 3, 2, 1, 4, dtype=torch.float64)
     stairs = Staircase(anchors, 5, causal=False)
@@ -103,7 +103,7 @@ def test_the_gradient_is_the_numerical_one():
 
 @pytest.mark.parametrize("scale", [SCALE, 1.0])
 @pytest.mark.parametrize("causal", [False, True])
-def test_bf16_errs_as_one_stock_kernel_over_the_same_scores_does(causal, scale):
+def test_the_error_in_bf16_is_that_of_one_stock_kernel_over_the_same_scores(causal, scale):
     """With scores of size 2 and of size 8, whose own rounding would be seen."""
     N, k, E = 40, 4, 64
     anchors = full(2, N)
@@ -129,7 +129,7 @@ def test_bf16_errs_as_one_stock_kernel_over_the_same_scores_does(causal, scale):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_nothing_is_kept(mode):
+def test_no_tensor_is_kept_when_gradients_are_off(mode):
     anchors = sampled(2, 9, 4)
     inputs = tensors(anchors, 9, 2, 2)
     with mode():
@@ -175,7 +175,7 @@ def test_chunks_leave_out_the_context_beyond_their_last_anchor():
 @pytest.mark.parametrize("width", [8, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("causal", [False, True])
-def test_the_kernels_of_gpus_take_what_they_are_given(causal, dtype, width):
+def test_gpu_kernels_accept_the_shapes_and_types_of_their_arguments(causal, dtype, width):
     """On the meta device, where kernels know shapes and types but compute nothing."""
     N, L = 50, 3
     (call,) = Staircase(full(2, N), N, causal).calls
@@ -191,7 +191,7 @@ def test_the_kernels_of_gpus_take_what_they_are_given(causal, dtype, width):
 
 
 @pytest.mark.parametrize(("heads", "width"), [((9, 3), 64), ((4, 4), 20), ((4, 4), 64)], ids=str)
-def test_the_masked_kernel_of_gpus_is_given_outputs_whose_rows_lie_as_it_takes_for_granted(monkeypatch, heads, width):
+def test_the_masked_gpu_kernel_gets_outputs_in_the_memory_layout_that_it_assumes(monkeypatch, heads, width):
     (H, J), N, L, B = heads, 50, 3, 2
     backward, given = torch.ops.aten._scaled_dot_product_efficient_attention_backward, []
 

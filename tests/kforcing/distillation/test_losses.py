@@ -64,7 +64,7 @@ def test_a_truncated_target_is_the_divergence_of_the_lumped_distributions():
     torch.testing.assert_close(soft.tail_BWK, 1 - teacher.softmax(-1).gather(-1, best.indices).sum(-1))
 
 
-def test_a_lost_tail_is_pulled_back():
+def test_the_gradient_raises_tokens_of_the_tail_that_the_student_has_lost():
     """The student has all but left out what the labels lump together: its logits must still rise."""
     teacher = torch.tensor([0.5, 0.3, 0.1, 0.1]).log()
     student = torch.tensor([0.0, 0.0, -30.0, -30.0], requires_grad=True)
@@ -76,7 +76,7 @@ def test_a_lost_tail_is_pulled_back():
     assert (student.grad[:2] > 0).any()
 
 
-def test_match_counted_on_some_windows_stands_for_all():
+def test_matches_that_were_counted_on_some_windows_are_scaled_up_to_all():
     nll = torch.ones(2, 4, 3)
     right = torch.tensor([[[1, 1, 1]], [[1, 0, 1]]]).bool()
     sums = block_sums(nll.sum(), 8, right, nll)

@@ -56,7 +56,7 @@ def test_weights_are_counted_as_often_as_they_are_read():
     ids=str,
 )
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_a_step_costs_what_its_shapes_predict(parts, k):
+def test_the_counted_flops_of_a_step_are_those_that_its_shapes_predict(parts, k):
     backbone = wide_llama()
     student = PushForwardLM.from_backbone(backbone, 4) if parts is None else make_sequential(backbone, **parts)
     predicted, measured = predicted_step(student, k), measured_step(student, k, context=4)

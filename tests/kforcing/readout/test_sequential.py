@@ -53,7 +53,7 @@ class TeacherAsHead:
 
 @pytest.mark.parametrize("coupling", list(COUPLINGS))
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
-def test_with_the_teachers_distributions_it_is_plain_ar_decoding(backbone, coupling, k):
+def test_a_student_with_the_teachers_distributions_decodes_as_the_ar_model(backbone, coupling, k):
     student = make_sequential(backbone, coupling=coupling)
     TeacherAsHead(student)
     prompts = windows(N=7).context_BN
@@ -62,7 +62,7 @@ def test_with_the_teachers_distributions_it_is_plain_ar_decoding(backbone, coupl
 
 
 @pytest.mark.parametrize("coupling", list(COUPLINGS))
-def test_one_token_a_step_is_the_teacher(backbone, coupling):
+def test_a_student_of_one_token_a_step_is_the_teacher(backbone, coupling):
     student = make_sequential(backbone, coupling=coupling)
     prompts = windows(N=7).context_BN
     options = {"seed": 1, "temperature": 0.7}
@@ -112,7 +112,7 @@ def test_committed_tokens_are_context():
 
 
 @pytest.mark.parametrize("hints", ["copy", "adapter"])
-def test_new_hint_layers_are_the_trunks(backbone, hints):
+def test_new_hint_layers_compute_what_the_layers_of_the_trunk_do(backbone, hints):
     """A hint that carries token 1 and no query is the AR model's own state for token 2."""
     student = make_sequential(backbone, hints=hints, draft="first")
     torch.nn.init.zeros_(student.readout.queries.weight)
@@ -145,7 +145,7 @@ def test_training_touches_the_read_out_alone():
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in student.readout.named_parameters())
 
 
-def test_local_labels_are_the_shipped_ones():
+def test_labels_from_the_model_inside_the_student_equal_those_of_the_rollout():
     backbone = make_backbone()
     student = make_sequential(backbone)
     w = windows()
@@ -168,7 +168,7 @@ def test_the_teachers_rollout_is_labelled_with_its_distributions():
     assert soft.ids_BWKM.shape == (2, 3, 4, 5)
 
 
-def test_own_windows_are_scored_along_the_students_tokens():
+def test_on_policy_windows_are_scored_along_the_students_tokens():
     student = make_sequential(make_backbone())
     w = windows()
     targets = torch.zeros(2, 3, 4, dtype=torch.int64)
@@ -183,7 +183,7 @@ def test_own_windows_are_scored_along_the_students_tokens():
     torch.testing.assert_close(mixed.loss, parts[0].loss + parts[1].loss, rtol=1e-4, atol=1e-4)
 
 
-def test_own_windows_do_not_count_as_matches():
+def test_on_policy_windows_do_not_count_as_matches():
     student = make_sequential(make_backbone())
     w = windows(W=8)
     wrong = (student.draw(w).tokens_BWK + 1) % VOCAB
@@ -194,7 +194,7 @@ def test_own_windows_do_not_count_as_matches():
 
 
 @pytest.mark.parametrize("parts", [None, {}, {"hints": "adapter"}], ids=str)
-def test_a_bf16_student_comes_back_as_it_was(tmp_path, parts):
+def test_a_saved_bf16_student_loads_with_the_same_weights(tmp_path, parts):
     backbone = make_backbone().bfloat16()
     student = make_sequential(backbone, **parts) if parts is not None else PushForwardLM.from_backbone(backbone, 4)
     student.save_pretrained(tmp_path)
@@ -204,7 +204,7 @@ def test_a_bf16_student_comes_back_as_it_was(tmp_path, parts):
     assert again.continue_prompts(prompt, max_new_tokens=6) == student.eval().continue_prompts(prompt, max_new_tokens=6)
 
 
-def test_layers_that_differ_alone_are_refused():
+def test_backbones_whose_last_layers_differ_when_they_stand_alone_are_refused():
     config = Qwen3MoeConfig(
         vocab_size=VOCAB,
         hidden_size=16,

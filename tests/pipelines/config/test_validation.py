@@ -81,7 +81,7 @@ def files(tmp_path):
         (["data.source={files}"], "mixes file types"),
         (["data.source={files}/empty.parquet"], "holds no documents"),
         (["data.source={files}/blank.txt"], "holds no documents"),
-        (["data.source={files}/bad.jsonl"], "is not JSON lines"),
+        (["data.source={files}/bad.jsonl"], "bad.jsonl must hold one JSON object on each line"),
         (["data.source={files}/body.jsonl"], "data.text_column=text is not in .*its columns are body"),
         (["data.source={files}/good.parquet", "data.text_column=body"], "its columns are id, text"),
         (["data.source={files}/good.parquet", "data.id_column=key"], "data.id_column=key is not in"),
@@ -116,7 +116,7 @@ def files(tmp_path):
         (["output_dir=s3://bucket/run"], "not a URI"),
         (["output_dir={files}"], "is not a run directory"),
         (["student.design.noise.max_cycles=0.00001"], "0 < min < max"),
-        (["data.source={files}/list.jsonl"], "an object a line"),
+        (["data.source={files}/list.jsonl"], "list.jsonl must hold one JSON object on each line"),
         (["data.source={files}/latin.txt"], "cannot be read"),
         (["data.source={files}/broken.parquet"], "cannot be read"),
         (["data.max_docs=0"], "data.max_docs=0 must be positive"),
@@ -155,7 +155,7 @@ def test_a_run_directory_of_another_recipe_is_refused(tmp_path):
         read(tmp_path)
 
 
-def test_a_backbone_that_forgets_is_refused(tmp_path):
+def test_a_backbone_with_a_sliding_window_shorter_than_the_blocks_is_refused(tmp_path):
     sizes = {
         "vocab_size": 23,
         "hidden_size": 16,

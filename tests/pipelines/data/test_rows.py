@@ -53,7 +53,7 @@ def rollout(soft):
     return windows, keys, torch.randint(0, 50_000, (B, W, K), generator=g), labels
 
 
-def test_token_rows_give_back_what_they_were_made_of():
+def test_token_rows_give_back_the_arrays_that_they_were_made_of():
     rows = placed_rows()
     assert rows.schema == pa.schema([*token_schema(N), *PLACE])
     assert torch.equal(tokens_of(rows), TOKENS)

@@ -30,7 +30,7 @@ def test_an_epoch_reads_every_row_once(store):
     assert set(rows["epoch"].to_numpy().tolist()) == {0}
 
 
-def test_positions_are_a_pure_function(store):
+def test_the_row_at_a_position_depends_on_store_seed_and_position_alone(store):
     s = store([100, 64, 300, 7])
     whole = s.read(np.arange(1000))
     again = TokenStore(s.folder, 0)
@@ -53,7 +53,7 @@ def test_neighbours_come_from_different_row_groups(store):
     assert len(set(groups)) == LANES
 
 
-def test_a_tiny_store_works(store):
+def test_a_store_with_fewer_groups_than_lanes_reads_every_row_once(store):
     s = store([3])
     assert sorted(s.read(np.arange(3))["seq"].to_pylist()) == [0, 1, 2]
     assert s.read(np.arange(7))["epoch"].to_pylist() == [0, 0, 0, 1, 1, 1, 2]

@@ -130,7 +130,7 @@ def test_preparation_is_reused_until_its_inputs_change(ray_here, tmp_path, caplo
         (["data.text_column=body", "data.source=hf:{folder}"], "data.text_column=body is not in hf:"),
     ],
 )
-def test_what_only_reading_shows_is_a_clear_error_too(ray_here, tmp_path, words, message):
+def test_a_source_that_turns_out_unreadable_during_reading_gives_a_clear_error(ray_here, tmp_path, words, message):
     source = write_corpus(tmp_path / "corpus", "hub")
     words = [w.replace("{folder}", str(tmp_path / "corpus")) for w in words]
     with pytest.raises(ConfigError, match=message):

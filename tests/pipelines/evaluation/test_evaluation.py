@@ -147,7 +147,7 @@ def test_every_row_of_the_table_is_filled_by_a_run(killed):
 
 
 @pytest.mark.cluster
-def test_what_must_be_exact_is(killed):
+def test_lossless_rows_follow_the_ar_model_exactly(killed):
     root, _, _ = killed
     report = json.loads((root / "report.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}

@@ -159,7 +159,7 @@ def test_a_server_holds_runs_inputs_and_registered_students(server, tmp_path, pr
     assert again.mlflow.children == tracker.mlflow.children
 
 
-def test_a_server_that_dies_costs_a_warning_and_no_record(server, tmp_path, prepared, caplog):
+def test_a_server_that_dies_costs_one_warning_and_no_record(server, tmp_path, prepared, caplog):
     uri, process = server
     config, tracker = tracker_for(tmp_path, uri)
     tracker.begin(prepared)
@@ -171,7 +171,7 @@ def test_a_server_that_dies_costs_a_warning_and_no_record(server, tmp_path, prep
     assert [r["step"] for r in log_lines(config) if r.get("event") == "train"] == [20, 40]
 
 
-def test_no_server_at_all_costs_a_warning(tmp_path, prepared, caplog, monkeypatch):
+def test_an_unreachable_server_costs_one_warning_and_no_record(tmp_path, prepared, caplog, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     config, tracker = tracker_for(tmp_path, "http://127.0.0.1:9", [RECORD])
     tracker.begin(prepared)

@@ -84,17 +84,17 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("chunk", [1, 12, 79])
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_in_chunks_is_the_step_at_once(name, chunk):
+def test_a_step_in_chunks_equals_a_step_over_all_rows_at_once(name, chunk):
     assert_same(outcome(*STEPS[name], chunk), outcome(*STEPS[name], 10**6))
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_layers_computed_again_leave_the_step_as_it_is(name):
+def test_activation_checkpointing_does_not_change_the_step(name):
     assert_same(outcome(*STEPS[name], 12, again=True), outcome(*STEPS[name], 10**6))
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
-def test_layers_computed_again_leave_the_step_of_other_backbones_as_it_is(name):
+def test_activation_checkpointing_does_not_change_the_step_of_other_backbones(name):
     build = lambda: argmax_student(name)  # noqa: E731
     assert_same(outcome(build, "hard", {}, 12, again=True), outcome(build, "hard", {}, 12))
 
@@ -139,7 +139,7 @@ def test_logits_of_all_tokens_never_exist_at_once(monkeypatch, name):
     assert largest.rows == B * W * K
 
 
-def test_neither_do_those_of_ar_training():
+def test_logits_of_all_tokens_never_exist_at_once_in_ar_training():
     backbone = make_backbone(scale=2.0)
     ids = torch.randint(0, VOCAB, (4, 20), generator=torch.Generator().manual_seed(0))
     gradients = []
@@ -153,7 +153,7 @@ def test_neither_do_those_of_ar_training():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_nor_those_of_rollouts(monkeypatch):
+def test_logits_of_all_tokens_never_exist_at_once_in_rollouts(monkeypatch):
     for module in (readout, rollout, sequential):
         monkeypatch.setattr(module, "CHUNK", 8)
     windows, backbone = batch().windows, make_backbone(scale=2.0)
@@ -219,7 +219,7 @@ def test_only_the_inputs_of_layers_are_kept():
     assert kept_numbers(student) < 0.5 * before
 
 
-def test_a_module_without_layers_of_transformers_says_so():
+def test_activation_checkpointing_refuses_a_module_without_layers_of_transformers():
     with pytest.raises(ValueError, match="Linear has no layers of transformers"):
         checkpoint_layers(torch.nn.Linear(2, 2))
 
@@ -238,7 +238,7 @@ def test_the_gradient_of_a_head_in_half_precision_is_no_worse_for_chunks():
     assert errors[0] == 0 < errors[2] < 1.2 * errors[1] < 0.01
 
 
-def test_gradients_made_on_the_way_are_scaled_by_what_follows():
+def test_gradients_that_were_made_in_the_forward_pass_are_scaled_by_the_later_gradient():
     head, states = torch.nn.Linear(3, 5), torch.randn(7, 3, requires_grad=True)
 
     def squares(rows, part):
@@ -252,7 +252,7 @@ def test_gradients_made_on_the_way_are_scaled_by_what_follows():
     torch.testing.assert_close(made, list(expected))
 
 
-def test_operations_of_a_step_can_be_counted_and_none_is_made_twice():
+def test_the_flop_counter_sees_each_operation_of_a_step_once():
     states, head = torch.randn(6, 4, requires_grad=True), torch.nn.Linear(4, 8, bias=False)
     targets = torch.arange(6)
     with flop_counter() as counter:
@@ -260,7 +260,7 @@ def test_operations_of_a_step_can_be_counted_and_none_is_made_twice():
     assert counter.get_total_flops() == 3 * 2 * 6 * 4 * 8  # logits, the states' gradient, the head's
 
 
-def test_no_rows_are_no_error():
+def test_zero_rows_give_empty_results():
     states, head = torch.zeros(0, 3, requires_grad=True), torch.nn.Linear(3, 5)
     loss, sums = loss_in_chunks(lambda rows, part: (head(part).sum(-1), part.detach().sum(-1)), [states], head, 4)
     assert (loss.item(), len(sums)) == (0, 0)

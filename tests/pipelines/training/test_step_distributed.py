@@ -177,7 +177,7 @@ def test_uneven_batches_do_not_change_the_gradient(tmp_path, plain, zero_stage):
     assert_same(run(tmp_path, "uneven", 2, zero_stage, uneven_micro_batches), plain)
 
 
-def test_zero_3_refuses_them_before_ranks_wait_for_each_other(tmp_path):
+def test_zero_3_refuses_uneven_batches_before_ranks_wait_for_each_other(tmp_path):
     with pytest.raises(ProcessRaisedException, match=r"micro-batches of \[\[6, 6\], \[18, 18\]\] target tokens"):
         run(tmp_path, "uneven", 2, 3, uneven_micro_batches)
 
@@ -242,7 +242,7 @@ def _check_reduce(rank, world):
     assert means["block_match"] == 0.75
 
 
-def test_the_wait_that_is_told_is_that_of_the_rank_that_waited_longest(tmp_path):
+def test_the_reported_wait_is_that_of_the_rank_that_waited_longest(tmp_path):
     run_ranks(2, _check_wait)
 
 
