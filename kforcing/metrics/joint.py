@@ -133,7 +133,7 @@ def divergence(
         ValueError: when an estimate is needed and there are no blocks.
     """
     if enumerable(vocabulary, k):
-        p, q = (_law(score, context_N, k, vocabulary) for score in (teacher, student))
+        p, q = (exact_joint(score, context_N, k, vocabulary) for score in (teacher, student))
         return Divergence(_tv(p, q), _kl(p, q), _tv(p, m := _product_of_marginals(p)), _kl(p, m))
     if blocks_SK is None:
         raise ValueError(f"{vocabulary}^{k} blocks are too many to enumerate; give blocks that the teacher drew")
@@ -149,8 +149,9 @@ def _logp(score: Score, context_N: Tensor, blocks_SK: Tensor, batch: int) -> Ite
         yield some_SK, score(windows, some_SK[None])[0].double().log_softmax(-1)
 
 
-def _law(score: Score, context_N: Tensor, k: int, vocabulary: int) -> Tensor:
-    """Probabilities of all blocks, a tensor with k dimensions of size V."""
+@torch.inference_mode()
+def exact_joint(score: Score, context_N: Tensor, k: int, vocabulary: int) -> Tensor:
+    """Probabilities of all blocks of k tokens after a context, float64: a tensor with k dimensions of size V."""
     ids = [torch.arange(vocabulary, device=context_N.device)] * (k - 1) + [
         torch.zeros(1, dtype=torch.int64, device=context_N.device)
     ]
