@@ -6,6 +6,7 @@ well). It then decodes in one or more ways, each of which is a row of the table.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -101,6 +102,12 @@ def _kforcing_rows(method: str, k: int, ks: list[int], coupling: str) -> list[Me
     return [MethodRow(f"K-Forcing, {method}, k{k} at k={n}", n, "engine", method, coupling=coupling) for n in ks]
 
 
+def _sequential_rows(k: int, ks: list[int], coupling: str) -> list[MethodRow]:
+    name = f"K-Forcing, sequential, k{k}, exact at k={k}"
+    exact = MethodRow(name, k, "engine", "sequential", coupling=coupling, exact=True)
+    return [*_kforcing_rows("sequential", k, ks, coupling), exact]
+
+
 METHODS = {
     "paper": Method(
         "K-Forcing, the paper's recipe: AR → k=1 → k=2 → …, self-forcing, argmax read-out",
@@ -110,7 +117,7 @@ METHODS = {
     "sequential": Method(
         "K-Forcing, sequential recipe: exact trunk, parallel hints, a small head, soft AR targets",
         "K-Forcing, sequential",
-        partial(_kforcing_rows, "sequential"),
+        _sequential_rows,
     ),
     "head": Method(
         "one-layer sequential head on the AR trunk, without hints and without verification",
@@ -171,7 +178,12 @@ STAGED = tuple(name for name, method in METHODS.items() if method.staged)
 
 
 def rows_of(
-    methods: list[str], students: list[tuple[str, str, int, str]], k: int, ks: list[int], couplings: dict[str, str]
+    methods: list[str],
+    students: list[tuple[str, str, int, str]],
+    k: int,
+    ks: list[int],
+    designs: dict[str, Design],
+    exact: tuple[str, str, int, str] | None = None,
 ) -> list[MethodRow]:
     """The rows of the table: the AR model, then the run's students, then the methods.
 
@@ -180,16 +192,23 @@ def rows_of(
         students: (name, folder, tokens a step, coupling) of the run's students.
         k: tokens a step that the methods are trained for.
         ks: the numbers of tokens a step at which K-Forcing and MDLM are decoded.
-        couplings: of the methods that are trained stage by stage.
+        designs: of the students of methods that are trained stage by stage.
+        exact: the one of the students that is decoded in exact mode, too.
     """
     rows = [MethodRow("AR, engine", 1, "ar")]
-    if "gumbel" in {*(coupling for *_, coupling in students), *couplings.values()}:
+    if "gumbel" in {*(coupling for *_, coupling in students), *(design.coupling for design in designs.values())}:
         rows.append(MethodRow("AR, engine, Gumbel", 1, "ar", coupling="gumbel"))
     rows.append(MethodRow("AR, transformers", 1, "transformers", same_noise=False))
     for name, path, n, coupling in students:
         rows.append(MethodRow(f"this run, {name} at k={n}", n, "engine", path=path, coupling=coupling))
+    if exact:
+        name, path, n, coupling = exact
+        for width, adapt in ((str(n), False), ("auto", True)):
+            row = MethodRow(f"this run, {name}, exact at k={width}", n, "engine", path=path, coupling=coupling)
+            rows.append(dataclasses.replace(row, exact=True, adapt_width=adapt))
     for method in methods:
-        rows += METHODS[method].rows(k, ks, couplings.get(method, "inverse_cdf"))
+        design = designs.get(method, Design())
+        rows += [r for r in METHODS[method].rows(k, ks, design.coupling) if design.exact_trunk or not r.exact]
     return rows
 
 
@@ -216,7 +235,7 @@ def decoder_of(
     method = METHODS[row.method] if row.method else None
     if method is None or method.build is None:
         student = PushForwardLM.from_pretrained(row.path or f"{trained}/k{k}").to(device)
-        return EngineDecoder(student, row.k, row.coupling, temperature)
+        return EngineDecoder(student, row.k, row.coupling, temperature, row.exact, row.adapt_width)
     model = method.build(load_ar(teacher), k, noise)
     load_model(model, f"{trained}/model.safetensors")
     return method.decoders[row.decoder](model.to(device).eval(), ar, row)

@@ -37,6 +37,10 @@ class MethodRow:
     """The function that turns noise into tokens, here and in the AR model that the row is compared with."""
     same_noise: bool = True
     """Whether the decoder reads the same noise as the AR model, so that texts can be compared token by token."""
+    exact: bool = False
+    """Whether the engine verifies a student's tokens, so that the text should be the AR model's."""
+    adapt_width: bool = False
+    """Whether the engine chooses in each step how many tokens, up to k, it drafts."""
 
 
 def slug(name: str) -> str:
@@ -52,20 +56,29 @@ def rows_in(root: Path) -> list[MethodRow]:
 class EngineDecoder:
     """The decode engine with the interface of the baselines' decoders."""
 
-    def __init__(self, model: Any, k: int, coupling: str, temperature: float = 1.0):
+    def __init__(
+        self,
+        model: Any,
+        k: int,
+        coupling: str,
+        temperature: float = 1.0,
+        exact: bool = False,
+        adapt_width: bool = False,
+    ):
         self.model, self.k, self.coupling, self.temperature = model, k, coupling, temperature
+        self.acceptance, self.adapt_width = "exact" if exact else "fixed", adapt_width
         self._engine: Engine | None = None
 
     def decode(self, prompts_RN: Tensor, new_tokens: int, seeds: list[int]) -> Decoded:
         """Continue prompts; arguments and result are those of `kforcing.baselines.base.Decoder.decode`."""
         R, N = prompts_RN.shape
         engine = self._engine_for(R, N, new_tokens)
-        steps, sampling = engine.stats.steps, SamplingParams(temperature=self.temperature)
+        sampling = SamplingParams(temperature=self.temperature)
         requests = [
             Request(p, new_tokens, seed=s, sampling=sampling) for p, s in zip(prompts_RN.tolist(), seeds, strict=True)
         ]
         done = engine.generate(requests)
-        passes = (engine.stats.steps - steps) / new_tokens
+        passes = sum(c.steps for c in done) / (new_tokens * R)
         return Decoded(torch.tensor([c.tokens for c in done]), passes)
 
     def _engine_for(self, rows: int, prompt: int, new_tokens: int) -> Engine:
@@ -82,6 +95,8 @@ class EngineDecoder:
             max_num_batched_tokens=rows * prompt,
             check_every=group,
             coupling=self.coupling,
+            acceptance=self.acceptance,
+            adapt_width=self.adapt_width,
         )
         self._engine = Engine(self.model, config)
         return self._engine

@@ -112,8 +112,8 @@ def _check_external(name: str) -> None:
 def parts_of(subject: Subject, config: EvaluationConfig, methods: list[str]) -> list[Part]:
     """All parts, in the order in which they should start. Each is named by the settings that it reads and by no others."""
     last, shared, teacher = subject.last, subject.run.shared, subject.run.teacher.train
-    couplings = {name: method_design(name, shared.design).coupling for name in STAGED}
-    rows = rows_of(methods, _students(subject), last.k, block_sizes(last.k), couplings)
+    designs = {name: method_design(name, shared.design) for name in STAGED}
+    rows = rows_of(methods, _students(subject), last.k, block_sizes(last.k), designs, _exact(subject))
     write_json(Path(subject.root) / "rows.json", [asdict(row) for row in rows])
     measurement, base, text = Measurement(subject, config), (subject.id, config.seed), _text_settings(subject, config)
     parts = [
@@ -195,3 +195,9 @@ def _students(subject: Subject) -> list[tuple[str, str, int, str]]:
         (student.name, student.path, k, PushForwardConfig.from_pretrained(student.path).design.coupling)
         for student, k in subject.pairs
     ]
+
+
+def _exact(subject: Subject) -> tuple[str, str, int, str] | None:
+    """The last student, if the AR model inside it can verify its tokens."""
+    last, design = subject.last, PushForwardConfig.from_pretrained(subject.last.path).design
+    return (last.name, last.path, last.k, design.coupling) if design.exact_trunk and last.k > 1 else None

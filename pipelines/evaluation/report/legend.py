@@ -44,6 +44,12 @@ def legend(report: Record, config: EvaluationConfig) -> str:
         f"{config.speed.rounds} rounds [smallest, largest]. Rows take turns, and each round has its own prompts. A batch "
         "ends when its slowest text ends. `transformers` takes one prompt at a time in assisted generation.",
     ]
+    if any(", exact at k=" in row["name"] for row in report["rows"]):
+        lines.append(
+            "*Exact* rows verify their tokens against the AR model under the same noise, so the student decides only "
+            "`passes a token` and `tokens/s`. That their text is the AR model's was measured: see `tokens until it leaves "
+            "AR's text`. At k=auto the engine chooses in each step how many tokens it drafts, by what steps take here."
+        )
     if "mdlm" in methods:
         lines.append(
             "The joint TV of MDLM is that of four masks behind the prompt, a text that is shorter than its training blocks."

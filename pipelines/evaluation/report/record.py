@@ -77,7 +77,7 @@ def row_record(row: MethodRow, results: Record, cost: Record) -> Record:
     record = {k: v for k, v in results[f"row-{slug(row.name)}"].items() if k != "tokens"}
     ppl = {**results.get("gen-ppl-1", {}), **results.get("gen-ppl-2", {})}.get(row.name)
     name = row.name.removeprefix("this run, ")
-    student, _, k = name.partition(" at k=")
+    student, _, k = name.replace(", exact", "").partition(" at k=")
     training = results[f"train-{row.method}"] if row.method else {"flops": cost["spent"].get(student, 0.0)}
     record = {
         "name": row.name,
@@ -88,7 +88,7 @@ def row_record(row: MethodRow, results: Record, cost: Record) -> Record:
         "own": bool(row.path),
         "judge": results.get("judge", {}).get(row.name),
     }
-    if row.path:
+    if row.path and not row.exact:
         at = f"{student}-at-{k}"
         record |= {"windows": results["windows"][name], "next_k": results[f"joint-{at}"], "free": results[f"free-{at}"]}
     return record
@@ -109,7 +109,7 @@ def cost_record(subject: Subject, rows: list[MethodRow], results: Record) -> Rec
     ar_flops = decoding[0]["flops_a_token"]
     flops = {f"this run, {entry['name']} at k={entry['k']}": entry["flops_a_token"] for entry in decoding}
     ar_rates = {row.coupling: rates[row.name] for row in rows if row.decoder == "ar"}
-    for row in (row for row in rows if row.path and row.k > 1):
+    for row in (row for row in rows if row.path and row.k > 1 and not row.exact):
         line: Record = {"name": row.name, "flops_a_token": flops[row.name] / ar_flops, "flops": spent[row.path]}
         line["even_flops"] = break_even(spent[row.path], ar_flops - flops[row.name])
         spent_s = sum(s.get("device_s", math.nan) for s in upto[row.path])

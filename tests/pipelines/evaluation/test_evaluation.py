@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from mlflow import MlflowClient
 from transformers import GPT2Config, LlamaConfig
 
+from kforcing import Design, SequentialConfig
 from pipelines.config.overrides import leaves
 from pipelines.config.recipes import RECIPES, recipe
 from pipelines.config.schema import TrainConfig
@@ -48,6 +50,13 @@ SMALL = [
     "bootstrap=100",
     "baselines.share=0.1",
     "speed.rounds=1",
+]
+
+
+EXACT = [
+    "this run, k4, exact at k=4",
+    "this run, k4, exact at k=auto",
+    "K-Forcing, sequential, k4, exact at k=4",
 ]
 
 
@@ -116,7 +125,7 @@ def test_every_row_of_the_table_is_filled_by_a_run(killed):
     root, _, _ = killed
     report = json.loads((root / "report.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
-    assert len(rows) == len(report["rows"]) == 26
+    assert len(rows) == len(report["rows"]) == 29
     for name, row in rows.items():
         assert set(row["tokens_per_s"]) == ({"1"} if name == "transformers, assisted" else {"1", "16"})
         assert row["passes"] > 0
@@ -157,8 +166,14 @@ def test_lossless_rows_follow_the_ar_model_exactly(killed):
         "Medusa, k=4, verified",
         "this run, k1 at k=1",
         "K-Forcing, sequential, k4 at k=1",
+        *EXACT,
     ):
         assert rows[name]["tokens_until_divergence"]["value"] == 16
+    for name in EXACT:
+        assert all(rows[name][figure] == rows["AR, engine, Gumbel"][figure] for figure in ("nll", "entropy", "joint"))
+        assert 1 / 4 <= rows[name]["passes"] <= 1
+    assert rows["this run, k4, exact at k=4"]["passes"] < 1
+    assert rows["AR, engine"]["passes"] == 1
     assert report["joint"]["k1 at k=1"]["tv"]["value"] < 1e-6
     assert report["free"]["k4 at k=1"]["match"][-1]["value"] == 1
     assert rows["K-Forcing, paper, k4 at k=4"]["passes"] == 0.25
@@ -180,10 +195,10 @@ def test_mlflow_holds_the_evaluation_below_the_run_and_a_row_below_it(killed, ru
     names = {f.path for f in client.list_artifacts(below[0].info.run_id)}
     assert {"report.md", "report.json", "samples.html", "match.png", "distance.png", "baselines.png"} <= names
     rows = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{below[0].info.run_id}'")
-    assert len(rows) == 26
+    assert len(rows) == 29
     metrics = [set(row.data.metrics) for row in rows]
     assert all({"eval/nll", "eval/entropy", "eval/passes", "eval/tokens_per_s/1"} <= m for m in metrics)
-    students = [row.data.metrics for row in rows if row.info.run_name.startswith("this run")]
+    students = [row.data.metrics for row in rows if re.match("this run, k. at k=", row.info.run_name)]
     assert all({"eval/windows/match_1", "eval/next_k/tv", "eval/free/match_1"} <= set(m) for m in students)
     top = below[0].data.metrics
     assert {"eval/references/joint/tv", "eval/references/joint_independent/tv"} <= set(top)
@@ -195,7 +210,8 @@ def test_a_registered_model_is_evaluated_with_the_teacher_it_carries(killed, run
     words = [*SMALL, "baselines.only=off", f"tracking.uri={uri}", f"output_dir={tmp_path}/out"]
     evaluate("models:/kforcing-smoke@k4", *words, cwd=run.parent.parent)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [row["name"] for row in report["rows"][3:]] == [f"this run, k4 at k={k}" for k in (1, 2, 3, 4)]
+    assert [row["name"] for row in report["rows"][3:7]] == [f"this run, k4 at k={k}" for k in (1, 2, 3, 4)]
+    assert [row["name"] for row in report["rows"][7:]] == EXACT[:2]
     assert report["free"]["k4 at k=1"]["match"][0]["value"] == 1
     of_run = json.loads((run / "evaluation" / "report.json").read_text())["cost"]
     names = ("name", "steps", "rollouts", "train")  # all stages are charged, though their students are not here
@@ -256,12 +272,16 @@ def test_parts_start_in_order_and_times_are_taken_alone():
 
 
 def test_rows_have_names_and_folders_of_their_own():
-    couplings = {"sequential": "inverse_cdf", "head": "gumbel"}
-    rows = rows_of(list(METHODS), [("k4", "/x", k, "gumbel") for k in (1, 2, 4)], 4, [1, 2, 3, 4], couplings)
+    designs = {"sequential": Design("sequential"), "head": Design("sequential", "gumbel")}
+    students = [("k4", "/x", k, "gumbel") for k in (1, 2, 4)]
+    rows = rows_of(list(METHODS), students, 4, [1, 2, 3, 4], designs, students[-1])
+    assert [row.name for row in rows if row.exact] == EXACT
     assert len({slug(row.name) for row in rows}) == len({row.name for row in rows}) == len(rows)
     assert slug("noise inversion A (heads), k=4") == "noise-inversion-a-heads-k-4"
     assert [row.k for row in rows if row.method == "mdlm"] == [1, 2, 4]
     assert {row.coupling for row in rows if row.method == "sequential"} == {"inverse_cdf"}
+    designs["sequential"] = Design("sequential", sequential=SequentialConfig(freeze_trunk=False))
+    assert not [row for row in rows_of(["sequential"], students, 4, [4], designs) if row.exact]
 
 
 def test_a_staged_method_has_something_to_spend_at_every_stage_that_learns():
