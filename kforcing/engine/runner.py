@@ -203,15 +203,14 @@ class ModelRunner:
             of the new drafts (see `DraftSources`) and their number; then the final tokens, then anything. With
             log-probabilities (R, 4 + k + k · (1 + 2N)): behind the tokens, the bits of `log_probabilities` of each.
         """
-        R, P, K = shape.slots, shape.read, shape.width
+        R, P = shape.slots, shape.read
         if shape.context:
             self._forget_drafts(R, P - 1)
         start_R = self.length_S[:R] - P
         tokens_RP = self._at(self.tokens_SC, start_R, P)
-        records: list[
-            Tensor
-        ] = []  # (R, L, 1 + 2N) log-probabilities of AR's own tokens, then of the block's other ones
         known_R = P - self.drafted_S[:R]
+        # (R, L, 1 + 2N) log-probabilities: with verification of AR's own tokens, then of the block's other ones.
+        records: list[Tensor] = []
         reader = SlotReader(self, self.backbone.base_model, start_R, shape.columns, shape.masked)
         if shape.verify:
             accepted_R, trunk_RD, first_R = self._verify(reader, shape, start_R, tokens_RP, known_R, records)
@@ -224,7 +223,21 @@ class ModelRunner:
             end_R = self.length_S[:R].clamp(max=self.max_model_len - 1)
             made_RK = self._block(reader, end_R, shape, records, tokens_RP=tokens_RP)
         self._write(end_R, made_RK)
-        stride_R = self.stride_S[:R].clamp(max=K)
+        return self._advance(shape, end_R, known_R, accepted_R, tokens_RP, made_RK, records)
+
+    def _advance(
+        self,
+        shape: StepShape,
+        end_R: Tensor,
+        known_R: Tensor,
+        accepted_R: Tensor,
+        tokens_RP: Tensor,
+        made_RK: Tensor,
+        records: list[Tensor],
+    ) -> Tensor:
+        """Move lengths and counts forward and choose the drafts; returns what `step` returns."""
+        R, P = tokens_RP.shape
+        stride_R = self.stride_S[:R].clamp(max=shape.width)
         kept_R = torch.where(self.exact_S[:R], 1, stride_R)
         if not shape.plain:
             read_P, made_K = (torch.arange(n, device=end_R.device) for n in (P, made_RK.shape[1]))
