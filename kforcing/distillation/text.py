@@ -16,6 +16,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,8 @@ from kforcing.distillation.losses import LossSums
 from kforcing.modeling import PushForwardLM
 
 TEXT_LOSSES = ("kl", "tv", "blend")
+LIKELIEST = 32
+"""Of a position's tokens, how many are among those that matter when the loss is computed on some of them."""
 MATCH_STRIDE = 8
 """Acceptance is measured on one window out of so many: it draws from the whole vocabulary."""
 
@@ -59,15 +62,17 @@ class TextStep(nn.Module):
 
     Args:
         model: a sequential student with a frozen trunk.
-        loss: `kl`, the divergence of the student from the AR model; `tv`, their total variation plus a tenth of the
-            cross-entropy of the text (acceptance under a coupling is a function of the total variation); `blend`, the
+        loss: `kl`, the divergence of the student from the AR model; `tv`, 0.9 times their total variation plus 0.1
+            times the divergence (acceptance under a coupling is a function of the total variation); `blend`, the
             divergence where they are far apart and the total variation where they are near (LK losses, arXiv 2602.23881).
+        sampled: how many tokens of the vocabulary, drawn at random for each chunk, stand for all that the AR model finds
+            unlikely; 0 for the whole vocabulary. The LM head of the student is most of the arithmetic of a step.
         chunk: number of tokens whose logits exist at the same time.
     Raises:
         ValueError: for an unknown loss, or a student that does not contain its AR model.
     """
 
-    def __init__(self, model: PushForwardLM, loss: str = "kl", chunk: int = CHUNK):
+    def __init__(self, model: PushForwardLM, loss: str = "kl", sampled: int = 0, chunk: int = CHUNK):
         super().__init__()
         if loss not in TEXT_LOSSES:
             raise ValueError(f"loss={loss}: choose one of {', '.join(TEXT_LOSSES)}")
@@ -76,7 +81,7 @@ class TextStep(nn.Module):
                 f"training on text takes its labels from the AR model inside the student and trains tokens 2 to k; this "
                 f"student has readout={model.design.readout}, k={model.k}. Use a sequential one with a frozen trunk and k ≥ 2"
             )
-        self.model, self.loss, self.chunk = model, loss, chunk
+        self.model, self.loss, self.sampled, self.chunk = model, loss, sampled, chunk
 
     def forward(self, batch: TextBatch) -> LossSums:
         """Sums over the trained tokens.
@@ -89,47 +94,103 @@ class TextStep(nn.Module):
             context = read_context(backbone, batch.tokens_BN)
         places_BWK = batch.anchors_BW[..., None] + torch.arange(K, device=batch.anchors_BW.device)
         tokens_BWK = batch.tokens_BN.gather(1, (places_BWK + 1).flatten(1)).view(places_BWK.shape)
-        teacher_BWHD = context.at(places_BWK[..., 1:].flatten(1)).unflatten(1, (-1, K - 1))
         temperature_B = torch.ones(len(batch.tokens_BN), device=batch.tokens_BN.device)
         windows = Windows(batch.tokens_BN, batch.anchors_BW, batch.noise_BWK, temperature_B)
         scores = self.model.scores(windows, tokens_BWK, context)
-        noise_RH, next_RH = batch.noise_BWK[..., 1:].flatten(0, 1), tokens_BWK[..., 1:].flatten(0, 1)
-        teacher_RHD = teacher_BWHD.flatten(0, 1)
-
-        def part(rows: slice, student_RHD: Tensor) -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                teacher = lm_head(backbone, teacher_RHD[rows]).float()
-            student = scores.head(student_RHD).float()
-            loss_RH, kl_RH = self._token_loss(student, teacher, next_RH[rows])
-            with torch.no_grad():
-                seen = slice(-rows.start % MATCH_STRIDE, None, MATCH_STRIDE)
-                noise = noise_RH[rows][seen]
-                agree = self.model.readout.pick(student[seen], noise, 1.0) == self.model.readout.pick(
-                    teacher[seen], noise, 1.0
-                )
-            return loss_RH.sum(dim=-1), kl_RH, agree
-
-        states_RHD = scores.states_BWKD[:, :, 1:].flatten(0, 1)
-        size = max(1, self.chunk // (K - 1))
-        loss, kl_RH, agree_RH = loss_in_chunks(part, [states_RHD], scores.head, size)
-        accepted_RH = agree_RH.long().cumprod(dim=-1).float()
-        rows = len(states_RHD)
-        match_H = accepted_RH.mean(dim=0) * rows
-        first = match_H.new_full((1,), rows)
-        return LossSums(
-            loss, torch.cat([first * 0, kl_RH.sum(dim=0)]), torch.cat([first, match_H]), match_H[-1].clone(), rows
+        rows_B11 = (
+            torch.arange(len(batch.tokens_BN), device=places_BWK.device)[:, None, None] * batch.tokens_BN.shape[1]
         )
+        part = _ChunkLoss(
+            self,
+            trunk_SD=context.states_BND.flatten(0, 1),
+            places_RH=(places_BWK + rows_B11)[..., 1:].flatten(0, 1),
+            tokens_RH=tokens_BWK[..., 1:].flatten(0, 1),
+            noise_RH=batch.noise_BWK[..., 1:].flatten(0, 1),
+        )
+        states_RHD = scores.states_BWKD[:, :, 1:].flatten(0, 1)
+        loss, kl_RH, agree_RH = loss_in_chunks(part, [states_RHD], scores.head, max(1, self.chunk // (K - 1)))
+        windows_seen = len(states_RHD)
+        match_H = agree_RH.long().cumprod(dim=-1).float().mean(dim=0) * windows_seen
+        first = match_H.new_full((1,), windows_seen)
+        nll_K = torch.cat([first * 0, kl_RH.sum(dim=0)])
+        return LossSums(loss, nll_K, torch.cat([first, match_H]), match_H[-1].clone(), windows_seen)
 
-    def _token_loss(self, student: Tensor, teacher: Tensor, next_RH: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss and, without gradient, the divergence: (r, H) each, of (r, H, V) logits."""
-        logq, logp = student.log_softmax(dim=-1), teacher.log_softmax(dim=-1)
+
+class _ChunkLoss:
+    """Loss, divergence and agreement of some windows, for `loss_in_chunks`.
+
+    Args:
+        step: whose loss it is.
+        trunk_SD: the trunk's states at the S positions of all sequences.
+        places_RH: int64, the position that holds the label of each trained token.
+        tokens_RH: int64, the trained tokens of the text.
+        noise_RH: noise under which drafts are compared.
+    """
+
+    def __init__(self, step: TextStep, trunk_SD: Tensor, places_RH: Tensor, tokens_RH: Tensor, noise_RH: Tensor):
+        self.step, self.trunk_SD, self.places_RH, self.tokens_RH, self.noise_RH = (
+            step,
+            trunk_SD,
+            places_RH,
+            tokens_RH,
+            noise_RH,
+        )
+        self.backbone, self.readout = step.model.backbone, step.model.readout
+
+    def __call__(self, rows: slice, student_RHD: Tensor) -> tuple[Tensor, ...]:
+        """(r,) loss with gradient, (r, H) divergence, (s, H) whether draws agree, of the s windows that are measured."""
+        with torch.no_grad():
+            # Windows share positions: each of the P positions of the chunk goes through the LM head once.
+            places_P, index_RH = self.places_RH[rows].unique(return_inverse=True)
+            logp_PV = lm_head(self.backbone, self.trunk_SD[places_P]).float().log_softmax(dim=-1)
+        if self.step.sampled:
+            logq, logp = self._on_some_tokens(student_RHD, logp_PV, index_RH, self.tokens_RH[rows])
+        else:
+            logq, logp = lm_head(self.backbone, student_RHD).float().log_softmax(dim=-1), logp_PV[index_RH]
+        loss_RH, kl_RH = self._loss(logq, logp)
+        return loss_RH.sum(dim=-1), kl_RH, self._agreement(rows, student_RHD.detach(), logp_PV, index_RH)
+
+    def _on_some_tokens(
+        self, student_RHD: Tensor, logp_PV: Tensor, index_RH: Tensor, tokens_RH: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (r, H, M) of student and AR model of the M tokens that matter in this chunk.
+
+        These are the likeliest tokens of the AR model at each position and the text's own. The last of the M stands for all
+        others: the student's probability of them is estimated from a random sample.
+        """
+        V = logp_PV.shape[-1]
+        with torch.no_grad():
+            likely_V = torch.zeros(V, dtype=torch.bool, device=logp_PV.device)
+            likely_V[logp_PV.topk(min(LIKELIEST, V), dim=-1).indices.flatten()] = True
+            likely_V[tokens_RH.flatten()] = True
+            likely_M = likely_V.nonzero().squeeze(-1)
+            others = (~likely_V).nonzero().squeeze(-1)
+            if not len(others):
+                return lm_head(self.backbone, student_RHD).float().log_softmax(dim=-1), logp_PV[index_RH]
+            sample = others[torch.randint(len(others), (self.step.sampled,), device=others.device)]
+            some_PM = logp_PV[:, likely_M]
+            rest_P1 = torch.log1p(-some_PM.exp().sum(dim=-1, keepdim=True).clamp(max=1 - 1e-6))
+            logp = torch.cat([some_PM, rest_P1], dim=-1)[index_RH]
+        weight = self.backbone.get_output_embeddings().weight
+        logits = student_RHD @ weight[torch.cat([likely_M, sample])].T
+        kept, drawn = logits.float().split([len(likely_M), len(sample)], dim=-1)
+        rest = drawn.logsumexp(dim=-1, keepdim=True) + math.log(len(others) / len(sample))
+        return torch.cat([kept, rest], dim=-1).log_softmax(dim=-1), logp
+
+    def _loss(self, logq: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and, without gradient, the divergence: (r, H) each, of (r, H, M) log-probabilities."""
         p = logp.exp()
         kl = (p * (logp - logq)).sum(dim=-1)
-        if self.loss == "kl":
+        if self.step.loss == "kl":
             return kl, kl.detach()
         tv = (logq.exp() - p).abs().sum(dim=-1) / 2
-        if self.loss == "tv":
-            nll = -logq.gather(-1, next_RH[..., None]).squeeze(-1)
-            return 0.9 * tv + 0.1 * nll, kl.detach()
+        if self.step.loss == "tv":
+            return 0.9 * tv + 0.1 * kl, kl.detach()
         weight = torch.exp(-3 * (1 - tv.detach()))
         return weight * kl + (1 - weight) * tv, kl.detach()
+
+    @torch.no_grad()
+    def _agreement(self, rows: slice, student_RHD: Tensor, logp_PV: Tensor, index_RH: Tensor) -> Tensor:
+        seen = slice(-rows.start % MATCH_STRIDE, None, MATCH_STRIDE)
+        noise, logits = self.noise_RH[rows][seen], lm_head(self.backbone, student_RHD[seen]).float()
+        return self.readout.pick(logits, noise, 1.0) == self.readout.pick(logp_PV[index_RH[seen]], noise, 1.0)
