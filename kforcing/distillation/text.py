@@ -53,8 +53,8 @@ class TextBatch:
 
     @property
     def target_tokens(self) -> int:
-        """Number of tokens that the loss is summed over."""
-        return self.anchors_BW.numel() * (self.k - 1)
+        """Number of tokens of the blocks; the loss of the first of each is 0."""
+        return self.noise_BWK.numel()
 
 
 class TextStep(nn.Module):

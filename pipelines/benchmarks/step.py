@@ -30,7 +30,8 @@ from kforcing.backbone import lm_head
 from kforcing.coupling import COUPLINGS
 from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
 from kforcing.engine.packing import joined, packed_copy
-from kforcing.metrics.external import SMOLLM2, load_external
+from kforcing.loading import SMOLLM2
+from kforcing.metrics.external import load_external
 from pipelines.benchmarks.decoding.hardware import measure_hardware
 from pipelines.benchmarks.decoding.rounds import DecodingRound, Workload, transformers_rounds
 

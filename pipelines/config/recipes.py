@@ -137,7 +137,36 @@ def hf() -> Config:
     return sequential(config, hint_layers=4)  # copies of a few layers are enough to train and to serve
 
 
-RECIPES: dict[str, Callable[[], Config]] = {r.__name__: r for r in (smoke, quickstart, paper, lm1b, owt, hf)}
+def smollm2() -> Config:
+    """A k=4 student of SmolLM2-135M-Instruct on two cores, trained on conversations that the model wrote itself."""
+    config = Config(
+        "smollm2",
+        targets="text",
+        loss="kl",
+        data=DataConfig(source="smollm2-chat", block=256, docs_per_shard=64),
+        teacher=TeacherConfig(path="smollm2"),
+        rollout=RolloutConfig(windows=252),
+        train=TrainConfig(
+            steps=1000,
+            batch=2,
+            micro_batch=1,
+            cpus_per_worker=1,
+            lr=1e-3,
+            warmup=30,
+            beta2=0.95,
+            weight_decay=0.01,
+            ema=0.99,
+            sampled_tokens=2048,
+            checkpoint_every=100,
+            log_every=10,
+        ),
+        eval=EvalConfig(blocks=32, windows=16, prompt_tokens=48, new_tokens=96, batch=8),
+    )
+    design = Design("sequential", "gumbel", sequential=SequentialConfig(hint_layers=1))
+    return dataclasses.replace(config, student=dataclasses.replace(config.student, design=design))
+
+
+RECIPES: dict[str, Callable[[], Config]] = {r.__name__: r for r in (smoke, quickstart, smollm2, paper, lm1b, owt, hf)}
 
 
 def recipe(name: str) -> Config:

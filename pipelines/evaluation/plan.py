@@ -18,7 +18,8 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from kforcing.configuration import PushForwardConfig
-from kforcing.metrics.external import SMOLLM2, check_external
+from kforcing.loading import SMOLLM2
+from kforcing.metrics.external import check_external
 from pipelines.config.section import ConfigError
 from pipelines.config.stages import RunSpec
 from pipelines.evaluation.baseline_training import BaselineTraining, method_design, train_baseline

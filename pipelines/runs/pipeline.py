@@ -88,8 +88,9 @@ class Pipeline:
     def _copy_teacher(self, stage: Stage) -> None:
         config = self.teacher_stage.config
         log.info(f"teacher  copying {config.path} in float32")
-        extra = {"gguf_file": config.gguf_file} if config.gguf_file else {}
-        ray.get(ray.remote(num_cpus=1)(copy_teacher).remote(config.path, extra, str(stage.folder)))
+        path, file = config.located()
+        extra = {"gguf_file": file} if file else {}
+        ray.get(ray.remote(num_cpus=1)(copy_teacher).remote(path, extra, str(stage.folder)))
 
     def _train_teacher(self, stage: Stage, prepared: Prepared) -> None:
         spec, tokenizer = self.teacher_stage, load_tokenizer(prepared.tokenizer)

@@ -12,6 +12,7 @@ from kforcing.backbone import load_ar
 from kforcing.chunking import CHUNK
 from kforcing.design import Design
 from kforcing.distillation.steps import ARStep, StudentStep
+from kforcing.distillation.text import TEXT_LOSSES, TextStep
 from kforcing.modeling import PushForwardLM
 from pipelines.config.schema import TeacherConfig
 
@@ -51,11 +52,15 @@ class Wrapped:
     design: Design
     loss: str
     seed: int
+    sampled_tokens: int = 0
+    """Of a loss on text: see `TextStep`."""
 
     def build(self, chunk: int = CHUNK) -> nn.Module:
         """The wrapped teacher, the same on every worker."""
         torch.manual_seed(self.seed)
         student = PushForwardLM.from_backbone(load_ar(self.teacher), self.k, self.design)
+        if self.loss in TEXT_LOSSES:
+            return TextStep(student, self.loss, self.sampled_tokens, chunk)
         return StudentStep(student, self.loss, chunk)
 
 

@@ -25,6 +25,8 @@ class TrainJob:
     """None for AR training and for cached rollouts."""
     init: AR | Grown | Wrapped
     """The model that the stage begins with."""
+    text_k: int | None = None
+    """Tokens of the blocks that are the text's own (`targets=text`); None for other training."""
 
 
 def stage_job(spec: StageSpec, folder: str, store: str, teacher: str, previous: str | None) -> TrainJob:
@@ -38,9 +40,11 @@ def stage_job(spec: StageSpec, folder: str, store: str, teacher: str, previous: 
     """
     init: Grown | Wrapped
     if previous is None or spec.train.warm_start == "teacher":
-        init = Wrapped(teacher, spec.k, spec.design, spec.loss, spec.seed)
+        init = Wrapped(teacher, spec.k, spec.design, spec.loss, spec.seed, spec.train.sampled_tokens)
     else:
         init = Grown(previous, spec.k, spec.loss)
+    if spec.targets == "text":
+        return TrainJob(spec.name, folder, store, spec.seed, spec.train, spec.rollout, None, init, text_k=spec.k)
     ar = previous is None or spec.targets == "ar"
     rollout_job = RolloutJob(
         teacher if ar or previous is None else previous,

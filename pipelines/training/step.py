@@ -22,8 +22,18 @@ import torch.distributed as dist
 
 from kforcing.distillation.losses import LossSums
 from kforcing.distillation.steps import TokenBatch, WindowBatch
-from kforcing.noise import uniform
-from pipelines.data.rows import has_rollout, labels_of, positions_of, targets_of, tokens_of, windows_of
+from kforcing.distillation.text import TextBatch
+from kforcing.noise import derive_key, sample_anchors, uniform, window_noise
+from pipelines.data.rows import (
+    epochs_of,
+    has_rollout,
+    labels_of,
+    positions_of,
+    sequences_of,
+    targets_of,
+    tokens_of,
+    windows_of,
+)
 
 
 def to_batch(
@@ -46,7 +56,26 @@ def to_batch(
     return WindowBatch(windows_of(rows, device), targets_of(rows, device), labels_of(rows, device), on_policy)
 
 
-def optimizer_step(engine: Any, micro_batches: Sequence[TokenBatch | WindowBatch]) -> LossSums:
+def text_batch(rows: pa.Table, device: torch.device | str, k: int, windows: int, seed: int, stage: str) -> TextBatch:
+    """Rows of a token store as windows of k tokens of the text itself, chosen by (seed, stage, epoch, sequence) alone.
+
+    Args:
+        rows: see `pipelines.data.rows`; they have N tokens.
+        device: of the tensors.
+        k: tokens of a block.
+        windows: of each row, at most N − k.
+        seed, stage: name the stream of anchors and noise.
+    """
+    seq, epochs, tokens = sequences_of(rows), epochs_of(rows), tokens_of(rows)
+    anchor_keys, noise_keys = (
+        torch.tensor([derive_key(seed, stage, name, epoch) for epoch in epochs]) for name in ("anchors", "noise")
+    )
+    anchors = sample_anchors(anchor_keys, seq, tokens.shape[1] - k, windows)
+    noise = window_noise(noise_keys, seq, anchors, k)
+    return TextBatch(*(x.to(device) for x in (tokens, anchors, noise)))
+
+
+def optimizer_step(engine: Any, micro_batches: Sequence[TokenBatch | WindowBatch | TextBatch]) -> LossSums:
     """Forward and backward passes over the micro-batches, and one update of the weights. Returns the sums of this rank.
 
     Below ZeRO 3, ranks may have different numbers of tokens. ZeRO 3 gathers the weights for each call of a module, and the

@@ -19,7 +19,6 @@ import torch
 
 from kforcing.chunking import checkpoint_layers
 from kforcing.device import pick_device
-from kforcing.distillation.steps import TokenBatch, WindowBatch
 from kforcing.noise import derive_key
 from pipelines.config.section import node_selector
 from pipelines.data.rows import positions_of
@@ -31,7 +30,7 @@ from pipelines.training import deepspeed_engine as strategy
 from pipelines.training.job import TrainJob
 from pipelines.training.progress import Progress
 from pipelines.training.schedule import learning_rate, on_policy_fraction
-from pipelines.training.step import optimizer_step, to_batch
+from pipelines.training.step import optimizer_step, text_batch, to_batch
 
 
 def fit(job: TrainJob, relay: Any) -> None:
@@ -128,8 +127,12 @@ def train_worker(config: dict[str, Any]) -> None:
         export(job, weights)
 
 
-def _micro_batches(rows: pa.Table, step: int, job: TrainJob) -> list[TokenBatch | WindowBatch]:
-    size, key = job.train.micro_batch, derive_key(job.seed, job.stage, "own")
+def _micro_batches(rows: pa.Table, step: int, job: TrainJob) -> list[Any]:
+    size = job.train.micro_batch
+    if job.text_k:
+        text = (job.text_k, job.rollout.windows, job.seed, job.stage)
+        return [text_batch(rows.slice(i, size), pick_device(), *text) for i in range(0, len(rows), size)]
+    key = derive_key(job.seed, job.stage, "own")
     fraction = on_policy_fraction(step, job.train)
     return [to_batch(rows.slice(i, size), pick_device(), key, fraction) for i in range(0, len(rows), size)]
 

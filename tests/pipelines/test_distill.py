@@ -166,6 +166,20 @@ def test_a_changed_stage_runs_again_alone_and_its_predecessor_is_archived(smoke,
     assert "k4  finished before, skipped" in back.stdout
 
 
+def test_training_on_text_makes_a_student_of_k_in_one_stage(smoke, tmp_path):
+    words = ("targets=text", "loss=kl", "student.k=3", "train.sampled_tokens=40", "output_dir=run")
+    distill(*same_data(smoke), *words, cwd=tmp_path)
+    run = tmp_path / "run"
+    (stage,) = report(run)["stages"]
+    assert (stage["name"], stage["k"], len(stage["match"])) == ("k3", 3, 3)
+    assert stage["match"][0]["value"] > 0.999
+    assert not (run / "k1").exists()
+    student = PushForwardLM.from_pretrained(run / "k3")
+    teacher = load_file(run / "teacher" / "model.safetensors")
+    inside = student.backbone.state_dict()
+    assert all(torch.equal(inside[name], weight) for name, weight in teacher.items())
+
+
 @pytest.fixture
 def hf_teacher(tmp_path):
     """A tiny causal LM with its own byte-level tokenizer, as a user would have on disk."""

