@@ -88,10 +88,29 @@ def gumbel_max(logits: Tensor, z: Tensor, temperature: Tensor | float = 1.0, ids
     return place if ids is None else ids[place]
 
 
+def gumbel_candidates(logits: Tensor, z: Tensor, temperature: Tensor | float, m: int) -> Tensor:
+    """The m tokens with the largest perturbed scores, among which `gumbel_max` of nearly the same logits finds its winner.
+
+    A winner need not be likely: its noise may be large. Candidates by logits alone would change the distribution.
+
+    Args:
+        logits, z, temperature: see `gumbel_max`.
+        m: how many, at most V.
+    Returns:
+        (..., m) int64 token ids, in no order.
+    """
+    tokens = torch.arange(logits.shape[-1], device=z.device)
+    return _perturbed(tokens, logits, z, temperature).topk(m, dim=-1, sorted=False).indices
+
+
 def _gumbel_max(ids: Tensor, logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
+    return first_largest(_perturbed(ids, logits, z, temperature))
+
+
+def _perturbed(ids: Tensor, logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
     w = race_words(z.to(torch.float64), ids).to(torch.float32)
     race = w.mul_((2.0**-23 - 1) * 2.0**-31).sub_(2.0**-32).log1p_().neg_().log_()
-    return first_largest(_tempered(logits, temperature, torch.float32) - race)
+    return _tempered(logits, temperature, torch.float32) - race
 
 
 def first_largest(scores: Tensor) -> Tensor:

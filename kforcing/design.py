@@ -52,6 +52,9 @@ class SequentialConfig:
     shortlist: int = 0
     """Score hint states against the vocabulary in parallel and let the head re-score only this many best tokens of
     each; 0 scores the whole vocabulary after each token."""
+    draft_rank: int = 0
+    """Choose the shortlist by a copy of the LM head of this rank, applied to the head's own states and with the noise of the
+    draw, instead of by the hints' logits. Needs `coupling=gumbel` and a shortlist; 0 for none."""
     side_weight: float = 0.3
     """Weight of the loss on logits that only choose candidates (of hints for a shortlist, of the bigram draft)."""
     freeze_trunk: bool = True
@@ -68,7 +71,12 @@ class SequentialConfig:
                 f"hint_layers={self.hint_layers}, shortlist={self.shortlist} and side_weight={self.side_weight} must be at "
                 f"least 0, adapter_rank={self.adapter_rank} at least 1"
             )
-        if self.hints == "none" and (self.draft != "none" or self.shortlist):
+        if self.draft_rank < 0 or (self.draft_rank and not self.shortlist):
+            raise ValueError(
+                f"draft_rank={self.draft_rank} chooses the tokens of a shortlist, and shortlist={self.shortlist}: set a "
+                "shortlist, for example 64, or draft_rank=0"
+            )
+        if self.hints == "none" and (self.draft != "none" or (self.shortlist and not self.draft_rank)):
             raise ValueError(
                 f"hints=none has nothing to show draft={self.draft} to or to choose a shortlist of {self.shortlist} from; "
                 "set draft=none and shortlist=0, or hints=copy"
@@ -101,6 +109,11 @@ class Design:
             raise ValueError(
                 f"readout=argmax with coupling={self.coupling}: the network would have to undo a random generator; "
                 "use coupling=inverse_cdf, or readout=sequential"
+            )
+        if self.conditional and self.sequential.draft_rank and self.coupling != "gumbel":
+            raise ValueError(
+                f"draft_rank={self.sequential.draft_rank} chooses candidates by their Gumbel noise, which coupling="
+                f"{self.coupling} does not have; use coupling=gumbel, or draft_rank=0"
             )
         self.noise.check()
         self.sequential.check()

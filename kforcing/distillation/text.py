@@ -52,6 +52,16 @@ class TextBatch:
         return self.noise_BWK.shape[2]
 
     @property
+    def places_BWK(self) -> Tensor:
+        """int64, the position before each token of the blocks, which holds its label."""
+        return self.anchors_BW[..., None] + torch.arange(self.k, device=self.anchors_BW.device)
+
+    @property
+    def blocks_BWK(self) -> Tensor:
+        """int64, the tokens of the blocks."""
+        return self.tokens_BN.gather(1, (self.places_BWK + 1).flatten(1)).view(self.noise_BWK.shape)
+
+    @property
     def target_tokens(self) -> int:
         """Number of tokens of the blocks; the loss of the first of each is 0."""
         return self.noise_BWK.numel()
@@ -92,8 +102,7 @@ class TextStep(nn.Module):
         backbone, K = self.model.backbone, batch.k
         with torch.no_grad():
             context = read_context(backbone, batch.tokens_BN)
-        places_BWK = batch.anchors_BW[..., None] + torch.arange(K, device=batch.anchors_BW.device)
-        tokens_BWK = batch.tokens_BN.gather(1, (places_BWK + 1).flatten(1)).view(places_BWK.shape)
+        places_BWK, tokens_BWK = batch.places_BWK, batch.blocks_BWK
         temperature_B = torch.ones(len(batch.tokens_BN), device=batch.tokens_BN.device)
         windows = Windows(batch.tokens_BN, batch.anchors_BW, batch.noise_BWK, temperature_B)
         scores = self.model.scores(windows, tokens_BWK, context)

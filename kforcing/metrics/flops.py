@@ -116,7 +116,8 @@ def predicted_step(student: Student, k: int, exact: bool = False) -> StepCost:
     The paper's read-out reads trunk, noise encoder and LM head once, for 2k, k and k positions. The sequential read-out
     reads the trunk once for k positions, hint layers once for k − 1 positions, the head's block in each of its k − 1
     turns, and the LM head for each token. With a shortlist of m it reads the LM head twice (once if hints see no
-    draft) and m of its rows for each token. In exact mode the LM head scores all k tokens that are read, and no longer
+    draft) and m of its rows for each token. With a low-rank head it reads the LM head once, and that head for each later
+    token. In exact mode the LM head scores all k tokens that are read, and no longer
     scores token 1 and the hints of a student without draft in one pass.
     """
     backbone, readout = student.backbone, student.readout
@@ -137,6 +138,18 @@ def predicted_step(student: Student, k: int, exact: bool = False) -> StepCost:
     m, width = min(readout.config.shortlist, len(head(backbone).weight)), head(backbone).weight.shape[1]
     drafts = (k - 2) * lm_head if readout.config.draft == "bigram" else 0
     first = readout.entry.weight.numel() + readout.block.qkv.weight.numel()  # the trunk state's keys and values
+    if readout.config.draft_rank:
+        low_rank = _matrices(readout.candidates)
+        block -= low_rank
+        flops = (
+            k * trunk
+            + (k - 1) * (hints + block + low_rank + m * width)
+            + first
+            + (k if exact else 1) * lm_head
+            + drafts
+        )
+        reads = trunk + hints + (k - 1) * (block + low_rank + m * width) + first + drafts + lm_head
+        return StepCost(2 * flops, size * reads)
     flops = k * trunk + (k - 1) * (hints + block + m * width) + first + k * lm_head + drafts
     reads = trunk + hints + (k - 1) * block + first + drafts
     flops += (k - 1) * lm_head if exact else 0

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -26,11 +27,20 @@ from kforcing.attention.reader import Reader
 from kforcing.attention.windows import Context, Windows
 from kforcing.backbone import embeddings, head, lm_head
 from kforcing.chunking import CHUNK, in_chunks
-from kforcing.coupling import Coupling
+from kforcing.coupling import Coupling, gumbel_candidates
 from kforcing.design import SequentialConfig
 from kforcing.readout.base import BlockScores, Pick, Readout, Turn, open_windows
 from kforcing.readout.head_block import HeadBlock, Past
 from kforcing.readout.hint_layers import hint_stack
+from kforcing.readout.low_rank_head import LowRankHead
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What the tokens of some windows are drawn with; `Windows` has it too."""
+
+    noise_BWK: Tensor
+    temperature_BW: Tensor
 
 
 class SequentialReadout(Readout):
@@ -58,6 +68,8 @@ class SequentialReadout(Readout):
             self.queries = nn.Embedding(max(k - 1, 1), width)
             if not self.queries.weight.is_meta:  # loading builds the model without data
                 nn.init.normal_(self.queries.weight, std=embeddings(backbone).weight.std().item())
+        if config.draft_rank:
+            self.candidates = LowRankHead(width, head(backbone).weight.shape[0], config.draft_rank)
         if config.draft == "bigram":
             self.bigram = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
         self.token_norm = nn.LayerNorm(width)
@@ -79,6 +91,11 @@ class SequentialReadout(Readout):
         if self.config.hints != "none":
             self.queries = _extended(self.queries, max(k - 1, 1))
 
+    @property
+    def hint_shortlist(self) -> bool:
+        """Whether the hints' own logits choose the shortlist, and are trained for it."""
+        return self.config.shortlist > 0 and not self.config.draft_rank
+
     def pick(self, logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
         """Draw a token by the coupling: (..., V) logits and (...) noise → (...) int64 ids."""
         return self.coupling(logits.float(), z, temperature)
@@ -96,7 +113,7 @@ class SequentialReadout(Readout):
         hints_BWHD = self._hints(backbone, trunk_BWD, reader, drafts, windows.k)
         before_BWHD = embeddings(backbone)(tokens_BWK[..., :-1])
         corrections_BWHD, _ = self._head(trunk_BWD, hints_BWHD, before_BWHD, 1, self._first_entry(trunk_BWD))
-        side = (*side, hints_BWHD) if self.config.shortlist else side
+        side = (*side, hints_BWHD) if self.hint_shortlist else side
         return BlockScores(torch.cat([first_BW1D, hints_BWHD + corrections_BWHD], dim=2), head(backbone), side)
 
     def turns(
@@ -105,7 +122,7 @@ class SequentialReadout(Readout):
         """Implements `Readout.turns`: token 1 comes from the trunk, and K−1 turns of the head follow."""
         trunk_BWD = self._trunk(backbone, windows, reader, known_BWD)
         hints_BWHD = parallel_BWHV = None
-        if windows.k > 1 and self.config.shortlist and self.config.draft == "none":
+        if windows.k > 1 and self.hint_shortlist and self.config.draft == "none":
             # The hints do not need token 1, so one pass of the LM head gives its logits and those of all hints.
             hints_BWHD = self._hints(backbone, trunk_BWD, reader, [], windows.k)
             logits_BWKV = lm_head(backbone, torch.cat([trunk_BWD[:, :, None], hints_BWHD], dim=2))
@@ -119,7 +136,7 @@ class SequentialReadout(Readout):
         if hints_BWHD is None:
             yield from self.drafts(backbone, windows, reader, trunk_BWD, token_BW, pick)
         else:
-            yield from self._later_turns(backbone, trunk_BWD, hints_BWHD, parallel_BWHV, token_BW, pick)
+            yield from self._later_turns(backbone, windows, trunk_BWD, hints_BWHD, parallel_BWHV, token_BW, pick)
 
     def drafts(
         self,
@@ -136,7 +153,7 @@ class SequentialReadout(Readout):
         """
         drafts, _ = self._drafts(backbone, windows, first_BW[..., None])
         hints_BWHD = self._hints(backbone, trunk_BWD, reader, drafts, windows.k)
-        yield from self._later_turns(backbone, trunk_BWD, hints_BWHD, None, first_BW, pick)
+        yield from self._later_turns(backbone, windows, trunk_BWD, hints_BWHD, None, first_BW, pick)
 
     def tokens(self, backbone: PreTrainedModel, windows: Windows, context: Context | None = None) -> Tensor:
         """Implements `Readout.tokens`. The head works on a slice of the windows at a time."""
@@ -155,8 +172,10 @@ class SequentialReadout(Readout):
             def pick(logits_1RV: Tensor, offset: int) -> Tensor:
                 return self.pick(logits_1RV, noise_RK[None, rows, offset], temperature_R[None, rows])
 
-            hints = hints_RHD[None, rows]
-            turns = self._later_turns(backbone, trunk_RD[None, rows], hints, None, first_R[None, rows], pick)
+            draws = Draws(noise_RK[None, rows], temperature_R[None, rows])
+            turns = self._later_turns(
+                backbone, draws, trunk_RD[None, rows], hints_RHD[None, rows], None, first_R[None, rows], pick
+            )
             return (torch.cat([token for _, token in turns]).T,)
 
         (later_RH,) = in_chunks(later, len(trunk_RD), max(1, CHUNK // windows.k))
@@ -165,6 +184,7 @@ class SequentialReadout(Readout):
     def _later_turns(
         self,
         backbone: PreTrainedModel,
+        draws: Draws | Windows,
         trunk_BWD: Tensor,
         hints_BWHD: Tensor,
         parallel_BWHV: Tensor | None,
@@ -172,14 +192,16 @@ class SequentialReadout(Readout):
         pick: Pick,
     ) -> Iterator[Turn]:
         """The turns of the head after token 1. `parallel_BWHV` are the logits of the hints alone, if they exist already."""
-        if parallel_BWHV is None and self.config.shortlist:
+        if parallel_BWHV is None and self.hint_shortlist:
             parallel_BWHV = lm_head(backbone, hints_BWHD)
         past = self._first_entry(trunk_BWD)
         for j in range(hints_BWHD.shape[2]):
             hint_BW1D = hints_BWHD[:, :, j : j + 1]
             before_BW1D = embeddings(backbone)(token_BW)[:, :, None]
             correction_BW1D, past = self._head(trunk_BWD, hint_BW1D, before_BW1D, j + 1, past)
-            if parallel_BWHV is None:
+            if self.config.draft_rank:
+                logits_BWV = self._candidates(backbone, (hint_BW1D + correction_BW1D)[:, :, 0], draws, j + 1)
+            elif parallel_BWHV is None:
                 logits_BWV = lm_head(backbone, hint_BW1D + correction_BW1D)[:, :, 0]
             else:
                 logits_BWV = self._shortlisted(backbone, parallel_BWHV[:, :, j], correction_BW1D[:, :, 0])
@@ -253,6 +275,25 @@ class SequentialReadout(Readout):
         trunk_BWLD = trunk_BWD[:, :, None].expand(-1, -1, L, -1)
         x = self.entry(torch.cat([trunk_BWLD, hints_BWLD, before_BWLD], dim=-1))
         return (x + self.positions(torch.arange(place, place + L, device=x.device))).flatten(0, 1)
+
+    def _candidates(self, backbone: PreTrainedModel, states_BWD: Tensor, draws: Draws | Windows, offset: int) -> Tensor:
+        """The logits of the tokens that may win under the noise of this offset, and −inf for all others: (B, W, V)."""
+        approximate_BWV = self.candidates(states_BWD)
+        m = min(self.config.shortlist, approximate_BWV.shape[-1])
+        ids_BWM = gumbel_candidates(approximate_BWV, draws.noise_BWK[..., offset], draws.temperature_BW, m)
+        logits_BWM = (head(backbone).weight[ids_BWM] @ states_BWD[..., None]).squeeze(-1)
+        return torch.full_like(approximate_BWV, -torch.inf).scatter(-1, ids_BWM, logits_BWM)
+
+    @torch.no_grad()
+    def fit_candidates(self, backbone: PreTrainedModel, windows: Windows, tokens_BWK: Tensor) -> None:
+        """Set the low-rank head that chooses candidates from the student's own states on some windows.
+
+        Args:
+            windows: with several times as many tokens as the model is wide.
+            tokens_BWK: int64, the tokens of their blocks.
+        """
+        states_SD = self.scores(backbone, windows, tokens_BWK).states_BWKD[:, :, 1:].flatten(0, 2)
+        self.candidates.fit(head(backbone).weight, states_SD)
 
     def _shortlisted(self, backbone: PreTrainedModel, parallel: Tensor, corrections: Tensor) -> Tensor:
         """The logits of the hints, corrected for the tokens of the shortlist and −inf for all others: (..., V)."""

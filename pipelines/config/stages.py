@@ -102,7 +102,9 @@ class StageSpec:
         only a soft loss has labels, and only on-policy windows have a step from which they are used. Text has no rollouts:
         of their settings it has the number of windows alone.
         """
-        design = self.design.effective()
+        design = material(self.design.effective())
+        if not self.design.sequential.draft_rank:
+            del design["sequential"]["draft_rank"]  # earlier releases had no such setting
         if not self.learns:
             return [design]
         train, rollout = material(self.train), material(self.rollout)

@@ -14,14 +14,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
+from kforcing.attention.windows import Windows
 from kforcing.chunking import checkpoint_layers
 from kforcing.device import pick_device
+from kforcing.modeling import PushForwardLM
 from kforcing.noise import derive_key
 from pipelines.config.section import node_selector
-from pipelines.data.rows import positions_of
+from pipelines.data.rows import positions_of, tokens_of
+from pipelines.data.token_store import TokenStore
 from pipelines.files import added_files
 from pipelines.rollouts.plan import StepPlan
 from pipelines.rollouts.stream import training_rows
@@ -150,6 +154,10 @@ def check_order(rows: pa.Table, step: int, batch: int) -> None:
         )
 
 
+CANDIDATE_ROWS = 32
+"""Rows of the token store whose states determine a low-rank head."""
+
+
 def begin(job: TrainJob) -> None:
     """Write the model that a stage begins with to the folder of the stage, which has nothing to learn."""
     model: Any = job.init.build().model
@@ -168,7 +176,18 @@ def export(job: TrainJob, weights: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[f"model.{name}"])
+    if isinstance(model, PushForwardLM) and model.design.sequential.draft_rank:
+        _fit_candidates(job, model)
     write_model(job, model)
+
+
+def _fit_candidates(job: TrainJob, model: PushForwardLM) -> None:
+    """Set the low-rank head of a student, which nothing trains, from its states on the first rows of the store."""
+    rows = TokenStore(job.store, job.seed).read(np.arange(CANDIDATE_ROWS))
+    block = tokens_of(rows).shape[1]
+    batch = text_batch(rows, "cpu", model.k, min(job.rollout.windows, block - model.k), job.seed, job.stage)
+    windows = Windows(batch.tokens_BN, batch.anchors_BW, batch.noise_BWK, torch.ones(len(batch.tokens_BN)))
+    model.eval().readout.fit_candidates(model.backbone, windows, batch.blocks_BWK)
 
 
 def write_model(job: TrainJob, model: Any) -> None:
