@@ -18,6 +18,16 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
+@pytest.fixture(scope="module")
+def ray_here():
+    """A Ray cluster inside this process."""
+    import ray
+
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
+    yield
+    ray.shutdown()
+
+
 @pytest.fixture(params=["llama", "qwen2", "gpt2"])
 def backbone(request):
     from tests.models import make_backbone

@@ -145,6 +145,8 @@ class TextWriter:
         if reason != "stop":
             return Document(turn.number, temperature=temperature, dropped="endless turn")
         assert self.frame is not None
+        if len(turn.prompt) + len(turn.tokens) + len(self.frame.middle) >= self.engine.max_model_len:
+            return Document(turn.number, temperature=temperature, dropped="endless turn")
         return _Turn(turn.number, turn.prompt + turn.tokens + self.frame.middle, user=False)
 
     def _temperature(self, number: int) -> float:

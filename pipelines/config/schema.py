@@ -32,7 +32,7 @@ class DataConfig:
 
     source: str = "sotu"
     """`sotu` or `smollm2-chat` (they ship with the project), a path or URI of Parquet, JSONL or text (file, folder or glob),
-    or `hf:NAME` for a `datasets` name or local dataset folder."""
+    `hf:NAME` for a `datasets` name or local dataset folder, or `self` for text that teacher.path writes itself."""
     hf_config: str | None = None
     """Second argument of `datasets.load_dataset` for `hf:` sources."""
     hf_split: str = "train"
@@ -53,6 +53,32 @@ class DataConfig:
     """Read at most this many documents."""
     cache_dir: Annotated[str | None, RUNTIME] = None
     """Where prepared corpora are kept and found again; by default `data/` beside the run directory."""
+
+
+@dataclass(frozen=True, config=SECTION)
+class SelfTextConfig:
+    """Text that a given AR model writes itself, for data.source=self."""
+
+    documents: Count = 4000
+    """Conversations, or continuations of nothing where the model has no chat template; some are dropped."""
+    docs_per_shard: Count = 64
+    """Documents of a Parquet shard, which one actor writes."""
+    user_tokens: Count = 96
+    """The longest user's turn; a longer one is dropped."""
+    answer_tokens: Count = 384
+    """The longest answer; a longer one is cut."""
+    repetition: Share = 0.5
+    """A document is dropped when more than this share of its 8-token phrases occurred before in it."""
+    slots: Annotated[Count, RUNTIME] = 16
+    """Documents that an actor writes at the same time."""
+    actors: Annotated[Count, RUNTIME] = 1
+    """Actors, each with its own copy of the AR model."""
+    cpus_per_actor: Annotated[NonNegative, RUNTIME] = 1.0
+    """Ray CPUs that an actor reserves; it computes with as many threads."""
+    gpus_per_actor: Annotated[NonNegative, RUNTIME] = 0.0
+    """Ray GPUs that an actor reserves."""
+    label: Annotated[NodeLabel | None, RUNTIME] = None
+    """`key=value` label of the nodes that actors may use."""
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -263,6 +289,8 @@ class Config:
     variation and a tenth of the divergence) or `blend` (divergence far from the teacher, total variation near it)."""
     data: DataConfig = field(default_factory=DataConfig)
     """Corpus."""
+    self_text: SelfTextConfig = field(default_factory=SelfTextConfig)
+    """Text that the AR model writes itself."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Tokenizer."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

@@ -20,6 +20,7 @@ from pipelines.config.schema import (
     DataConfig,
     EvalConfig,
     RolloutConfig,
+    SelfTextConfig,
     TeacherConfig,
     TokenizerConfig,
     TrackingConfig,
@@ -39,6 +40,9 @@ class CorpusSpec:
     """File in that folder which holds the tokenizer, when it is GGUF."""
     cache: Path
     """Folder of prepared corpora."""
+    self_text: SelfTextConfig
+    seed: int
+    """Of the text that the AR model writes itself."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,7 @@ def corpus_spec(config: Config) -> CorpusSpec:
     if config.teacher.path and not config.tokenizer.path:
         given = config.teacher.located()
     cache = Path(config.data.cache_dir) if config.data.cache_dir else config.root.parent / "data"
-    return CorpusSpec(config.data, config.tokenizer, *given, cache.absolute())
+    return CorpusSpec(config.data, config.tokenizer, *given, cache.absolute(), config.self_text, config.seed)
 
 
 def teacher_spec(config: Config) -> TeacherSpec:

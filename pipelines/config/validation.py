@@ -17,7 +17,7 @@ from kforcing.loading import load_tokenizer
 from pipelines.config.schema import Config, TrainConfig
 from pipelines.config.section import ConfigError
 from pipelines.config.stages import StageSpec, corpus_spec, resolve
-from pipelines.data.corpus import check_source, is_remote
+from pipelines.data.corpus import SELF, check_source, is_remote
 from pipelines.data.tokenise import eos_id
 from pipelines.runs.stages import claim
 
@@ -41,6 +41,11 @@ def validate(config: Config) -> None:
         if spec.learns:
             _check_stage(spec, config.data.block)
     check_source(config.data)
+    if config.data.source == SELF and (config.teacher.path is None or config.tokenizer.path):
+        raise ConfigError(
+            f"data.source=self with teacher.path={config.teacher.path}, tokenizer.path={config.tokenizer.path}: the text is "
+            "written by a given AR model with its own tokenizer; set teacher.path alone, or another data.source"
+        )
     _check_lengths(config)
     _check_teacher(config)
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _CORPORA = Path(__file__).parent / "corpora"
 BUILTIN = {"sotu": _CORPORA / "sotu.parquet", "smollm2-chat": _CORPORA / "smollm2-chat.parquet"}
+SELF = "self"
+"""The source of text that the AR model writes itself."""
 _SUFFIXES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 _ARROW_ROWS = 10_000
 _HASH_WHOLE_FILES_UP_TO = 1 << 28
@@ -47,7 +49,7 @@ def local_files(source: str) -> list[str]:
 
 def is_remote(source: str) -> bool:
     """Whether the source is read over a network. Such a source is checked on the cluster only."""
-    return source.startswith("hf:") or "://" in source
+    return source.startswith("hf:") or "://" in source or source == SELF
 
 
 def check_source(config: DataConfig) -> None:

@@ -7,6 +7,7 @@ The name of the folder of a prepared corpus is a hash of everything that it was 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -29,7 +30,7 @@ from pipelines.config.fingerprint import fingerprint
 from pipelines.config.schema import DataConfig, TokenizerConfig
 from pipelines.config.section import ConfigError
 from pipelines.config.stages import CorpusSpec
-from pipelines.data.corpus import documents, is_heldout, source_digest
+from pipelines.data.corpus import SELF, documents, is_heldout, source_digest
 from pipelines.data.rows import token_rows
 from pipelines.data.token_store import MANIFEST, write_manifest, write_shard
 from pipelines.files import atomic_folder
@@ -85,7 +86,8 @@ def _tokenizer_digest(spec: CorpusSpec) -> Any:
 
 def prepare(spec: CorpusSpec) -> Prepared:
     """Make the token blocks of a run, unless they exist already."""
-    name = fingerprint(spec.data, source_digest(spec.data), _tokenizer_digest(spec))
+    spec, source = _with_source(spec)
+    name = fingerprint(*source, _tokenizer_digest(spec))
     prepared = Prepared(spec.cache / name)
     if (prepared.split("heldout") / MANIFEST).is_file():
         log.info(f"corpus  {prepared.folder} is up to date")
@@ -94,6 +96,19 @@ def prepare(spec: CorpusSpec) -> Prepared:
     with FileLock(prepared.folder / ".lock"):
         _make(spec, prepared)
     return prepared
+
+
+def _with_source(spec: CorpusSpec) -> tuple[CorpusSpec, tuple[Any, Any]]:
+    """The spec with a source that exists, and what names it: text that the AR model writes itself is written here."""
+    if spec.data.source != SELF:
+        return spec, (spec.data, source_digest(spec.data))
+    from pipelines.data.self_text import TextJob, write_self_text
+
+    assert spec.given_tokenizer, "validated"
+    job = TextJob(spec.given_tokenizer, spec.gguf_file, spec.seed, spec.self_text, spec.cache)
+    folder = write_self_text(job)
+    data = dataclasses.replace(spec.data, source=f"{folder}/*.parquet", text_column="text", id_column="number")
+    return dataclasses.replace(spec, data=data), (spec.data, folder.name)
 
 
 def _make(spec: CorpusSpec, prepared: Prepared) -> None:

@@ -48,15 +48,6 @@ def test_the_digest_follows_content(tmp_path):
     assert source_digest(DataConfig(source=str(file))) != first
 
 
-@pytest.fixture(scope="module")
-def ray_here():
-    import ray
-
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
-    yield
-    ray.shutdown()
-
-
 TEXTS = [f"Document number {i} tells of {i % 7} things and of nothing else at all." for i in range(120)]
 
 

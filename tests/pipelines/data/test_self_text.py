@@ -1,0 +1,78 @@
+"""A corpus that the AR model writes itself, by Ray actors."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.config.overrides import apply
+from pipelines.config.recipes import recipe
+from pipelines.config.schema import SelfTextConfig
+from pipelines.config.section import ConfigError
+from pipelines.config.stages import corpus_spec
+from pipelines.config.validation import validate
+from pipelines.data.self_text import TextJob, write_self_text
+from pipelines.data.token_store import MANIFEST
+from pipelines.data.tokenise import prepare
+from tests.endpoint import save_model
+from tests.models import make_backbone
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    folder = save_model(tmp_path / "teacher", chat=True)
+    backbone = make_backbone(scale=2.0)
+    backbone.generation_config.eos_token_id = 22
+    backbone.save_pretrained(folder)
+    return folder
+
+
+SIZES = {"documents": 10, "docs_per_shard": 4, "user_tokens": 30, "answer_tokens": 16, "repetition": 1.0}
+
+
+def test_a_killed_run_continues_with_the_missing_shards(ray_here, teacher, tmp_path):
+    job = TextJob(str(teacher), None, 0, SelfTextConfig(**SIZES), tmp_path / "cache")
+    folder = write_self_text(job)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    names = [shard["file"] for shard in manifest["shards"]]
+    assert names == [f"text-{i:06d}.parquet" for i in range(3)]
+    tables = {name: pq.read_table(folder / name) for name in names}
+    assert manifest["rows"] == sum(map(len, tables.values())) == 10 - sum(manifest["dropped"].values())
+    assert all(text.startswith("u ") for table in tables.values() for text in table["text"].to_pylist())
+    (folder / MANIFEST).unlink()
+    (folder / names[1]).unlink()
+    before = (folder / names[0]).stat().st_mtime_ns
+    assert write_self_text(job) == folder
+    assert pq.read_table(folder / names[1]).equals(tables[names[1]])
+    assert (folder / names[0]).stat().st_mtime_ns == before
+    again = json.loads((folder / MANIFEST).read_text())
+    assert (again["rows"], again["tokens"], again["dropped"]) == (
+        manifest["rows"],
+        manifest["tokens"],
+        manifest["dropped"],
+    )
+
+
+def test_a_run_prepares_text_of_its_teacher(ray_here, teacher, tmp_path):
+    words = [f"self_text.{name}={value}" for name, value in SIZES.items()]
+    words += [
+        f"teacher.path={teacher}",
+        "data.source=self",
+        "data.block=8",
+        "eval.prompt_tokens=4",
+        "eval.new_tokens=4",
+    ]
+    words += ["student.k=2", "rollout.windows=4", "eval.windows=4", "data.heldout_fraction=0.3"]
+    config = apply(recipe("smoke"), {}, [*words, f"output_dir={tmp_path / 'run'}"])
+    validate(config)
+    prepared = prepare(corpus_spec(config))
+    assert prepared.facts()["train"]["tokens"] > 0
+    assert prepare(corpus_spec(config)) == prepared
+
+
+def test_text_of_its_own_needs_a_given_model(tmp_path):
+    config = apply(recipe("smoke"), {}, ["data.source=self", f"output_dir={tmp_path / 'run'}"])
+    with pytest.raises(ConfigError, match=r"data\.source=self with teacher.path=None"):
+        validate(config)
