@@ -32,7 +32,7 @@ def compare(folder, *words):
 def test_variants_spend_the_same_and_finished_ones_are_kept(tmp_path):
     done = compare(tmp_path, *SMALL)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert json.loads(done.stdout.splitlines()[-1])["trials"] == 3
+    assert json.loads(done.stdout.splitlines()[-1])["jobs"] == 3
     results = json.loads((tmp_path / "out" / "compare.json").read_text())
     spent = {name: runs[0]["k"]["4"]["spent"] for name, runs in results.items()}
     assert set(spent) == {"paper", "sequential", "head alone"}
