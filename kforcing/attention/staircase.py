@@ -13,7 +13,7 @@ windows, its keys are the context up to the last anchor of the chunk, and its ma
 in half precision, full windows (every position is an anchor, each equally often) use plain causal attention instead: entry
 l of all windows is one head of N queries and N keys. On CPUs chunks are faster than the causal kernel, which skips less of
 the upper triangle. No recipe makes the causal call so far: all recipes sample windows or compute in float32, and rollouts
-always compute in float32.
+always compute in float32. On a GPU, the calls under masks have run in float32 and bfloat16; the causal call has not.
 
 Shapes: B batch, N context, W windows, C windows of a call, L entries of this read, T entries of a window so far (the last L
 are this read's), H query heads, J key heads, G = H / J, E width of a head, S = W · L.

@@ -27,6 +27,7 @@ from kforcing.backbone import lm_head
 from kforcing.chunking import CHUNK, loss_in_chunks
 from kforcing.distillation.losses import LossSums
 from kforcing.modeling import PushForwardLM
+from kforcing.noise import race_words
 
 TEXT_LOSSES = ("kl", "tv", "blend")
 LIKELIEST = 32
@@ -103,12 +104,11 @@ class TextStep(nn.Module):
         with torch.no_grad():
             context = read_context(backbone, batch.tokens_BN)
         places_BWK, tokens_BWK = batch.places_BWK, batch.blocks_BWK
-        temperature_B = torch.ones(len(batch.tokens_BN), device=batch.tokens_BN.device)
+        temperature_B = torch.ones(len(batch.tokens_BN), device=places_BWK.device)
         windows = Windows(batch.tokens_BN, batch.anchors_BW, batch.noise_BWK, temperature_B)
         scores = self.model.scores(windows, tokens_BWK, context)
-        rows_B11 = (
-            torch.arange(len(batch.tokens_BN), device=places_BWK.device)[:, None, None] * batch.tokens_BN.shape[1]
-        )
+        B, N = batch.tokens_BN.shape
+        rows_B11 = N * torch.arange(B, device=places_BWK.device)[:, None, None]
         part = _ChunkLoss(
             self,
             trunk_SD=context.states_BND.flatten(0, 1),
@@ -137,13 +137,8 @@ class _ChunkLoss:
     """
 
     def __init__(self, step: TextStep, trunk_SD: Tensor, places_RH: Tensor, tokens_RH: Tensor, noise_RH: Tensor):
-        self.step, self.trunk_SD, self.places_RH, self.tokens_RH, self.noise_RH = (
-            step,
-            trunk_SD,
-            places_RH,
-            tokens_RH,
-            noise_RH,
-        )
+        self.step, self.trunk_SD = step, trunk_SD
+        self.places_RH, self.tokens_RH, self.noise_RH = places_RH, tokens_RH, noise_RH
         self.backbone, self.readout = step.model.backbone, step.model.readout
 
     def __call__(self, rows: slice, student_RHD: Tensor) -> tuple[Tensor, ...]:
@@ -153,30 +148,32 @@ class _ChunkLoss:
             places_P, index_RH = self.places_RH[rows].unique(return_inverse=True)
             logp_PV = lm_head(self.backbone, self.trunk_SD[places_P]).float().log_softmax(dim=-1)
         if self.step.sampled:
-            logq, logp = self._on_some_tokens(student_RHD, logp_PV, index_RH, self.tokens_RH[rows])
+            logq, logp = self._on_some_tokens(rows, student_RHD, logp_PV, index_RH)
         else:
             logq, logp = lm_head(self.backbone, student_RHD).float().log_softmax(dim=-1), logp_PV[index_RH]
         loss_RH, kl_RH = self._loss(logq, logp)
         return loss_RH.sum(dim=-1), kl_RH, self._agreement(rows, student_RHD.detach(), logp_PV, index_RH)
 
     def _on_some_tokens(
-        self, student_RHD: Tensor, logp_PV: Tensor, index_RH: Tensor, tokens_RH: Tensor
+        self, rows: slice, student_RHD: Tensor, logp_PV: Tensor, index_RH: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities (r, H, M) of student and AR model of the M tokens that matter in this chunk.
 
         These are the likeliest tokens of the AR model at each position and the text's own. The last of the M stands for all
-        others: the student's probability of them is estimated from a random sample.
+        others: the student's probability of them is estimated from a sample that the noise of the chunk determines, so a step
+        that is repeated has the same loss.
         """
         V = logp_PV.shape[-1]
         with torch.no_grad():
             likely_V = torch.zeros(V, dtype=torch.bool, device=logp_PV.device)
             likely_V[logp_PV.topk(min(LIKELIEST, V), dim=-1).indices.flatten()] = True
-            likely_V[tokens_RH.flatten()] = True
+            likely_V[self.tokens_RH[rows].flatten()] = True
             likely_M = likely_V.nonzero().squeeze(-1)
             others = (~likely_V).nonzero().squeeze(-1)
             if not len(others):
                 return lm_head(self.backbone, student_RHD).float().log_softmax(dim=-1), logp_PV[index_RH]
-            sample = others[torch.randint(len(others), (self.step.sampled,), device=others.device)]
+            draws = torch.arange(self.step.sampled, device=others.device)
+            sample = others[race_words(self.noise_RH[rows][0, 0], draws).long() % len(others)]
             some_PM = logp_PV[:, likely_M]
             rest_P1 = torch.log1p(-some_PM.exp().sum(dim=-1, keepdim=True).clamp(max=1 - 1e-6))
             logp = torch.cat([some_PM, rest_P1], dim=-1)[index_RH]

@@ -111,6 +111,11 @@ def _check_text(stage: StageSpec) -> None:
             f"{name}: targets=text takes its labels from the AR model inside the student; use "
             "student.design.readout=sequential with student.design.sequential.freeze_trunk=true"
         )
+    if stage.train.sampled_tokens and stage.train.zero_stage == 3:
+        raise ConfigError(
+            f"{name}: train.sampled_tokens={stage.train.sampled_tokens} reads rows of the LM head, which train.zero_stage=3 "
+            "scatters; use zero_stage=1 or 2, or sampled_tokens=0"
+        )
     unused = {"train.on_policy_fraction": stage.train.on_policy_fraction, "rollout.cache": stage.rollout.cache}
     for setting, value in unused.items():
         if value:

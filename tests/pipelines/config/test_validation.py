@@ -136,6 +136,7 @@ def files(tmp_path):
             "labels from the AR model inside",
         ),
         (["targets=text", "loss=kl", "rollout.cache=true"], "rollout.cache=True needs rollouts"),
+        (["targets=text", "loss=kl", "train.sampled_tokens=9", "train.zero_stage=3"], "reads rows of the LM head"),
         (["targets=text", "loss=kl", "rollout.windows=29"], "has 1 to 28 windows"),
         (["stages.k4.targets=text"], "stages.k4.targets=text: targets=text holds for a whole run"),
         (["train.sampled_tokens=-1"], "train.sampled_tokens=-1 must be greater than or equal to 0"),
