@@ -147,41 +147,40 @@ class _ChunkLoss:
             # Windows share positions: each of the P positions of the chunk goes through the LM head once.
             places_P, index_RH = self.places_RH[rows].unique(return_inverse=True)
             logp_PV = lm_head(self.backbone, self.trunk_SD[places_P]).float().log_softmax(dim=-1)
-        if self.step.sampled:
-            logq, logp = self._on_some_tokens(rows, student_RHD, logp_PV, index_RH)
+        likely_V = self._likely(rows, logp_PV)
+        if 0 < self.step.sampled < (~likely_V).sum():
+            logq, logp = self._on_some_tokens(rows, student_RHD, logp_PV, index_RH, likely_V)
         else:
             logq, logp = lm_head(self.backbone, student_RHD).float().log_softmax(dim=-1), logp_PV[index_RH]
         loss_RH, kl_RH = self._loss(logq, logp)
         return loss_RH.sum(dim=-1), kl_RH, self._agreement(rows, student_RHD.detach(), logp_PV, index_RH)
 
-    def _on_some_tokens(
-        self, rows: slice, student_RHD: Tensor, logp_PV: Tensor, index_RH: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (r, H, M) of student and AR model of the M tokens that matter in this chunk.
+    @torch.no_grad()
+    def _likely(self, rows: slice, logp_PV: Tensor) -> Tensor:
+        """(V,) bool: the likeliest tokens of the AR model at each position of a chunk, and the text's own."""
+        likely_V = torch.zeros(logp_PV.shape[-1], dtype=torch.bool, device=logp_PV.device)
+        likely_V[logp_PV.topk(min(LIKELIEST, len(likely_V)), dim=-1).indices.flatten()] = True
+        likely_V[self.tokens_RH[rows].flatten()] = True
+        return likely_V
 
-        These are the likeliest tokens of the AR model at each position and the text's own. The last of the M stands for all
-        others: the student's probability of them is estimated from a sample that the noise of the chunk determines, so a step
+    def _on_some_tokens(
+        self, rows: slice, student_RHD: Tensor, logp_PV: Tensor, index_RH: Tensor, likely_V: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (r, H, M + 1) of student and AR model of the M likely tokens, and of all others together.
+
+        The student's probability of the others is estimated from a sample that the noise of the chunk determines, so a step
         that is repeated has the same loss.
         """
-        V = logp_PV.shape[-1]
-        with torch.no_grad():
-            likely_V = torch.zeros(V, dtype=torch.bool, device=logp_PV.device)
-            likely_V[logp_PV.topk(min(LIKELIEST, V), dim=-1).indices.flatten()] = True
-            likely_V[self.tokens_RH[rows].flatten()] = True
-            likely_M = likely_V.nonzero().squeeze(-1)
-            others = (~likely_V).nonzero().squeeze(-1)
-            if not len(others):
-                return lm_head(self.backbone, student_RHD).float().log_softmax(dim=-1), logp_PV[index_RH]
-            draws = torch.arange(self.step.sampled, device=others.device)
-            sample = others[race_words(self.noise_RH[rows][0, 0], draws).long() % len(others)]
-            some_PM = logp_PV[:, likely_M]
-            rest_P1 = torch.log1p(-some_PM.exp().sum(dim=-1, keepdim=True).clamp(max=1 - 1e-6))
-            logp = torch.cat([some_PM, rest_P1], dim=-1)[index_RH]
-        weight = self.backbone.get_output_embeddings().weight
-        logits = student_RHD @ weight[torch.cat([likely_M, sample])].T
+        likely_M, others = likely_V.nonzero().squeeze(-1), (~likely_V).nonzero().squeeze(-1)
+        draws = torch.arange(self.step.sampled, device=others.device)
+        sample = others[race_words(self.noise_RH[rows][0, 0], draws).long() % len(others)]
+        logits = student_RHD @ self.backbone.get_output_embeddings().weight[torch.cat([likely_M, sample])].T
         kept, drawn = logits.float().split([len(likely_M), len(sample)], dim=-1)
         rest = drawn.logsumexp(dim=-1, keepdim=True) + math.log(len(others) / len(sample))
-        return torch.cat([kept, rest], dim=-1).log_softmax(dim=-1), logp
+        with torch.no_grad():
+            some_RHM = logp_PV[:, likely_M][index_RH]
+            tail_RH1 = (1 - some_RHM.exp().sum(dim=-1, keepdim=True)).clamp(min=1e-6).log()
+        return torch.cat([kept, rest], dim=-1).log_softmax(dim=-1), torch.cat([some_RHM, tail_RH1], dim=-1)
 
     def _loss(self, logq: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
         """The loss and, without gradient, the divergence: (r, H) each, of (r, H, M) log-probabilities."""
