@@ -27,52 +27,50 @@ class Span:
     """Columns that attention looks at, from the first."""
     positions_RL: Tensor
     """int64, position (= column) of each entry."""
-    rows_N: Tensor
-    """int64, the same as rows of a layer's flattened keys: slot, head, entry."""
+    rows: Tensor
+    """int64, the same as rows of a layer's flattened keys and values: slot, entry, head."""
     mask_R1LC: Tensor | None
     """0 where an entry sees a column and −inf where not; None when all see all."""
 
 
 class SlotCache:
-    """One pair of (S, H, C, E) tensors a layer."""
+    """One (S, 2 · H, C, E) tensor a layer: the heads of keys, then those of values."""
 
     def __init__(
         self, layers: int, slots: int, columns: int, heads: int, width: int, dtype: torch.dtype, device: torch.device
     ):
         self.slots, self.columns, self.heads, self.width = slots, columns, heads, width
-        shape = (slots, heads, columns, width)
-        self.layers = [
-            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            for _ in range(layers)
-        ]
-        self._first_row = (torch.arange(slots * heads, device=device) * columns).view(slots, heads, 1)
+        shape = (slots, 2 * heads, columns, width)
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self._first_row = (torch.arange(slots * 2 * heads, device=device) * columns).view(slots, 1, 2 * heads)
         self._columns = torch.arange(columns, device=device)
 
     @property
     def bytes(self) -> int:
         """Size of keys and values."""
-        return sum(2 * keys.nbytes for keys, _ in self.layers)
+        return sum(store.nbytes for store in self.layers)
 
     def span(self, slots: slice, positions_RL: Tensor, columns: int, masked: bool = True) -> Span:
         """The span of entries at given positions; not `masked` when each of them may see all the columns."""
-        rows_N = (self._first_row[slots] + positions_RL[:, None]).flatten()
+        rows = (self._first_row[slots] + positions_RL[..., None]).flatten()
         mask = None
         if masked:
             unseen = self._columns[:columns] > positions_RL[:, None, :, None]
-            mask = torch.zeros(unseen.shape, dtype=self.layers[0][0].dtype, device=unseen.device)
+            mask = torch.zeros(unseen.shape, dtype=self.layers[0].dtype, device=unseen.device)
             mask.masked_fill_(unseen, -torch.inf)
-        return Span(slots, columns, positions_RL, rows_N, mask)
+        return Span(slots, columns, positions_RL, rows, mask)
 
-    def write(self, layer: int, keys_RHLE: Tensor, values_RHLE: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        """Store the entries of a span; returns (R, H, columns, E) views of all that its slots hold."""
-        held = []
-        for store, new in zip(self.layers[layer], (keys_RHLE, values_RHLE), strict=True):
-            store.view(-1, self.width).index_copy_(0, span.rows_N, new.reshape(-1, self.width))
-            held.append(store[span.slots, :, : span.columns])
-        return held[0], held[1]
+    def write(self, layer: int, new: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Store the entries of a span, (R · L, 2 · H, E): keys, then values; returns all that its slots hold.
+
+        These are (R, H, columns, E) views of keys and of values.
+        """
+        store = self.layers[layer]
+        store.view(-1, self.width).index_copy_(0, span.rows, new.reshape(-1, self.width))
+        held = store[span.slots, :, : span.columns]
+        return held[:, : self.heads], held[:, self.heads :]
 
     def move(self, source: int, target: int, columns: int) -> None:
         """Copy the first columns of a slot to another."""
-        for pair in self.layers:
-            for store in pair:
-                store[target, :, :columns] = store[source, :, :columns]
+        for store in self.layers:
+            store[target, :, :columns] = store[source, :, :columns]

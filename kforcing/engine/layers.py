@@ -17,7 +17,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kforcing.engine.cache import SlotCache, Span
-from kforcing.engine.packing import joined
+from kforcing.engine.packing import Joined
 
 LEAN = ("LlamaModel", "Qwen2Model", "Qwen3Model", "MistralModel")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -40,8 +40,8 @@ class LeanStack:
         attention = model.layers[0].self_attn
         self.groups, self.scale = attention.num_key_value_groups, attention.scaling
         self.eps = model.config.rms_norm_eps
-        positions = torch.arange(cache.columns, device=cache.layers[0][0].device)
-        cos, sin = model.rotary_emb(cache.layers[0][0], positions[None])  # (1, C, E)
+        positions = torch.arange(cache.columns, device=cache.layers[0].device)
+        cos, sin = model.rotary_emb(cache.layers[0], positions[None])  # (1, C, E)
         half = sin.shape[-1] // 2
         self.cos_CE = cos[0]
         self.sin_CE = torch.cat(
@@ -50,8 +50,8 @@ class LeanStack:
         self.layers = [
             (
                 layer,
-                joined([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]),
-                joined([layer.mlp.gate_proj, layer.mlp.up_proj]),
+                Joined([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]),
+                Joined([layer.mlp.gate_proj, layer.mlp.up_proj]),
             )
             for layer in model.layers
         ]
@@ -66,37 +66,40 @@ class LeanStack:
 
     def __call__(self, x_RLD: Tensor, span: Span) -> Tensor:
         """See `Stack`."""
-        R, L, _ = x_RLD.shape
-        E = self.cache.width
+        R, L, D = x_RLD.shape
+        H, G, E = self.cache.heads, self.groups, self.cache.width
         # One head's worth of positions for all heads.
-        cos, sin = self.cos_CE[span.positions_RL][:, :, None], self.sin_CE[span.positions_RL][:, :, None]
+        cos, sin = (table_CE[span.positions_RL.flatten(), None] for table_CE in (self.cos_CE, self.sin_CE))
         mask = span.mask_R1LC
-        if mask is not None and self.groups > 1:
-            mask = mask.repeat_interleave(self.groups, dim=2)
-        x = x_RLD
+        if mask is not None and G > 1:
+            mask = mask.repeat_interleave(G, dim=2)
+        x = x_RLD.reshape(-1, D)
         for i, (layer, qkv, gate_up) in enumerate(self.layers, start=self.first):
             attention, mlp = layer.self_attn, layer.mlp
-            q, k, v = (part.view(R, L, -1, E) for part in qkv(self._norm(x, layer.input_layernorm)))
+            heads = qkv.whole(self._norm(x, layer.input_layernorm)).view(R * L, -1, E)  # queries, keys, values
+            turning = heads[:, :-H]
             if hasattr(attention, "q_norm"):
-                q, k = self._norm(q, attention.q_norm), self._norm(k, attention.k_norm)
-            q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
-            keys, values = self.cache.write(i, k.transpose(1, 2), v.transpose(1, 2), span)
+                q, k = turning.split([H * G, H], dim=1)
+                turning.copy_(torch.cat([self._norm(q, attention.q_norm), self._norm(k, attention.k_norm)], dim=1))
+            _rotate(turning, cos, sin)
+            keys, values = self.cache.write(i, heads[:, -2 * H :], span)
             # Query heads that share a key head become more entries of that head.
-            q = q.view(R, L, -1, self.groups, E).transpose(1, 2).reshape(R, -1, L * self.groups, E)
+            q = heads[:, : H * G].view(R, L, H, G, E).transpose(1, 2).reshape(R, H, L * G, E)
             mixed = scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scale)
-            mixed = mixed.reshape(R, -1, L, self.groups * E).transpose(1, 2).reshape(R, L, -1)
+            mixed = mixed.reshape(R, H, L, G * E).transpose(1, 2).reshape(R * L, -1)
             x = x + attention.o_proj(mixed)
-            gate, up = gate_up(self._norm(x, layer.post_attention_layernorm))
+            gate, up = gate_up.parts(self._norm(x, layer.post_attention_layernorm))
             x = x + mlp.down_proj(mlp.act_fn(gate) * up)
-        return self._norm(x, self.model.norm)
+        return self._norm(x, self.model.norm).view(R, L, D)
 
     def _norm(self, x: Tensor, norm: Any) -> Tensor:
         return rms_norm(x, (x.shape[-1],), norm.weight, self.eps)
 
 
-def _rotated(x_RLHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: x · cos + rotate_half(x) · sin, the half's sign being in `sin`."""
-    return x_RLHE * cos + x_RLHE.roll(x_RLHE.shape[-1] // 2, dims=-1) * sin
+def _rotate(heads_NHE: Tensor, cos_N1E: Tensor, sin_N1E: Tensor) -> None:
+    """Rotary positions, in place: x · cos + rotate_half(x) · sin, the half's sign being in `sin`."""
+    turned = heads_NHE.roll(heads_NHE.shape[-1] // 2, dims=-1)
+    heads_NHE.mul_(cos_N1E).addcmul_(turned, sin_N1E)
 
 
 class StockStack:
@@ -135,7 +138,8 @@ class _StockLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         assert self.span is not None
-        return self.cache.write(self.index, key_states, value_states, self.span)
+        both = torch.cat([key_states, value_states], dim=1).transpose(1, 2).flatten(0, 1)
+        return self.cache.write(self.index, both, self.span)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pass
@@ -159,7 +163,7 @@ def build_stack(model: Any, cache: SlotCache) -> Stack:
         return stock
     lean = LeanStack(model, cache)
     n = min(4, cache.columns)
-    device, dtype = cache.layers[0][0].device, cache.layers[0][0].dtype
+    device, dtype = cache.layers[0].device, cache.layers[0].dtype
     generator = torch.Generator(device="cpu").manual_seed(0)
     probe = torch.randn(1, n, model.config.hidden_size, generator=generator).to(device, dtype)
     span = cache.span(slice(0, 1), torch.arange(n, device=device)[None], n)

@@ -1,15 +1,15 @@
 """Weights in the order in which the CPU's matrix kernels (oneDNN) read them.
 
 For the few rows of a decoding step that is 2 to 4 times as fast as the stock layout: 0.26 against 0.77 ms for 4 rows of a
-768 × 2,304 matrix in fp32 on two cores, near what memory gives. It costs a second copy of the matrices. A single row takes the
-stock layout, which reads its bytes at the memory's speed and has less to set up.
+768 × 2,304 matrix in fp32 on two cores, near what memory gives. It costs a second copy of the matrices. For a single row the
+stock layout reads its bytes at the memory's speed, and a call takes 3 µs to set up instead of 18.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -71,17 +71,37 @@ def packed_copy(model: Model) -> Model:
     return clone
 
 
-def joined(maps: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
-    """Linear maps of one input: packed ones as a single product, others one by one."""
-    if not all(type(m) is PackedLinear for m in maps):
-        return lambda x: [m(x) for m in maps]
-    weights: list[Any] = [m.weight for m in maps]
-    biases: list[Any] = [m.bias for m in maps]
-    sizes = [len(weight) for weight in weights]
-    bias = None if biases[0] is None else torch.cat(biases).detach()
-    packed = _pack(torch.cat(weights))
+class Joined:
+    """Linear maps of one input: packed ones as a single product, others one by one.
 
-    def product(x: Tensor) -> Sequence[Tensor]:
-        return [m(x) for m in maps] if _single(x) else _apply(x, packed, bias).split(sizes, dim=-1)
+    For a single row, maps write to memory of this object: a result lasts until the next call.
+    """
 
-    return product
+    def __init__(self, maps: Sequence[Any]):
+        self.maps = maps
+        self._packed: Tensor | None = None
+        if all(type(m) is PackedLinear for m in maps):
+            self._sizes = [len(m.weight) for m in maps]
+            weight: Tensor = torch.cat([m.weight for m in maps]).detach()
+            self._packed = _pack(weight)
+            self._bias = None if maps[0].bias is None else torch.cat([m.bias for m in maps]).detach()
+            self._row = weight.new_empty(1, len(weight))
+            self._row_parts = self._row.split(self._sizes, dim=1)
+            self._transposed = [m.weight.detach().t() for m in maps]
+
+    def whole(self, x_ND: Tensor) -> Tensor:
+        """(N, in) → (N, all outputs side by side)."""
+        if self._packed is None:
+            return torch.cat([m(x_ND) for m in self.maps], dim=-1)
+        if len(x_ND) > 1:
+            return _apply(x_ND, self._packed, self._bias)
+        for weight, out in zip(self._transposed, self._row_parts, strict=True):
+            torch.mm(x_ND, weight, out=out)
+        return self._row if self._bias is None else self._row.add_(self._bias)
+
+    def parts(self, x_ND: Tensor) -> Sequence[Tensor]:
+        """(N, in) → the output of each map."""
+        if self._packed is None:
+            return [m(x_ND) for m in self.maps]
+        whole = self.whole(x_ND)
+        return whole.split(self._sizes, dim=-1) if len(x_ND) > 1 else self._row_parts

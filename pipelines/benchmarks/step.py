@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from kforcing.backbone import lm_head
 from kforcing.coupling import COUPLINGS
 from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
-from kforcing.engine.packing import joined, packed_copy
+from kforcing.engine.packing import Joined, packed_copy
 from kforcing.loading import SMOLLM2
 from kforcing.metrics.external import load_external
 from pipelines.benchmarks.decoding.hardware import measure_hardware
@@ -92,18 +92,18 @@ def parts_of(engine: Engine, backbone: Any, batch: int) -> dict[str, Callable[[]
         m
         for layer in layers
         for m in (
-            joined([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]),
+            Joined([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]).parts,
             layer.self_attn.o_proj,
-            joined([layer.mlp.gate_proj, layer.mlp.up_proj]),
+            Joined([layer.mlp.gate_proj, layer.mlp.up_proj]).parts,
             layer.mlp.down_proj,
         )
     ]
     config = backbone.config
-    narrow, wide = (torch.randn(batch, 1, n) for n in (config.hidden_size, config.intermediate_size))
+    narrow, wide = (torch.randn(batch, n) for n in (config.hidden_size, config.intermediate_size))
     E, columns = runner.cache.width, max(s.length for s in engine.scheduler.running)
     q = torch.randn(batch, runner.cache.heads, config.num_attention_heads // runner.cache.heads, E)
-    cached = [tuple(store[:batch, :, :columns] for store in pair) for pair in runner.cache.layers]
-    logits = lm_head(backbone, narrow)[:, 0]
+    cached = [store[:batch, :, :columns].chunk(2, dim=1) for store in runner.cache.layers]
+    logits = lm_head(backbone, narrow)
     z = torch.rand(batch, dtype=torch.float64)
 
     def sample(coupling: str) -> Tensor:
