@@ -15,8 +15,11 @@ from kforcing.readout.base import Student, as_student
 from pipelines.benchmarks.decoding.simulation import make_counting, simulated_student
 
 AR = "engine, AR"
-PARTS = SequentialConfig(hint_layers=1, shortlist=64)
-"""The student with random weights has one hint layer and a shortlist."""
+PARTS = {
+    "gumbel": SequentialConfig(hint_layers=1, shortlist=64, draft_rank=128),
+    "inverse_cdf": SequentialConfig(hint_layers=1, shortlist=64),
+}
+"""By coupling: the student with random weights has one hint layer and a shortlist."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def untrained_ways(backbone: Any, ks: list[int], coupling: str, acceptance: floa
     `more` adds the paper's read-out, a student without a shortlist, the stock kernels of CPUs and the batch-invariant mode.
     """
     most = max(ks)
-    student = simulated_student(backbone, most, PARTS, coupling, acceptance)
+    student = simulated_student(backbone, most, PARTS[coupling], coupling, acceptance)
     ways = [DecodingWay(AR, backbone, coupling=coupling), *student_ways(student, ks)]
     if not more:
         return ways
