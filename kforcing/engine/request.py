@@ -28,7 +28,7 @@ class SamplingParams:
     logprobs: int | None = None
     """Return the log-probability of each token and of so many likeliest tokens at its place; 0 for the token's alone, None
     for nothing. They are those of the model itself: before temperature, filters and penalties. Exact mode and AR give the AR
-    model's, fixed mode gives those of a sequential student. Argmax students have none."""
+    model's. Fixed mode gives a sequential student's, over its shortlist where it has one. Argmax students have none."""
 
     def check(self) -> None:
         """Raise ValueError for a value out of range."""

@@ -18,6 +18,7 @@ JSON object.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from typing import Any
@@ -59,11 +60,13 @@ def main() -> None:
     for mode in ("ar", "exact", "fixed"):
         row = joint[mode]
         print(f"| {mode} | {row['tokens_a_step']:.2f} | {row['tv']:.4f} | {row['nll']:.4f} ± {row['nll_se']:.4f} |")
-    rounding = [measure_bf16(model, temperature, given.new) for model in given.bf16 for temperature in (0.0, 1.0)]
-    if rounding:
+    rounding = []
+    if given.bf16:
         print("\n| bf16 | T | tokens | differ |\n|---|---|---|---|")
-    for row in rounding:
-        print(f"| {row['model']} | {row['temperature']} | {row['tokens']} | {row['differ']} ({row['rate']:.2%}) |")
+    for name, temperature in itertools.product(given.bf16, (0.0, 1.0)):
+        rounding.append(row := measure_bf16(name, temperature, given.new))
+        differ = f"{row['differ']} ({row['rate']:.2%})"
+        print(f"| {name} | {temperature} | {row['tokens']} | {differ} |", flush=True)
     print(json.dumps({"joint": joint, "bf16": rounding}))
 
 
