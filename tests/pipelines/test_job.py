@@ -29,14 +29,14 @@ def cluster(tmp_path):
     head = subprocess.Popen(
         [
             RAY, "start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}",
-            f"--temp-dir={short}", "--disable-usage-stats", "--num-cpus=2",
+            f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={short}", "--disable-usage-stats", "--num-cpus=2",
         ],
         env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
     try:
         ask = partial(subprocess.run, [RAY, "job", "list"], env=env, capture_output=True, timeout=60)
-        wait_until(lambda: ask().returncode == 0, "the cluster did not come up", 90, pause=1)
+        wait_until(lambda: ask().returncode == 0, "the cluster did not come up", 300, pause=1)
         yield env
     finally:
         os.killpg(head.pid, signal.SIGTERM)
@@ -48,7 +48,7 @@ def submit(env, name, run, *flags):
     line = [RAY, "job", "submit", f"--submission-id={name}", "--working-dir", ".", *flags]
     return subprocess.run(
         [*line, "--", "python", "pipelines/distill.py", *words],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=600,
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
 
 
@@ -65,14 +65,15 @@ def test_a_job_imports_the_project_from_its_working_directory(cluster):
 
 def test_a_stopped_job_is_continued_by_the_next_submit(cluster, tmp_path):
     run = tmp_path / "runs" / "job"
-    assert submit(cluster, "first", run, "--no-wait").returncode == 0
+    refused = "the cluster takes no jobs"  # while its agent starts, it says that one should try again
+    wait_until(lambda: submit(cluster, "first", run, "--no-wait").returncode == 0, refused, 300, pause=1)
 
     def past_the_first_checkpoint():
         text = logs(cluster, "first")
         assert "Traceback" not in text
         return re.search(r"k2 +step (1[2-9]|[2-9]\d|\d{3})/400", text)
 
-    wait_until(past_the_first_checkpoint, lambda: logs(cluster, "first"), 300, pause=0.5)
+    wait_until(past_the_first_checkpoint, lambda: logs(cluster, "first"), 900, pause=0.5)
     stopped = subprocess.run([RAY, "job", "stop", "first"], env=cluster, capture_output=True, text=True, timeout=120)
     assert "was stopped" in stopped.stdout + stopped.stderr
     done = submit(cluster, "second", run)
