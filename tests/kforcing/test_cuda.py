@@ -11,7 +11,7 @@ from kforcing.backbone import build_backbone
 from kforcing.coupling import COUPLINGS
 from kforcing.distillation.text import TextBatch, TextStep
 from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
-from kforcing.noise import spread_bits
+from kforcing.noise import race_words
 from kforcing.reference import dense_attention
 from tests.models import make_sequential
 
@@ -80,7 +80,8 @@ def test_couplings_pick_the_same_tokens_on_a_gpu_as_on_a_cpu(coupling):
 
 def test_noise_has_the_same_bits_on_a_gpu_as_on_a_cpu():
     z = torch.rand(8, dtype=torch.float64)
-    assert torch.equal(spread_bits(z.cuda(), 1001).cpu(), spread_bits(z, 1001))
+    ids = torch.arange(1001)
+    assert torch.equal(race_words(z.cuda(), ids.cuda()).cpu(), race_words(z, ids))
 
 
 REQUESTS = [
