@@ -150,7 +150,7 @@ def smollm2() -> Config:
             steps=1000,
             batch=2,
             micro_batch=1,
-            cpus_per_worker=1,
+            cpus_per_worker=0.5,
             lr=1e-3,
             warmup=30,
             beta2=0.95,

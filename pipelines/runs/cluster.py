@@ -16,6 +16,7 @@ from typing import Any
 from pipelines.config.schema import Config, EvalConfig, TrainConfig
 from pipelines.config.section import ConfigError, node_selector
 from pipelines.config.stages import StageSpec, TeacherSpec, resolve, teacher_spec
+from pipelines.data.corpus import SELF
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS_ROOT = Path.home() / "kforcing"
@@ -141,14 +142,12 @@ Train workers that hold every CPU starve the data they wait for, and an actor po
 
 
 def work_of(teacher: TeacherSpec, students: Sequence[StageSpec], evaluation: EvalConfig) -> Work:
-    """The pools of every stage of a run, and of its evaluation. A teacher in training has no rollout actors."""
+    """The pools of every stage of a run, and of its evaluation. A teacher in training and text have no rollout actors."""
     work: Work = {}
     if teacher.train is not None:
         work[f"stage {teacher.name}"] = _trainers(teacher.train) | READING
     for spec in students:
-        r = spec.rollout
-        actors = Pool(r.actors, r.cpus_per_actor, r.gpus_per_actor, r.label)
-        work[f"stage {spec.name}"] = _trainers(spec.train) | {f"rollout.actors={r.actors}": actors} | READING
+        work[f"stage {spec.name}"] = _trainers(spec.train) | _rollout_actors(spec) | READING
     scorers = Pool(evaluation.actors, evaluation.cpus_per_actor, evaluation.gpus_per_actor)
     work["evaluation"] = {f"eval.actors={evaluation.actors}": scorers} | READING
     return work
@@ -156,12 +155,23 @@ def work_of(teacher: TeacherSpec, students: Sequence[StageSpec], evaluation: Eva
 
 def work_of_run(config: Config) -> Work:
     """`work_of` the stages that a config resolves to."""
-    return work_of(teacher_spec(config), resolve(config), config.eval)
+    work = work_of(teacher_spec(config), resolve(config), config.eval)
+    if config.data.source == SELF:
+        t = config.self_text
+        work["text"] = {f"self_text.actors={t.actors}": Pool(t.actors, t.cpus_per_actor, t.gpus_per_actor, t.label)}
+    return work
 
 
 def _trainers(train: TrainConfig) -> dict[str, Pool]:
     workers = Pool(train.workers, train.cpus_per_worker, train.gpus_per_worker, train.label)
     return {f"train.workers={train.workers}": workers}
+
+
+def _rollout_actors(spec: StageSpec) -> dict[str, Pool]:
+    if spec.targets == "text":
+        return {}
+    r = spec.rollout
+    return {f"rollout.actors={r.actors}": Pool(r.actors, r.cpus_per_actor, r.gpus_per_actor, r.label)}
 
 
 def preflight(work: Work, have: dict[str, float], where: str) -> None:

@@ -231,6 +231,15 @@ def test_pools_must_fit_on_the_nodes_they_are_tied_to():
         check("stages.k4.rollout.label=pool=other")
 
 
+def test_text_has_no_rollout_actors_and_self_written_text_has_its_own():
+    config = apply(recipe("smollm2"), {}, ["data.source=self"])
+    work = work_of_run(config)
+    assert list(work) == ["stage k4", "evaluation", "text"]
+    assert list(work["stage k4"]) == ["train.workers=2", "1 reading task"]
+    assert list(work["text"]) == ["self_text.actors=1"]
+    preflight(work, {"CPU": 2.0, "GPU": 0.0}, "this machine")
+
+
 def test_a_teacher_in_training_has_no_rollouts():
     work = work_of_run(recipe("lm1b"))
     assert not any("rollout" in pool for pool in work["stage teacher"])
