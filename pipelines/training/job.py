@@ -1,13 +1,24 @@
-"""What a train worker needs to know of its stage, and how it follows from the stage's spec."""
+"""What a train worker needs to know of its stage, how it follows from the stage's spec, and what all who train it share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedModel
+
+from kforcing.device import pick_device
+from kforcing.distillation.steps import TokenBatch, WindowBatch
+from kforcing.distillation.text import TextBatch
+from kforcing.modeling import PushForwardLM
 from pipelines.config.schema import RolloutConfig, TrainConfig
 from pipelines.config.stages import StageSpec
+from pipelines.data.rows import tokens_of
+from pipelines.data.token_store import TokenStore
 from pipelines.rollouts.actor import RolloutJob
 from pipelines.training.initial_model import AR, Grown, Wrapped
+from pipelines.training.step import text_batch, to_batch
 
 
 @dataclass(frozen=True)
@@ -60,3 +71,32 @@ def stage_job(spec: StageSpec, folder: str, store: str, teacher: str, previous: 
         draws=spec.rollout.draws,
     )
     return TrainJob(spec.name, folder, store, spec.seed, spec.train, spec.rollout, rollout_job, init)
+
+
+def micro_batches(
+    job: TrainJob, rows: pa.Table, size: int, own_key: int, own_fraction: float
+) -> list[TokenBatch | WindowBatch | TextBatch]:
+    """The rows of a step in micro-batches of so many rows, on the device of this process.
+
+    Args:
+        own_key: key that chooses the sequences whose windows the student rolls out itself.
+        own_fraction: their share of the sequences; text has none.
+    """
+    device, parts = pick_device(), [rows.slice(i, size) for i in range(0, len(rows), size)]
+    if job.text_k:
+        return [text_batch(part, device, job.text_k, job.rollout.windows, job.seed, job.stage) for part in parts]
+    return [to_batch(part, device, own_key, own_fraction) for part in parts]
+
+
+CANDIDATE_ROWS = 32
+"""Rows of the token store whose states determine a low-rank head."""
+
+
+def fit_candidates(job: TrainJob, model: PreTrainedModel) -> None:
+    """Set the low-rank head of a student that has one from its states on rows of the store, because nothing trains it."""
+    if not isinstance(model, PushForwardLM) or not model.design.sequential.draft_rank:
+        return
+    rows = TokenStore(job.store, job.seed).read(np.arange(CANDIDATE_ROWS))
+    windows = min(job.rollout.windows, tokens_of(rows).shape[1] - model.k)
+    batch = text_batch(rows, next(model.parameters()).device, model.k, windows, job.seed, job.stage)
+    model.eval().readout.fit_candidates(model.backbone, batch.windows, batch.blocks_BWK)

@@ -27,9 +27,8 @@ from pipelines.files import atomic_file, write_json
 from pipelines.log import log
 from pipelines.rollouts.actor import RolloutActor
 from pipelines.rollouts.plan import StepPlan
-from pipelines.training.job import TrainJob, stage_job
+from pipelines.training.job import TrainJob, fit_candidates, micro_batches, stage_job
 from pipelines.training.schedule import ema_decay, learning_rate, on_policy_fraction
-from pipelines.training.step import text_batch, to_batch
 
 KEEP_EVERY_S = 30.0
 
@@ -174,6 +173,7 @@ class LocalStudent:
         cost = {"flops": 0.0, "step_flops": 0.0, "batch_flops": 0.0, "steps": 0, "seconds": 0.0}
         if self.stages[k].learns:
             cost = self._train(module, job, k, steps, budget)
+        fit_candidates(job, module.model)
         module.model.save_pretrained(self.folder / f"k{k}")
         write_json(record, cost)
         return cost
@@ -218,27 +218,14 @@ class LocalStudent:
         }
 
     def _rolled_out(self, job: TrainJob, k: int, batch: int) -> Callable[[int, float], list[Any]]:
-        """A function of a step and its on-policy fraction, which returns the step's rolled-out rows in micro-batches."""
-        micro = min(batch, job.train.micro_batch)
-        if job.text_k:
-            return self._text(job, job.text_k, batch, micro)
-        assert job.rollout_job is not None
-        actor = RolloutActor(dataclasses.replace(job.rollout_job, threads=1))
-        key = derive_key(job.seed, k, "own")
-
-        def step_of(step: int, own: float) -> list[Any]:
-            rows = actor(self.store.read(StepPlan(batch, 1, step + 1, step, 1).positions(0)))
-            return [to_batch(rows.slice(i, micro), pick_device(), key, own) for i in range(0, batch, micro)]
-
-        return step_of
-
-    def _text(self, job: TrainJob, k: int, batch: int, micro: int) -> Callable[[int, float], list[Any]]:
-        """The same for windows of the text itself."""
+        """A function of a step and its on-policy fraction, which returns the step's rows in micro-batches."""
+        assert job.rollout_job is not None or job.text_k
+        actor = RolloutActor(dataclasses.replace(job.rollout_job, threads=1)) if job.rollout_job else None
+        key, micro = derive_key(job.seed, k, "own"), min(batch, job.train.micro_batch)
 
         def step_of(step: int, own: float) -> list[Any]:
             rows = self.store.read(StepPlan(batch, 1, step + 1, step, 1).positions(0))
-            text = (k, job.rollout.windows, job.seed, job.stage)
-            return [text_batch(rows.slice(i, micro), pick_device(), *text) for i in range(0, batch, micro)]
+            return micro_batches(job, actor(rows) if actor else rows, micro, key, own)
 
         return step_of
 

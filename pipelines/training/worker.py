@@ -14,27 +14,22 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
-from kforcing.attention.windows import Windows
 from kforcing.chunking import checkpoint_layers
-from kforcing.device import pick_device
-from kforcing.modeling import PushForwardLM
 from kforcing.noise import derive_key
 from pipelines.config.section import node_selector
-from pipelines.data.rows import positions_of, tokens_of
-from pipelines.data.token_store import TokenStore
+from pipelines.data.rows import positions_of
 from pipelines.files import added_files
 from pipelines.rollouts.plan import StepPlan
 from pipelines.rollouts.stream import training_rows
 from pipelines.runs.stages import StageError
 from pipelines.training import deepspeed_engine as strategy
-from pipelines.training.job import TrainJob
+from pipelines.training.job import TrainJob, fit_candidates, micro_batches
 from pipelines.training.progress import Progress
 from pipelines.training.schedule import learning_rate, on_policy_fraction
-from pipelines.training.step import optimizer_step, text_batch, to_batch
+from pipelines.training.step import optimizer_step
 
 
 def fit(job: TrainJob, relay: Any) -> None:
@@ -115,10 +110,12 @@ def train_worker(config: dict[str, Any]) -> None:
     progress = Progress(job, start, config["relay"] if rank == 0 else None)
     shard = ray.train.get_dataset_shard("train")
     batches = shard.iter_batches(batch_size=train.batch // world, batch_format="pyarrow", prefetch_batches=2)
+    own_key = derive_key(job.seed, job.stage, "own")
     for step, rows in progress.waits(zip(range(start, train.steps), batches, strict=False)):
         check_order(rows, step, train.batch)
         strategy.set_lr(engine, learning_rate(step, train))
-        sums = optimizer_step(engine, _micro_batches(rows, step, job))
+        batches_of_step = micro_batches(job, rows, train.micro_batch, own_key, on_policy_fraction(step, train))
+        sums = optimizer_step(engine, batches_of_step)
         if average:
             average.update(step)
         progress.stepped(step, rows, sums)
@@ -129,16 +126,6 @@ def train_worker(config: dict[str, Any]) -> None:
     weights = strategy.whole_weights(engine, average)
     if rank == 0:
         export(job, weights)
-
-
-def _micro_batches(rows: pa.Table, step: int, job: TrainJob) -> list[Any]:
-    size = job.train.micro_batch
-    if job.text_k:
-        text = (job.text_k, job.rollout.windows, job.seed, job.stage)
-        return [text_batch(rows.slice(i, size), pick_device(), *text) for i in range(0, len(rows), size)]
-    key = derive_key(job.seed, job.stage, "own")
-    fraction = on_policy_fraction(step, job.train)
-    return [to_batch(rows.slice(i, size), pick_device(), key, fraction) for i in range(0, len(rows), size)]
 
 
 def check_order(rows: pa.Table, step: int, batch: int) -> None:
@@ -152,10 +139,6 @@ def check_order(rows: pa.Table, step: int, batch: int) -> None:
             f"step {step} received row positions {positions.min()} to {positions.max()}, expected "
             f"[{step * batch}, {(step + 1) * batch}): Ray Data handed out blocks in another order than planned"
         )
-
-
-CANDIDATE_ROWS = 32
-"""Rows of the token store whose states determine a low-rank head."""
 
 
 def begin(job: TrainJob) -> None:
@@ -176,18 +159,8 @@ def export(job: TrainJob, weights: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[f"model.{name}"])
-    if isinstance(model, PushForwardLM) and model.design.sequential.draft_rank:
-        _fit_candidates(job, model)
+    fit_candidates(job, model)
     write_model(job, model)
-
-
-def _fit_candidates(job: TrainJob, model: PushForwardLM) -> None:
-    """Set the low-rank head of a student, which nothing trains, from its states on the first rows of the store."""
-    rows = TokenStore(job.store, job.seed).read(np.arange(CANDIDATE_ROWS))
-    block = tokens_of(rows).shape[1]
-    batch = text_batch(rows, "cpu", model.k, min(job.rollout.windows, block - model.k), job.seed, job.stage)
-    windows = Windows(batch.tokens_BN, batch.anchors_BW, batch.noise_BWK, torch.ones(len(batch.tokens_BN)))
-    model.eval().readout.fit_candidates(model.backbone, windows, batch.blocks_BWK)
 
 
 def write_model(job: TrainJob, model: Any) -> None:
