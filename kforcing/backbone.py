@@ -42,22 +42,34 @@ def build_backbone(config: dict[str, Any]) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa")
 
 
-def load_ar(folder: str, **extra: Any) -> Any:
-    """A causal LM in float32 with sdpa attention."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa", **extra).eval()
+def load_ar(folder: str, gguf_file: str | None = None) -> Any:
+    """A causal LM in float32 with sdpa attention.
 
-
-def random_llama(positions: int = 4096) -> Any:
-    """A 110 M-parameter model of Llama's kind (12 × 768, vocabulary 32,000), untrained: what benchmarks measure."""
-    config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=12,
-        intermediate_size=2048,
-        max_position_embeddings=positions,
-        tie_word_embeddings=True,
+    Args:
+        folder: a folder or a hub id.
+        gguf_file: the file in it that holds the weights, when they are GGUF.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", gguf_file=gguf_file
     )
+    return model.eval()
+
+
+def random_llama(**sizes: int) -> Any:
+    """An untrained Llama for benchmarks, by default with 110 M parameters (12 × 768, vocabulary 32,000).
+
+    Args:
+        sizes: settings of `LlamaConfig` that replace those of the default model.
+    """
+    default: dict[str, Any] = {
+        "vocab_size": 32_000,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "intermediate_size": 2048,
+        "max_position_embeddings": 4096,
+    }
+    config = LlamaConfig(**(default | sizes), tie_word_embeddings=True)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()

@@ -53,6 +53,12 @@ class TextBatch:
         return self.noise_BWK.shape[2]
 
     @property
+    def windows(self) -> Windows:
+        """The windows, at temperature 1."""
+        temperature_B = torch.ones(len(self.tokens_BN), device=self.tokens_BN.device)
+        return Windows(self.tokens_BN, self.anchors_BW, self.noise_BWK, temperature_B)
+
+    @property
     def places_BWK(self) -> Tensor:
         """int64, the position before each token of the blocks, which holds its label."""
         return self.anchors_BW[..., None] + torch.arange(self.k, device=self.anchors_BW.device)
@@ -104,9 +110,7 @@ class TextStep(nn.Module):
         with torch.no_grad():
             context = read_context(backbone, batch.tokens_BN)
         places_BWK, tokens_BWK = batch.places_BWK, batch.blocks_BWK
-        temperature_B = torch.ones(len(batch.tokens_BN), device=places_BWK.device)
-        windows = Windows(batch.tokens_BN, batch.anchors_BW, batch.noise_BWK, temperature_B)
-        scores = self.model.scores(windows, tokens_BWK, context)
+        scores = self.model.scores(batch.windows, tokens_BWK, context)
         B, N = batch.tokens_BN.shape
         rows_B11 = N * torch.arange(B, device=places_BWK.device)[:, None, None]
         part = _ChunkLoss(
@@ -147,8 +151,8 @@ class _ChunkLoss:
             # Windows share positions: each of the P positions of the chunk goes through the LM head once.
             places_P, index_RH = self.places_RH[rows].unique(return_inverse=True)
             logp_PV = lm_head(self.backbone, self.trunk_SD[places_P]).float().log_softmax(dim=-1)
-        likely_V = self._likely(rows, logp_PV)
-        if 0 < self.step.sampled < (~likely_V).sum():
+        likely_V = self._likely(rows, logp_PV) if self.step.sampled else None
+        if likely_V is not None and self.step.sampled < (~likely_V).sum():
             logq, logp = self._on_some_tokens(rows, student_RHD, logp_PV, index_RH, likely_V)
         else:
             logq, logp = lm_head(self.backbone, student_RHD).float().log_softmax(dim=-1), logp_PV[index_RH]

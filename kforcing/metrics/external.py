@@ -55,12 +55,11 @@ def load_external(path: str | Path, device: str | None = None, dtype: str | None
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype}: choose one of {', '.join(DTYPES)}")
     path, file = locate_model(str(path))
-    gguf: dict[str, Any] = {"gguf_file": file} if file else {}
     model: Any = AutoModelForCausalLM.from_pretrained(
-        path, attn_implementation="sdpa", dtype=DTYPES[dtype] if dtype else "auto", **gguf
+        path, attn_implementation="sdpa", dtype=DTYPES[dtype] if dtype else "auto", gguf_file=file
     )
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return External(model.eval(), AutoTokenizer.from_pretrained(path, **gguf))
+    return External(model.eval(), AutoTokenizer.from_pretrained(path, gguf_file=file))
 
 
 @dataclass(frozen=True)

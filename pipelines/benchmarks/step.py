@@ -24,9 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from kforcing.backbone import lm_head
+from kforcing.backbone import lm_head, random_llama
 from kforcing.coupling import COUPLINGS
 from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
 from kforcing.engine.packing import Joined, packed_copy
@@ -51,18 +50,15 @@ TEXT = (
 
 def smollm2_shape() -> Any:
     """Random weights of SmolLM2-135M's shape."""
-    config = LlamaConfig(
+    return random_llama(
         vocab_size=49_152,
         hidden_size=576,
-        intermediate_size=1536,
         num_hidden_layers=30,
         num_attention_heads=9,
         num_key_value_heads=3,
+        intermediate_size=1536,
         max_position_embeddings=8192,
-        tie_word_embeddings=True,
     )
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 
 
 def running_engine(backbone: Any, prompts: list[list[int]], steps: int) -> Engine:

@@ -92,11 +92,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
-    if given.model == "random":
-        backbone = random_llama()
-    else:
-        folder, file = locate_model(given.model)
-        backbone = load_ar(folder, **({"gguf_file": file} if file else {}))
+    backbone = random_llama() if given.model == "random" else load_ar(*locate_model(given.model))
     design = Design("sequential", "gumbel", sequential=SequentialConfig(hint_layers=1))
     student = PushForwardLM.from_backbone(backbone, 4, design)
     rows = measure(ways(student, given.rows, given.tokens), given.rows * (given.tokens - student.k), given.rounds)

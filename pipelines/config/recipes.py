@@ -141,8 +141,6 @@ def smollm2() -> Config:
     """A k=4 student of SmolLM2-135M-Instruct on two cores, trained on conversations that the model wrote itself."""
     config = Config(
         "smollm2",
-        targets="text",
-        loss="kl",
         data=DataConfig(source="smollm2-chat", block=256, docs_per_shard=64),
         teacher=TeacherConfig(path="smollm2"),
         rollout=RolloutConfig(windows=252),
@@ -162,8 +160,7 @@ def smollm2() -> Config:
         ),
         eval=EvalConfig(blocks=32, windows=16, prompt_tokens=48, new_tokens=96, batch=8),
     )
-    design = Design("sequential", "gumbel", sequential=SequentialConfig(hint_layers=1))
-    return dataclasses.replace(config, student=dataclasses.replace(config.student, design=design))
+    return dataclasses.replace(sequential(config, hint_layers=1), targets="text", loss="kl")
 
 
 RECIPES: dict[str, Callable[[], Config]] = {r.__name__: r for r in (smoke, quickstart, smollm2, paper, lm1b, owt, hf)}

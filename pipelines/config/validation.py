@@ -257,7 +257,7 @@ def _check_positions(config: Config, positions: int) -> None:
 
 def _check_attention_window(config: Config, path: str, file: str | None) -> None:
     """Blocks see their whole context: a backbone that attends to a shorter window would not be itself."""
-    hf_config = AutoConfig.from_pretrained(path, **_gguf(file))
+    hf_config = AutoConfig.from_pretrained(path, gguf_file=file)
     window = getattr(hf_config, "sliding_window", None)
     if not window or getattr(hf_config, "use_sliding_window", True) is False:
         return
@@ -269,14 +269,10 @@ def _check_attention_window(config: Config, path: str, file: str | None) -> None
         )
 
 
-def _gguf(file: str | None) -> dict[str, str]:
-    return {"gguf_file": file} if file else {}
-
-
 def _limits(path: str, gguf_file: str | None) -> _Limits:
     """The sizes of a Hugging Face model, from its config alone."""
     try:
-        config: Any = AutoConfig.from_pretrained(path, **_gguf(gguf_file))
+        config: Any = AutoConfig.from_pretrained(path, gguf_file=gguf_file)
     except Exception as error:
         kind = "folder" if Path(path).exists() or is_remote(path) or path.startswith((".", "/")) else "hub id"
         raise ConfigError(

@@ -76,8 +76,7 @@ class TextActor:
     def __init__(self, job: TextJob):
         config = job.config
         torch.set_num_threads(max(1, int(config.cpus_per_actor)))
-        extra = {"gguf_file": job.gguf_file} if job.gguf_file else {}
-        model = load_ar(job.teacher, **extra).to(pick_device())
+        model = load_ar(job.teacher, job.gguf_file).to(pick_device())
         self.job, self.tokenizer = job, load_tokenizer(job.teacher, job.gguf_file)
         stops = eos_token_ids(model.generation_config, self.tokenizer, model.config.vocab_size)
         slots = min(config.slots, config.docs_per_shard)

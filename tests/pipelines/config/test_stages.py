@@ -33,7 +33,7 @@ def test_training_on_text_has_one_stage_of_any_k():
     assert (job.rollout_job, job.text_k, job.init.k) == (None, 3, 3)
 
 
-def test_sampled_tokens_name_a_stage_of_text_alone():
+def test_sampled_tokens_change_the_names_of_text_stages_only():
     def name(*words):
         return resolve(config(*words))[-1].fingerprint("corpus", "teacher", "previous")
 

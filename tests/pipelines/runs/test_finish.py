@@ -40,7 +40,7 @@ def stages(tmp_path):
     load_tokenizer(given).save_pretrained(prepared.tokenizer)  # as a corpus keeps the tokenizer that it was made with
     config = apply(recipe("smoke"), {}, ["student.k=2"])
     done = [open_stage(tmp_path / "run", "teacher", "f0")]
-    copy_teacher(str(given), {}, str(done[0].folder))
+    copy_teacher(str(given), None, str(done[0].folder))
     finish_stage(done[0], prepared)
     for spec in resolve(config):
         stage = open_stage(tmp_path / "run", spec.name, "f0")
