@@ -36,7 +36,10 @@ def engine_requests(model: ServedModel, body: CompletionRequest | ChatRequest) -
         room = max(model.engine.max_model_len - len(prompt), 1)
         limit = body.token_limit or (None if chat else min(DEFAULT_MAX_TOKENS, room))
         seed = secrets.randbits(62) if body.seed is None else body.seed
-        requests += [Request(prompt, limit, choice_seed(seed, i), stop_ids, body.k, sampling) for i in range(copies)]
+        requests += [
+            Request(prompt, limit, choice_seed(seed, i), stop_ids, body.k, sampling, body.acceptance)
+            for i in range(copies)
+        ]
     return requests
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -43,6 +43,10 @@ class Metrics:
             "discarded_tokens_total", "Tokens generated after a stop or a limit, and never returned."
         )
         self.steps = counter("engine_steps_total", "Decoding steps.")
+        self.drafts = counter("spec_decode_num_draft_tokens_total", "Exact mode: drafted tokens that were verified.")
+        self.accepted = counter(
+            "spec_decode_num_accepted_tokens_total", "Exact mode: drafts that are equal to the AR model's own tokens."
+        )
         self.engine_time = counter("engine_time_seconds_total", "Seconds for which the engine computed.")
         self.framework_time = counter("framework_time_seconds_total", "Seconds between steps while there was work.")
         self.success = counter("request_success_total", "Finished requests.", "finished_reason")
@@ -63,7 +67,8 @@ class EngineMetrics:
             gauge.labels(**self._labels).set(0)
         metrics.per_forward.labels(**self._labels).set_function(self._tokens_per_forward)
         counters = (metrics.prompt, metrics.generated, metrics.discarded, metrics.steps, metrics.rejected)
-        for counter in (*counters, metrics.engine_time, metrics.framework_time):
+        times = (metrics.engine_time, metrics.framework_time)
+        for counter in (*counters, *times, metrics.drafts, metrics.accepted):
             counter.labels(**self._labels).inc(0)
         for reason in ("stop", "length", "abort"):
             metrics.success.labels(**self._labels, finished_reason=reason).inc(0)
@@ -79,7 +84,9 @@ class EngineMetrics:
         m.framework_time.labels(**own).inc(between)
         m.discarded.labels(**own).inc(now.discarded - before.discarded)
         m.steps.labels(**own).inc(now.steps - before.steps)
-        self._counted = dataclasses.replace(now)
+        m.drafts.labels(**own).inc(sum(now.drafted) - sum(before.drafted))
+        m.accepted.labels(**own).inc(sum(now.accepted) - sum(before.accepted))
+        self._counted = copy.deepcopy(now)
         m.running.labels(**own).set(len(engine.scheduler.running))
         m.waiting.labels(**own).set(len(engine.scheduler.waiting) + len(engine.scheduler.prefilling))
         columns = engine.config.max_num_seqs * (engine.max_model_len + engine.k)

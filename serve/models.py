@@ -37,7 +37,7 @@ class ServedModel:
 
 
 LOADING = {
-    *("model", "name", "teacher", "k", "coupling", "device", "dtype", "packed", "batch_invariant"),
+    *("model", "name", "teacher", "k", "acceptance", "coupling", "device", "dtype", "packed", "batch_invariant"),
     *("max_num_seqs", "max_model_len", "max_num_batched_tokens"),
 }
 """Settings whose change needs the models to be loaded again."""
@@ -53,25 +53,28 @@ def load_models(settings: Settings, metrics: Metrics, replica: str, thread: Engi
     path = resolve(settings.model)
     model = load_model(path, settings.device, settings.dtype)
     name = settings.name or default_name(settings.model)
-    models = [ServedModel(name, Engine(model, engine_config(settings, settings.k)), path)]
+    models = [ServedModel(name, Engine(model, engine_config(settings, model, settings.k)), path)]
     if settings.teacher not in ("auto", "none"):
         folder = resolve(settings.teacher)
         teacher: Any = load_model(folder, settings.device, settings.dtype)
-        models.append(ServedModel("teacher", Engine(teacher, engine_config(settings, 1)), folder))
-    elif settings.teacher == "auto" and isinstance(model, PushForwardLM) and model.config.design.exact_trunk:
-        config = engine_config(settings, 1, model.config.design.coupling)
+        models.append(ServedModel("teacher", Engine(teacher, engine_config(settings, teacher, 1)), folder))
+    elif settings.teacher == "auto" and isinstance(model, PushForwardLM) and model.design.exact_trunk:
+        config = engine_config(settings, model.backbone, 1, model.design.coupling)
         models.append(ServedModel("teacher", Engine(model.backbone, config), path))
     for served in models:  # only when all of them have been loaded
         served.open(EngineMetrics(metrics, served.name, replica), settings.max_waiting, thread)
     return {served.name: served for served in models}
 
 
-def engine_config(settings: Settings, k: int | None, coupling: str | None = None) -> EngineConfig:
-    """The engine's configuration under these settings."""
+def engine_config(settings: Settings, model: Any, k: int | None, coupling: str | None = None) -> EngineConfig:
+    """The engine's configuration for a model under these settings."""
+    verifies = not isinstance(model, PushForwardLM) or model.design.exact_trunk
+    automatic = "exact" if verifies else "fixed"
     return EngineConfig(
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len,
         k=k,
+        acceptance=automatic if settings.acceptance == "auto" else settings.acceptance,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         batch_invariant=settings.batch_invariant,
         coupling=coupling or settings.coupling,

@@ -192,6 +192,7 @@ def _measure_endpoint(model: str, given: argparse.Namespace, prompts: list[list[
         "max_num_seqs": given.max_num_seqs,
         "max_model_len": given.context + given.tokens,
         "teacher": "none",
+        "acceptance": "fixed",  # as the bare engine
         "cpus": given.cpus,
         "max_waiting": clients,
     }

@@ -18,6 +18,7 @@ from serve.metrics import Metrics
 from serve.models import ServedModel, load_models, loading_settings
 from serve.protocol.errors import ApiError
 from serve.protocol.requests import ChatRequest, CompletionRequest
+from serve.protocol.responses import Progress
 from serve.settings import Settings
 
 STUCK_S = 120.0
@@ -36,8 +37,8 @@ class ChoiceDelta:
     """Of the choice."""
     text: str
     """May be empty while the detokenizer holds text back."""
-    tokens: int
-    """Tokens of the choice so far."""
+    progress: Progress
+    """Of the choice so far."""
     finish: str | None
     """`stop` or `length` for the last one."""
     stop: str | int | None
@@ -157,20 +158,22 @@ async def _deltas(
             async for output, stamp in outputs:
                 piece = text.push(output.tokens)
                 tokens += piece.tokens
+                drafts = output.drafts
+                progress = Progress(tokens, output.steps, sum(drafts.drafted), sum(drafts.accepted))
                 if first is None and piece.tokens:
                     first = time.perf_counter()
                     model.metrics.first_token(first - pending.submitted)
                 model.metrics.returned(piece.tokens, len(output.tokens) - piece.tokens)
                 if piece.stopped:
                     reason = "stop"
-                    yield ChoiceDelta(index, piece.text, tokens, "stop", text.stop, stamp)
+                    yield ChoiceDelta(index, piece.text, progress, "stop", text.stop, stamp)
                     return
                 if output.finish_reason:
                     reason = output.finish_reason
                     stop = output.stop_id if output.stop_id not in model.eos else None
-                    yield ChoiceDelta(index, piece.text + text.flush(), tokens, reason, stop, stamp)
+                    yield ChoiceDelta(index, piece.text + text.flush(), progress, reason, stop, stamp)
                     return
-                yield ChoiceDelta(index, piece.text, tokens, None, None, stamp)
+                yield ChoiceDelta(index, piece.text, progress, None, None, stamp)
     finally:
         model.async_engine.cancel(pending)
         end = time.perf_counter()

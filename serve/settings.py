@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -29,7 +29,10 @@ class Settings(BaseModel):
     """An AR model that is served beside it under the name `teacher`: a directory or a registered model, `none`, or `auto`
     for the AR model inside a sequential student."""
     k: int | None = Field(None, ge=1)
-    """Tokens per step; the student's k by default. A request may ask for fewer."""
+    """The most tokens per step; the student's k by default, and 1 for an AR model. A request may ask for fewer."""
+    acceptance: Literal["auto", "exact", "fixed"] = "auto"
+    """The mode of requests that choose none (see `kforcing.engine.Request.acceptance`). `auto` is `exact` wherever the model
+    can verify tokens: AR models, and sequential students with a frozen trunk. Every other student decodes in `fixed` mode."""
     max_num_seqs: int = Field(16, ge=1)
     """The most requests that run at once on a replica."""
     max_model_len: int | None = Field(None, ge=2)

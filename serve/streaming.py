@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from serve.engine_thread import EngineFailed
 from serve.protocol.errors import engine_failed
 from serve.protocol.requests import StreamOptions
-from serve.protocol.responses import DONE, ResponseBuilder, usage
+from serve.protocol.responses import DONE, Progress, ResponseBuilder, usage
 from serve.service import AcceptedRequest, merged
 
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -39,14 +39,14 @@ async def whole_answer(request: AcceptedRequest, builder: ResponseBuilder) -> di
     choices: list[dict[str, Any]] = [
         {"index": i, "text": "", "finish_reason": None, "stop_reason": None} for i in range(len(request.choices))
     ]
-    tokens = [0] * len(choices)
+    progress = [Progress()] * len(choices)
     async with aclosing(merged(request.choices)) as deltas:
         async for delta in deltas:
             choice = choices[delta.index]
             choice["text"] += delta.text
             choice["finish_reason"], choice["stop_reason"] = delta.finish, delta.stop
-            tokens[delta.index] = delta.tokens
-    return builder.whole(choices, usage(request.prompt_tokens, sum(tokens)))
+            progress[delta.index] = delta.progress
+    return builder.whole(choices, usage(request.prompt_tokens, progress))
 
 
 async def events(
@@ -57,22 +57,22 @@ async def events(
     A step whose whole text is held back by the detokenizer has no event, unless every chunk has to carry the usage.
     """
     options = options or StreamOptions()
-    tokens = [0] * len(request.choices)
+    progress = [Progress()] * len(request.choices)
     started: set[int] = set()
     try:
         async with aclosing(merged(request.choices)) as deltas:
             async for delta in deltas:
-                tokens[delta.index] = delta.tokens
+                progress[delta.index] = delta.progress
                 if not (delta.text or delta.finish or options.continuous_usage_stats):
                     continue
                 chunks = b"" if delta.index in started else builder.first_chunk(delta.index)
                 started.add(delta.index)
-                so_far = usage(request.prompt_tokens, sum(tokens)) if options.continuous_usage_stats else None
+                so_far = usage(request.prompt_tokens, progress) if options.continuous_usage_stats else None
                 chunks += builder.chunk(delta.index, delta.text, delta.finish, delta.stop, so_far)
                 request.model.metrics.delivered(time.perf_counter() - delta.stamp)
                 yield chunks
         if options.include_usage:
-            yield builder.usage_chunk(usage(request.prompt_tokens, sum(tokens)))
+            yield builder.usage_chunk(usage(request.prompt_tokens, progress))
     except EngineFailed as error:  # the status line has been sent, so the stream itself carries the error
         yield b"data: " + bytes(engine_failed(error).response().body) + b"\n\n"
     yield DONE

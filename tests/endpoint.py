@@ -67,9 +67,9 @@ class HeldSteps:
 
 @contextlib.contextmanager
 def endpoint(folder, api_key=None, max_body=2**20, **settings):
-    """(base URL, service) of a served directory."""
+    """(base URL, service) of a served directory, by default in fixed mode, whose steps all have k tokens."""
     service = Service("test")
-    config = Settings(model=str(folder), name="tiny", **settings)
+    config = Settings(model=str(folder), name="tiny", **{"acceptance": "fixed", **settings})
     asyncio.run(service.configure(config))
 
     async def scrape():

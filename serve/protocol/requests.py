@@ -51,7 +51,10 @@ class RequestFields(BaseModel):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     """Makes the answer repeatable. With `n`, each choice after the first has its own seed, derived from this one."""
     k: int | None = Field(None, ge=1)
-    """Tokens per forward pass, at most the k of the deployment."""
+    """The most tokens per forward pass, at most the k of the deployment."""
+    acceptance: Literal["exact", "fixed"] | None = None
+    """`exact`: the text is the AR model's own, at 1 to k tokens per forward pass. `fixed`: always k tokens, none of them
+    verified. The deployment has a default."""
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -5,9 +5,36 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
+
+
+class Progress(NamedTuple):
+    """How far the engine has come with some choices of a request."""
+
+    tokens: int = 0
+    """Tokens returned."""
+    steps: int = 0
+    """Forward passes."""
+    drafts: int = 0
+    """Exact mode: tokens that were drafted and verified."""
+    accepted: int = 0
+    """Exact mode: drafts that are equal to the AR model's own tokens."""
+
+
+class Decoding(BaseModel):
+    """How many forward passes an answer took, summed over its choices."""
+
+    steps: int
+    """Forward passes."""
+    tokens_a_step: float
+    """Tokens returned for each forward pass; 0 before the first one."""
+    draft_tokens: int
+    """Exact mode: tokens that were drafted and verified."""
+    accepted_draft_tokens: int
+    """Exact mode: drafts that are equal to the AR model's own tokens."""
 
 
 class Usage(BaseModel):
@@ -16,6 +43,8 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    decoding: Decoding
+    """This endpoint's own field, beside OpenAI's."""
 
 
 class Choice(BaseModel):
@@ -98,7 +127,7 @@ class ResponseBuilder:
         own = {"id": self.id, "object": object, "created": self.created, "model": self.model}
         return own | {"choices": choices} | ({"usage": usage} if usage is not None else {})
 
-    def whole(self, choices: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         """The body of an answer that is not streamed.
 
         Args:
@@ -117,7 +146,7 @@ class ResponseBuilder:
         return self.chunk(index, None, None, None, None) if self.chat else b""
 
     def chunk(
-        self, index: int, text: str | None, finish: str | None, stop: str | int | None, usage: dict[str, int] | None
+        self, index: int, text: str | None, finish: str | None, stop: str | int | None, usage: dict[str, Any] | None
     ) -> bytes:
         """One server-sent event with new text of a choice."""
         choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": finish, "stop_reason": stop}
@@ -127,11 +156,11 @@ class ResponseBuilder:
             choice["text"] = text or ""
         return self._event([choice], usage)
 
-    def usage_chunk(self, usage: dict[str, int]) -> bytes:
+    def usage_chunk(self, usage: dict[str, Any]) -> bytes:
         """The chunk with the usage of the whole request."""
         return self._event([], usage)
 
-    def _event(self, choices: list[Any], usage: dict[str, int] | None) -> bytes:
+    def _event(self, choices: list[Any], usage: dict[str, Any] | None) -> bytes:
         body = self._envelope("chat.completion.chunk" if self.chat else "text_completion", choices, usage)
         return b"data: " + json.dumps(body).encode("ascii") + b"\n\n"
 
@@ -140,6 +169,14 @@ DONE = b"data: [DONE]\n\n"
 """The last event of every stream."""
 
 
-def usage(prompt: int, completion: int) -> dict[str, int]:
-    """The usage record of a request."""
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+def usage(prompt: int, choices: Iterable[Progress]) -> dict[str, Any]:
+    """The usage record of a request, see `Usage`."""
+    total = Progress(*map(sum, zip(*choices, strict=True)))
+    decoding = {
+        "steps": total.steps,
+        "tokens_a_step": total.tokens / max(total.steps, 1),
+        "draft_tokens": total.drafts,
+        "accepted_draft_tokens": total.accepted,
+    }
+    tokens = {"prompt_tokens": prompt, "completion_tokens": total.tokens, "total_tokens": prompt + total.tokens}
+    return tokens | {"decoding": decoding}

@@ -30,7 +30,8 @@ def test_usage_counts_the_tokens_up_to_the_end_of_the_stop_string(http, student)
         stop = whole[at - 1 : at + 1]  # two tokens, inside and across blocks
         first = whole.index(stop)
         answer = complete(http, seed=seed, max_tokens=11, stop=[stop], ignore_eos=True)
-        assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": first + 2, "total_tokens": first + 5}
+        counts = {"prompt_tokens": 3, "completion_tokens": first + 2, "total_tokens": first + 5}
+        assert answer["usage"].items() >= counts.items()
         assert answer["choices"][0]["text"] == whole[:first]
 
 

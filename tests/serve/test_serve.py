@@ -47,7 +47,10 @@ def folder(tmp_path_factory):
 
 def deploy(folder, **settings):
     serve.run(
-        build({"model": str(folder), "name": "tiny", "max_num_seqs": 8, "max_model_len": 56, "drain_s": 30, **settings})
+        build(
+            {"model": str(folder), "name": "tiny", "acceptance": "fixed"}
+            | {"max_num_seqs": 8, "max_model_len": 56, "drain_s": 30, **settings}
+        )
     )
 
 
