@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from starlette.types import ASGIApp
 
@@ -15,20 +16,31 @@ from serve.routes import generation_routes, model_routes, operations_routes
 from serve.service import Service
 
 
-def create_app(service: Service, api_key: str | None, max_body: int, scrape: Callable[[], Awaitable[str]]) -> ASGIApp:
+def create_app(
+    service: Service,
+    api_key: str | None,
+    max_body: int,
+    scrape: Callable[[], Awaitable[str]],
+    origins: Sequence[str] = ("*",),
+) -> ASGIApp:
     """The whole endpoint as an ASGI application.
 
     Args:
         api_key: the key that clients must send; None for an open endpoint.
         max_body: the largest body of a request, in bytes.
         scrape: returns the text of /metrics.
+        origins: web pages of these origins may use the endpoint; `*` stands for all of them.
     """
     app = FastAPI(title="kforcing", version="1")
     for router in (generation_routes(service), model_routes(service), operations_routes(service, scrape)):
         app.include_router(router)
     install_error_handlers(app)
     _remove_422_from_document(app)
-    return AuthAndSizeMiddleware(app, api_key, max_body)
+    checked = AuthAndSizeMiddleware(app, api_key, max_body)
+    # Outside of the check, because a browser asks whether it may send the key before it sends it.
+    return CORSMiddleware(
+        checked, origins, allow_methods=("GET", "POST"), allow_headers=("*",), expose_headers=("Retry-After",)
+    )
 
 
 def _remove_422_from_document(app: FastAPI) -> None:

@@ -35,8 +35,8 @@ PUSH_S = 2.0
 class Endpoint:
     """A replica. `user_config` holds its settings; when they change, the replica changes its models and drops no request."""
 
-    def __init__(self, api_key: str | None, max_body: int):
-        self.api_key, self.max_body = api_key, max_body
+    def __init__(self, api_key: str | None, max_body: int, origins: list[str]):
+        self.api_key, self.max_body, self.origins = api_key, max_body, origins
         context = serve.get_replica_context()
         self.service = Service(context.replica_id.unique_id)
         self.hub = ray.remote(num_cpus=0)(MetricsHub).options(
@@ -47,7 +47,7 @@ class Endpoint:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The ASGI application that Serve calls for HTTP."""
-        return create_app(self.service, self.api_key, self.max_body, self._scrape)
+        return create_app(self.service, self.api_key, self.max_body, self._scrape, self.origins)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply settings, the first ones included."""
@@ -81,9 +81,10 @@ def build(given: dict[str, Any]) -> serve.Application:
 
     Raises ValueError that names a wrong or missing setting.
     """
+    if (key := os.environ.get("KFORCING_API_KEY")) is not None:
+        given = {"api_key": key, **given}
     settings = read_settings(given)
     models = {"model": pinned(settings.model), "teacher": pinned(settings.teacher)}
-    api_key = settings.api_key or os.environ.get("KFORCING_API_KEY") or None
     deployment: Any = serve.deployment(Endpoint, name="kforcing")
     return deployment.options(
         **_replicas(settings),
@@ -97,7 +98,7 @@ def build(given: dict[str, Any]) -> serve.Application:
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(max(1, round(settings.cpus)))}},
         },
         user_config=settings.model_dump(exclude={"api_key"}) | models,
-    ).bind(api_key, int(settings.max_body_mb * 2**20))
+    ).bind(settings.api_key, int(settings.max_body_mb * 2**20), settings.origins)
 
 
 def _replicas(settings: Settings) -> dict[str, Any]:

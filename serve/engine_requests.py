@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from typing import Any
 
@@ -9,7 +10,7 @@ from kforcing.engine import Request, SamplingParams
 from kforcing.noise import choice_seed
 from serve.models import ServedModel
 from serve.protocol.errors import ApiError
-from serve.protocol.requests import MAX_CHOICES, ChatRequest, CompletionRequest
+from serve.protocol.requests import MAX_CHOICES, ChatRequest, CompletionRequest, Message
 
 CHARACTERS_PER_TOKEN = 100
 """A prompt with more characters than this per token of context is refused before it is tokenised."""
@@ -24,7 +25,7 @@ def engine_requests(model: ServedModel, body: CompletionRequest | ChatRequest) -
     for too many choices.
     """
     chat = isinstance(body, ChatRequest)
-    prompts = _chat_prompts(model, body) if isinstance(body, ChatRequest) else _prompts(model, body)
+    prompts = [_chat_prompt(model, body)] if isinstance(body, ChatRequest) else _prompts(model, body)
     copies = body.n or 1
     if len(prompts) * copies > MAX_CHOICES:
         message = f"{len(prompts)} prompts × n={copies} exceed {MAX_CHOICES} choices; send several requests"
@@ -33,6 +34,7 @@ def engine_requests(model: ServedModel, body: CompletionRequest | ChatRequest) -
     sampling = _sampling(body)
     requests = []
     for prompt in prompts:
+        _check_length(model.engine.max_model_len, len(prompt), body)
         room = max(model.engine.max_model_len - len(prompt), 1)
         limit = body.token_limit or (None if chat else min(DEFAULT_MAX_TOKENS, room))
         seed = secrets.randbits(62) if body.seed is None else body.seed
@@ -41,6 +43,26 @@ def engine_requests(model: ServedModel, body: CompletionRequest | ChatRequest) -
             for i in range(copies)
         ]
     return requests
+
+
+def field_of(error: ValueError, body: CompletionRequest | ChatRequest) -> str | None:
+    """The field that an error of the engine names first, as in `k=9 tokens …` or `prompt token 7 …`."""
+    word = re.match(r"(\w+)[= ]", str(error))
+    return word[1] if word and word[1] in type(body).model_fields else None
+
+
+def _check_length(context: int, prompt: int, body: CompletionRequest | ChatRequest) -> None:
+    """Raise ApiError for a prompt of so many tokens that does not fit, in the words by which clients recognise this error."""
+    new = body.token_limit or 1
+    if prompt + new <= context:
+        return
+    field = "messages" if isinstance(body, ChatRequest) else "prompt"
+    message = (
+        f"This model's maximum context length is {context} tokens. However, you requested {prompt + new} tokens ({prompt} "
+        f"in the {field}, {new} in the completion). Please reduce the length of the {field} or completion."
+    )
+    limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+    raise ApiError(400, message, field if prompt >= context else limit, "context_length_exceeded")
 
 
 def _sampling(body: CompletionRequest | ChatRequest) -> SamplingParams:
@@ -58,31 +80,58 @@ def _prompts(model: ServedModel, body: CompletionRequest) -> list[list[int]]:
     given: Any = body.prompt
     if isinstance(given, str) or isinstance(given[0], int):
         given = [given]
-    return [_encode(model, prompt) if isinstance(prompt, str) else prompt for prompt in given]
+    return [_encode(model, prompt, "prompt") if isinstance(prompt, str) else prompt for prompt in given]
 
 
-def _chat_prompts(model: ServedModel, body: ChatRequest) -> list[list[int]]:
-    """Token ids of the conversation, as the only prompt."""
+def _chat_prompt(model: ServedModel, body: ChatRequest) -> list[int]:
+    """Token ids of the conversation."""
     if not getattr(model.tokenizer, "chat_template", None):
         raise ApiError(400, f"{model.name} has no chat template; use /v1/completions", "messages", "no_chat_template")
-    try:
-        text = model.tokenizer.apply_chat_template(
-            [message.for_template() for message in body.messages], add_generation_prompt=True, tokenize=False
-        )
-    except Exception as error:  # a template may raise anything, for example about the order of roles
-        raise ApiError(400, f"the chat template refuses these messages: {error}", "messages") from None
-    return [_encode(model, text, add_special_tokens=False)]
+    return _encode(model, _rendered(model.tokenizer, body.messages), "messages", add_special_tokens=False)
 
 
-def _encode(model: ServedModel, text: str, **options: Any) -> list[int]:
+def _rendered(tokenizer: Any, messages: list[Message]) -> str:
+    """The conversation in the form of the chat template. Raises ApiError where the template would leave something out."""
+
+    def render(names: bool) -> str:
+        turns = [
+            {"role": role_in_template(message.role), "content": message.text}
+            | ({"name": message.name} if names and message.name else {})
+            for message in messages
+        ]
+        try:
+            return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+        except Exception as error:  # a template may raise anything, for example about the order of roles
+            raise ApiError(400, f"the chat template refuses these messages: {error}", "messages") from None
+
+    def role_in_template(role: str) -> str:
+        """OpenAI's newer name of the system's role is `developer`; few templates know it."""
+        return "system" if role == "developer" and "developer" not in str(tokenizer.chat_template) else role
+
+    text = render(names=True)
+    named = next((i for i, message in enumerate(messages) if message.name), None)
+    if named is not None and text == render(names=False):
+        raise ApiError(400, "the model's chat template has no place for names", f"messages[{named}].name")
+    for i, message in enumerate(messages):
+        # Templates may shorten what the assistant said, for example by its reasoning.
+        if message.role != "assistant" and message.text.strip() not in text:
+            what = f"the model's chat template leaves out this message of the role {message.role}"
+            raise ApiError(400, what, f"messages[{i}]")
+    return text
+
+
+def _encode(model: ServedModel, text: str, field: str, **options: Any) -> list[int]:
     context = model.engine.max_model_len
     if len(text) > CHARACTERS_PER_TOKEN * context:  # tokenising it would delay the other requests
-        message = f"a prompt of {len(text)} characters exceeds the context of {context} tokens"
-        raise ApiError(400, message, "prompt")
+        message = (
+            f"This model's maximum context length is {context} tokens, and {len(text)} characters are more than that. Please "
+            f"reduce the length of the {field}."
+        )
+        raise ApiError(400, message, field, "context_length_exceeded")
     try:
         ids: list[int] = model.tokenizer(text, **options).input_ids
     except (UnicodeError, TypeError):
-        raise ApiError(400, "the prompt is not valid Unicode; does it contain a lone surrogate?", "prompt") from None
+        raise ApiError(400, "the prompt is not valid Unicode; does it contain a lone surrogate?", field) from None
     if not ids:
-        raise ApiError(400, "the prompt has no tokens", "prompt")
+        raise ApiError(400, "the prompt has no tokens", field)
     return ids

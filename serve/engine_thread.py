@@ -156,7 +156,7 @@ class AsyncEngine:
         most = self.engine.config.max_num_seqs + self.max_waiting
         if len(requests) > most:
             raise ValueError(
-                f"the request asks for {len(requests)} choices, and at most {most} can run and wait; ask for fewer"
+                f"n × prompts = {len(requests)} choices are asked for, and at most {most} can run and wait; ask for fewer"
             )
         self._event_loop = asyncio.get_running_loop()
         pending = [PendingRequest(request) for request in requests]

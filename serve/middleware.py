@@ -13,7 +13,7 @@ PUBLIC_PATHS = ("/health", "/live", "/metrics")
 
 
 class AuthAndSizeMiddleware:
-    """Answers 401 without the API key and 413 to a body that is too large; passes every other request on.
+    """Answers 401 without the API key and 413 to a body that is too large; passes every other request on, HEAD as GET.
 
     Args:
         api_key: the key that all paths except `PUBLIC_PATHS` need; None if they need none.
@@ -41,14 +41,16 @@ class AuthAndSizeMiddleware:
                 return message
             return await receive()
 
-        await self.app(scope, replay, send)
+        # The server leaves the body out of its answer to a HEAD request.
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        await self.app({**scope, "method": method}, replay, send)
 
     def _check_key(self, scope: Scope) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if self.api_key is None or path in PUBLIC_PATHS:
             return
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        if not hmac.compare_digest(given, b"Bearer " + self.api_key.encode()):
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").strip().partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self.api_key.encode()):
             message = "this endpoint needs an API key; send the header Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key")
 

@@ -88,7 +88,6 @@ def operations_routes(service: Service, scrape: Callable[[], Awaitable[str]]) ->
         """Liveness: 200 if this process answers. The state of the models has no influence."""
         return AsciiJSON({"status": "ok"})
 
-    @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Metrics of all replicas in Prometheus' text format."""

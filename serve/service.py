@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kforcing.detokenizer import TextStream
 from kforcing.engine import Request
-from serve.engine_requests import engine_requests
+from serve.engine_requests import engine_requests, field_of
 from serve.engine_thread import EngineFailed, EngineThread, Overloaded, PendingRequest
 from serve.metrics import Metrics
 from serve.models import ServedModel, load_models, loading_settings
@@ -131,7 +131,7 @@ class Service:
         try:
             pending = model.async_engine.submit(requests)
         except ValueError as error:
-            raise ApiError(400, str(error)) from None
+            raise ApiError(400, str(error), field_of(error, body)) from None
         except Overloaded as error:
             raise ApiError(429, f"{error}; try again later", code="overloaded") from None
         choices = [_deltas(model, i, each, body.stop_strings) for i, each in enumerate(pending)]

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 logger = logging.getLogger("ray.serve")
 
@@ -54,6 +54,8 @@ class Settings(BaseModel):
     api_key: str | None = None
     """The key that clients must send as `Authorization: Bearer KEY`. The default is the environment variable
     KFORCING_API_KEY; without either, the endpoint is open."""
+    allow_origins: str = "*"
+    """Web pages that may use the endpoint (CORS): origins with commas between them, `*` for all, or `none`."""
     max_body_mb: float = Field(4.0, gt=0)
     """The largest body of a request in MB (2^20 bytes); the server answers 413 to a larger one."""
     cpus: float = Field(1.0, gt=0)
@@ -70,6 +72,18 @@ class Settings(BaseModel):
     """Seconds of low load before a replica is removed."""
     drain_s: float = Field(600.0, ge=0)
     """Seconds for which a replica that is removed may finish its requests."""
+
+    @field_validator("api_key")
+    @classmethod
+    def _strip_key(cls, key: str | None) -> str | None:
+        if key is not None and not key.strip():
+            raise ValueError("the key is empty; leave out both api_key and KFORCING_API_KEY for an open endpoint")
+        return key and key.strip()
+
+    @property
+    def origins(self) -> list[str]:
+        """`allow_origins` as a list."""
+        return [] if self.allow_origins == "none" else [each.strip() for each in self.allow_origins.split(",")]
 
 
 def read_settings(given: dict[str, Any]) -> Settings:

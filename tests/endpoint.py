@@ -21,7 +21,10 @@ LETTERS = "abcdefghijklmnopqrst u|"  # token i is letter i; the last is end-of-t
 EOS = VOCAB - 1
 
 
-def save_model(folder, student=None, chat=False, eos=True):
+CHAT = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} {% endfor %}"
+
+
+def save_model(folder, student=None, chat=False, eos=True, template=CHAT):
     """A student with a tokenizer of letters; returns the directory."""
     assert len(LETTERS) == VOCAB
     student = student or make_sequential(make_backbone())
@@ -33,7 +36,7 @@ def save_model(folder, student=None, chat=False, eos=True):
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="|" if eos else None)
     if chat:
-        fast.chat_template = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} {% endfor %}"
+        fast.chat_template = template
     fast.save_pretrained(folder)
     return folder
 
@@ -66,7 +69,7 @@ class HeldSteps:
 
 
 @contextlib.contextmanager
-def endpoint(folder, api_key=None, max_body=2**20, **settings):
+def endpoint(folder, api_key=None, max_body=2**20, origins=("*",), **settings):
     """(base URL, service) of a served directory, by default in fixed mode, whose steps all have k tokens."""
     service = Service("test")
     config = Settings(model=str(folder), name="tiny", **{"acceptance": "fixed", **settings})
@@ -76,7 +79,9 @@ def endpoint(folder, api_key=None, max_body=2**20, **settings):
         return service.metrics.text()
 
     server = uvicorn.Server(
-        uvicorn.Config(create_app(service, api_key, max_body, scrape), port=0, log_level="warning", lifespan="off")
+        uvicorn.Config(
+            create_app(service, api_key, max_body, scrape, origins), port=0, log_level="warning", lifespan="off"
+        )
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -36,13 +37,13 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
 
-    def response(self) -> Response:
+    def response(self, headers: Mapping[str, str] | None = None) -> Response:
         """The HTTP response. Statuses 429 and 503 tell the client to try again after one second."""
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        headers = {"Retry-After": "1"} if self.status in (429, 503) else None
-        return AsciiJSON({"error": error}, self.status, headers)
+        own = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
+        return AsciiJSON({"error": error}, self.status, {**own.get(self.status, {}), **(headers or {})})
 
 
 class ErrorBody(BaseModel):
@@ -84,16 +85,42 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        # `loc` is ("body", field, …); after the field pydantic may add names of the types that it tried.
-        field = next((str(part) for part in first["loc"] if part != "body"), None)
-        message = str(first["msg"]).removeprefix("Value error, ")
-        return ApiError(400, f"{field or 'body'}: {message}", field).response()
+        return _invalid(error, request.headers.get("content-type", "")).response()
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        return ApiError(error.status_code, str(error.detail)).response()
+        return ApiError(error.status_code, str(error.detail)).response(error.headers)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         return ApiError(500, f"internal error: {type(error).__name__}").response()
+
+
+def _invalid(error: RequestValidationError, content_type: str) -> ApiError:
+    """The error of a body that is not a valid request. Of several, a field that nothing here knows comes first."""
+    errors = error.errors()
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
+    if first["type"] == "json_invalid":
+        reason, position = first["ctx"]["error"], first["loc"][-1]
+        return ApiError(400, f"the body is not JSON: {reason} at character {position}")
+    path = _path(first["loc"])
+    if not path and "json" not in content_type:
+        got = f"it has {content_type!r}" if content_type else "it has none"
+        return ApiError(400, f"the body needs the header Content-Type: application/json; {got}")
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{path}={_short(first['input'])} is not supported here; leave it out", path)
+    if first["type"] == "model_attributes_type":
+        return ApiError(400, f"{path or 'the body'} must be a JSON object", path or None)
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return ApiError(400, f"{path or 'body'}: {message}", path or None)
+
+
+def _path(loc: Sequence[str | int]) -> str:
+    """`messages[1].content[0].text` for ("body", "messages", 1, "content", "<list>", 0, "text")."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc[1:] if str(part)[:1] != "<"]
+    return "".join(parts).removeprefix(".")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"

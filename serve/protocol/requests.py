@@ -1,37 +1,142 @@
 """The fields of a request, and the decision to accept or to refuse each of them.
 
-A field is honoured, refused by name with status 400, or documented as unused; none is ignored silently. Unknown fields are
-refused. Limits that depend on the model (context length, k, sampling) are checked later, by `Engine.check`.
+A field that would change the answer is honoured or refused by its path with status 400. A field or a value that changes
+nothing is accepted, so that ordinary clients need not know which those are: null, and what `CHANGES_NOTHING` lists. Unknown
+fields are refused. Limits that depend on the model (context length, k, sampling) are checked later, by `Engine.check`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-Text = Annotated[str, StringConstraints(min_length=1, max_length=1_000_000)]
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Ids = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+from serve.protocol.errors import ApiError
+
+Values = dict[str, tuple[Any, ...]]
+
+CHANGES_NOTHING: Values = {
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "modalities": (["text"],),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "use_beam_search": (False,),
+    "early_stopping": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "return_token_ids": (False,),
+    "chat_template_kwargs": ({},),
+    "extra_body": ({},),
+    "documents": ([],),
+    "priority": (0,),
+    "echo": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
+}
+"""Fields of OpenAI's API and of other servers that this endpoint does not have, with the values at which they change nothing.
+Any other value is refused."""
+
+MAX_FIELDS = 100
 MAX_CHOICES = 128
 """The most choices (prompts × n) of a request."""
+MAX_STOPS = 64
+"""The most stop strings, and the most stop token ids, of a request."""
 
 
-class StreamOptions(BaseModel):
-    """Which usage statistics a stream contains."""
+class Accepting(BaseModel):
+    """A part of a request, without its fields that change nothing."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    changes_nothing: ClassVar[Values] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_changes_nothing(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        kept = {
+            name: value
+            for name, value in given.items()
+            if value is not None and (name in cls.model_fields or value not in cls.changes_nothing.get(name, ()))
+        }
+        if len(kept) > MAX_FIELDS:
+            raise ValueError(f"{len(kept)} fields are given; at most {len(cls.model_fields)} are possible")
+        return kept
+
+
+# What tells the members of a union apart, so that an error comes from the one that the client meant. Their tags are in angle
+# brackets, which no path of a field contains.
+
+
+def _text_or_list(value: Any) -> str:
+    return "<list>" if isinstance(value, list) else "<text>"
+
+
+def _kind_of_prompt(value: Any) -> str:
+    first = value[0] if isinstance(value, list) and value else None
+    if isinstance(first, str | list):
+        return "<texts>" if isinstance(first, str) else "<lists>"
+    return _text_or_list(value)
+
+
+Text = Annotated[str, StringConstraints(min_length=1, max_length=1_000_000)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Ids = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Prompt = Annotated[
+    Annotated[Text, Tag("<text>")]
+    | Annotated[Ids, Tag("<list>")]
+    | Annotated[list[Text], Field(max_length=MAX_CHOICES, fail_fast=True), Tag("<texts>")]
+    | Annotated[list[Ids], Field(max_length=MAX_CHOICES, fail_fast=True), Tag("<lists>")],
+    Discriminator(_kind_of_prompt),
+]
+Stop = Annotated[
+    Annotated[StopText, Tag("<text>")]
+    | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True), Tag("<list>")],
+    Discriminator(_text_or_list),
+]
+
+
+class StreamOptions(Accepting):
+    """Which usage statistics a stream contains."""
+
+    changes_nothing = {"include_obfuscation": (True, False)}  # no chunk is obfuscated
     include_usage: bool | None = None
     """Send a last chunk with the usage of the whole request."""
     continuous_usage_stats: bool | None = None
     """Send the usage so far in every chunk."""
 
 
-class RequestFields(BaseModel):
+class RequestFields(Accepting):
     """The fields that completions and chat completions share."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    changes_nothing = CHANGES_NOTHING
 
     model: str | None = None
     """A name from `/v1/models`; the first of them when this is left out."""
@@ -45,9 +150,11 @@ class RequestFields(BaseModel):
     """Draw from this many of the likeliest tokens; 0 or −1 means all."""
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, float] | None = None
+    """Refused unless all its numbers are 0."""
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
+    stop: Stop | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     """Makes the answer repeatable. With `n`, each choice after the first has its own seed, derived from this one."""
     k: int | None = Field(None, ge=1)
@@ -60,33 +167,25 @@ class RequestFields(BaseModel):
     stream_options: StreamOptions | None = None
     user: str | None = None
     """Accepted and not used."""
+    safety_identifier: str | None = None
+    """Accepted and not used."""
+    prompt_cache_key: str | None = None
+    """Accepted and not used."""
     metadata: dict[str, Any] | None = None
     """Accepted and not used."""
-    logprobs: int | bool | None = None
-    """Refused unless it is empty: no model supports log-probabilities."""
-    top_logprobs: int | None = None
-    """Refused unless it is empty, like `logprobs`."""
-    logit_bias: dict[str, float] | None = None
-    """Refused unless it is empty."""
-    min_tokens: int | None = None
-    """Refused unless it is 0."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_too_many_fields(cls, given: Any) -> Any:
-        if isinstance(given, dict) and len(given) > 2 * len(cls.model_fields):
-            raise ValueError(f"the request has {len(given)} fields; at most {len(cls.model_fields)} are possible")
-        return given
 
     @model_validator(mode="after")
-    def _refuse_unsupported_fields(self) -> RequestFields:
-        for name in ("logprobs", "top_logprobs", "logit_bias", "min_tokens"):
-            if getattr(self, name):
-                raise ValueError(f"{name} is not supported; leave it out")
+    def _check_together(self) -> RequestFields:
+        if any((self.logit_bias or {}).values()):
+            raise ApiError(400, "logit_bias is not supported; leave it out", "logit_bias")
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens differ; send one of them")
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options need stream=true")
+            message = (
+                f"max_tokens={self.max_tokens} and max_completion_tokens={self.max_completion_tokens} differ; send one "
+                "of them"
+            )
+            raise ApiError(400, message, "max_completion_tokens")
+        if self.stream_options is not None and self.stream_options.model_fields_set and not self.stream:
+            raise ApiError(400, "stream_options need stream=true", "stream_options")
         return self
 
     @property
@@ -103,49 +202,51 @@ class RequestFields(BaseModel):
 class CompletionRequest(RequestFields):
     """The body of POST /v1/completions."""
 
-    prompt: (
-        Text
-        | Ids
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
-        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
-    )
+    prompt: Prompt
     """Text, token ids, or a list of either."""
-    echo: bool | None = None
-    """Refused if it is true."""
     best_of: int | None = None
     """Refused unless it equals `n`."""
-    suffix: str | None = None
-    """Refused unless it is empty."""
 
     @model_validator(mode="after")
-    def _refuse_unsupported_completion_fields(self) -> CompletionRequest:
-        if self.echo or self.suffix:
-            raise ValueError(f"{'echo' if self.echo else 'suffix'} is not supported; leave it out")
+    def _refuse_best_of(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError(f"best_of={self.best_of} is not supported unless it equals n; leave it out")
+            message = f"best_of={self.best_of} is not supported unless it equals n; leave it out"
+            raise ApiError(400, message, "best_of")
         return self
 
 
-class TextPart(BaseModel):
+class TextPart(Accepting):
     """A part of a message."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
+class Message(Accepting):
     """One message of a conversation."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    # What answers of this and other servers carry beside the text, so that they can be sent back as they are.
+    changes_nothing = {"tool_calls": ([],), "annotations": ([],), "reasoning_content": ("",), "refusal": ("",)}
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    content: Annotated[
+        Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Field(fail_fast=True), Tag("<list>")],
+        Discriminator(_text_or_list),
+    ] = Field(None, validate_default=True)
+    """Text; the assistant's messages may have none."""
     name: str | None = None
 
-    def for_template(self) -> dict[str, str]:
-        """The message in the form that chat templates take."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
+    @field_validator("content", mode="before")
+    @classmethod
+    def _needs_content(cls, content: Any, info: ValidationInfo) -> Any:
+        if content is None and info.data.get("role") != "assistant":
+            raise ValueError("only messages of the assistant may have no content")
+        return "" if content is None else content
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class ChatRequest(RequestFields):

@@ -24,8 +24,21 @@ def test_the_openai_client_completes_streams_and_chats(served):
     assert chat.usage.completion_tokens <= 9
     with pytest.raises(openai.NotFoundError, match="there are: tiny, teacher"):
         client.completions.create(model="gpt-4", prompt="abc")
-    with pytest.raises(openai.BadRequestError, match="logprobs is not supported"):
-        client.completions.create(model="tiny", prompt="abc", logprobs=2)
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model="tiny", prompt="abc" * 50)
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "prompt")
+
+
+def test_an_answer_of_the_openai_client_can_be_sent_back_as_it_is(served):
+    client = openai.OpenAI(base_url=f"{served[0]}/v1", api_key="none", max_retries=0)
+    first = [{"role": "developer", "content": "b"}, {"role": "user", "content": "abc"}]
+    options = {"model": "tiny", "seed": 1, "max_tokens": 9, "tools": [], "response_format": {"type": "text"}}
+    said = client.chat.completions.create(messages=first, **options).choices[0].message
+    empty = [{"role": "assistant", "content": None, "annotations": []}, {"role": "assistant"}]
+    for turns in ([said, *empty], [said.model_dump(), *empty], [{"role": "assistant", "content": said.content}]):
+        messages = [*first, *turns[:1], {"role": "user", "content": "c"}, *turns[1:]]
+        again = client.chat.completions.create(messages=messages, **options)
+        assert again.usage.prompt_tokens == 6 + 4 + len(said.content) + 3 + 4 + 3 * len(turns[1:])
 
 
 def test_schemathesis_finds_no_response_that_the_openapi_document_lacks(served):

@@ -31,6 +31,15 @@ def test_a_former_name_beside_the_new_one_is_refused():
         read_settings({"model": "x", "slots": 8, "max_num_seqs": 4})
 
 
+def test_blanks_around_a_key_do_not_count_and_an_empty_key_is_refused(monkeypatch):
+    assert read_settings({"model": "x", "api_key": " secret\n"}).api_key == "secret"
+    with pytest.raises(ValueError, match="the key is empty; leave out both api_key and KFORCING_API_KEY"):
+        read_settings({"model": "x", "api_key": " "})
+    monkeypatch.setenv("KFORCING_API_KEY", "")
+    with pytest.raises(ValueError, match="the key is empty"):
+        build({"model": "x"})
+
+
 def test_impossible_settings_are_refused_before_anything_is_deployed():
     for given, message in (
         ({}, "model: Field required"),
