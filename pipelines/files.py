@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import uuid
@@ -77,9 +78,22 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def strict_json(record: Any, **options: Any) -> str:
+    """JSON that every parser reads: NaN and infinities, for which JSON has no word, become null."""
+    return json.dumps(_with_nulls(record), allow_nan=False, **options)
+
+
+def _with_nulls(record: Any) -> Any:
+    if isinstance(record, dict):
+        return {name: _with_nulls(value) for name, value in record.items()}
+    if isinstance(record, list | tuple):
+        return [_with_nulls(value) for value in record]
+    return None if isinstance(record, float) and not math.isfinite(record) else record
+
+
 def write_json(path: Path, record: Any) -> None:
-    """Write a record as indented JSON, atomically."""
-    atomic_write(path, json.dumps(record, indent=2))
+    """Write a record as indented `strict_json`, atomically."""
+    atomic_write(path, strict_json(record, indent=2))
 
 
 def _sync(path: Path) -> None:

@@ -103,7 +103,7 @@ class TrainConfig:
     """Sequences in an optimiser step, over all workers."""
     micro_batch: Count = 8
     """Sequences in one forward and backward of one worker; batch = workers × micro_batch × accumulation."""
-    lr: Positive = 1e-3
+    lr: Annotated[float, Field(gt=0, le=1000)] = 1e-3
     """Peak learning rate."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """`constant` or `cosine` (down to a tenth), after the warm-up."""
@@ -146,6 +146,8 @@ class TrainConfig:
     """Ray GPUs a train worker reserves."""
     label: Annotated[NodeLabel | None, RUNTIME] = None
     """`key=value` label of the nodes train workers may use."""
+    max_loss: Annotated[Positive, RUNTIME] = 100.0
+    """Training stops when the loss of a step, in nats a token, exceeds this; it always stops when a figure is not finite."""
     loss_chunk: Annotated[Count, RUNTIME] = CHUNK
     """Tokens whose logits over the whole vocabulary exist at a time; their gradients are made at once. Under ZeRO 3 logits
     are computed again in the backward pass, and a head trained in bf16 sums its gradient with a rounding a chunk."""

@@ -61,7 +61,9 @@ def train_baseline(folder: Path, training: BaselineTraining, given: dict[str, An
     module = method.step(model, teacher)
     flops = count_step(module, _batches(training, micro)).times(training.shared.train.batch / micro)
     train = _train_config(training, max(1, round(budget / flops.total)))
-    seconds = train_here(module, _batches(training, train.batch), train, training.method, folder / "training.pt")
+    store = TokenStore(training.store, training.seed)
+    checkpoint = folder / "training.pt"
+    seconds = train_here(module, _batches(training, train.batch), train, training.method, store, checkpoint)
     save_model(model, str(folder / "model.safetensors"))
     return {
         "flops": train.steps * flops.total,

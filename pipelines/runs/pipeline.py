@@ -143,7 +143,9 @@ class Pipeline:
         flat = {"eval/block_match": figures["block_match"]["value"]}
         for name in ("match", "student_nll", "teacher_nll", "target_nll"):
             flat |= {f"eval/{name}_{j + 1}": figure["value"] for j, figure in enumerate(figures[name])}
-        self.tracker.metrics(flat, spec.train.steps if spec.learns else 0)
+        self.tracker.metrics(
+            {name: value for name, value in flat.items() if value is not None}, spec.train.steps if spec.learns else 0
+        )
         match = " ".join(f"{m['value']:.3f}" for m in figures["match"])
         log.info(f"{spec.name}  held-out match {match}  block match {figures['block_match']['value']:.3f}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ def write_report(root: Path, report: Record, training: dict[str, list[Record]]) 
 
 
 def ratio(figure: Record, digits: int = 3) -> str:
-    """A figure with its 95% interval, where it has one."""
+    """A figure with its 95% interval, where it has one; a dash where it is not a finite number."""
+    if figure["value"] is None:
+        return "–"
     if figure["lo"] is None:
         return f"{figure['value']:.{digits}f}"
     return f"{figure['value']:.{digits}f} [{figure['lo']:.{digits}f}, {figure['hi']:.{digits}f}]"
@@ -33,9 +36,9 @@ def ratio(figure: Record, digits: int = 3) -> str:
 
 def bars(figures: list[Record]) -> tuple[list[float], list[list[float]]]:
     """Values, and how far their intervals reach to either side, as matplotlib wants them."""
-    values = [f["value"] for f in figures]
-    low = [0.0 if f["lo"] is None else max(0.0, f["value"] - f["lo"]) for f in figures]
-    high = [0.0 if f["hi"] is None else max(0.0, f["hi"] - f["value"]) for f in figures]
+    values = [math.nan if f["value"] is None else f["value"] for f in figures]
+    low = [0.0 if f["lo"] is None else max(0.0, v - f["lo"]) for v, f in zip(values, figures, strict=True)]
+    high = [0.0 if f["hi"] is None else max(0.0, f["hi"] - v) for v, f in zip(values, figures, strict=True)]
     return values, [low, high]
 
 

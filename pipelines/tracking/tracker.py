@@ -7,7 +7,6 @@ only ever written from one process.
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import Any
 from pipelines.config.overrides import leaves
 from pipelines.config.stages import RunSpec
 from pipelines.data.tokenise import Prepared
+from pipelines.files import strict_json
 from pipelines.log import log
 from pipelines.tracking.pipeline_runs import OpenStage, PipelineRuns
 
@@ -42,7 +42,7 @@ class Tracker:
     def write(self, **record: Any) -> None:
         """Append a record to the run's JSONL log."""
         with open(self.log, "a") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+            file.write(strict_json({"time": round(time.time(), 3), **record}) + "\n")
 
     def _mlflow_failed(self, problem: str, first: bool) -> None:
         text = f"{problem}; see {self.log}"

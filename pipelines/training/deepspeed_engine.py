@@ -15,10 +15,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.nn.utils import get_total_norm
 
+from kforcing.distillation.losses import LossSums
 from pipelines.config.schema import TrainConfig
 from pipelines.files import atomic_folder, write_json
 from pipelines.runs.stages import StageError
+from pipelines.training.guard import StepFigures
 from pipelines.training.schedule import ema_decay
 
 LATEST = "latest.json"
@@ -97,6 +100,17 @@ def set_lr(engine: Any, lr: float) -> None:
     """Set the learning rate of the next update."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+
+
+@torch.no_grad()
+def figures(engine: Any, sums: LossSums) -> StepFigures:
+    """Loss, gradient and weights of the step that was just made, over all ranks. Collective: every rank must call it."""
+    weights = get_total_norm([_partition(p) for _, p in trained_parameters(engine)])
+    local = [sums.loss.double(), torch.tensor(float(sums.tokens)), weights.double()]
+    packed = torch.stack([x.to(sums.loss.device, torch.float64) for x in local])
+    dist.all_reduce(packed)
+    loss, tokens, norm = packed.tolist()
+    return StepFigures(loss / tokens, float(engine.get_global_grad_norm()), norm)
 
 
 def trained_parameters(engine: Any) -> list[tuple[str, Any]]:

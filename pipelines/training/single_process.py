@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from kforcing.device import pick_device
 from kforcing.distillation.steps import StudentStep
@@ -27,6 +29,8 @@ from pipelines.files import atomic_file, write_json
 from pipelines.log import log
 from pipelines.rollouts.actor import RolloutActor
 from pipelines.rollouts.plan import StepPlan
+from pipelines.runs.stages import StageError
+from pipelines.training.guard import Diverged, StepFigures, explain
 from pipelines.training.job import TrainJob, fit_candidates, micro_batches, stage_job
 from pipelines.training.schedule import ema_decay, learning_rate, on_policy_fraction
 
@@ -69,7 +73,12 @@ def count_step(module: nn.Module, batches: Batches) -> StepFlops:
 
 
 def train_here(
-    module: nn.Module, batches: Batches, train: TrainConfig, name: str, checkpoint: Path | None = None
+    module: nn.Module,
+    batches: Batches,
+    train: TrainConfig,
+    name: str,
+    store: TokenStore,
+    checkpoint: Path | None = None,
 ) -> float:
     """Make `train.steps` optimiser steps, and set the weights to their moving average. Returns the seconds that it took.
 
@@ -77,7 +86,10 @@ def train_here(
         module: maps a batch to `LossSums`; it is moved to the device of this process.
         batches: the micro-batches of each step.
         name: for progress lines.
+        store: of the rows that the batches are made from, in its order.
         checkpoint: file from which a killed training continues; it is removed at the end.
+    Raises:
+        StageError: when training diverges.
     """
     module.to(pick_device())
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -99,9 +111,14 @@ def train_here(
         for parameter in trained:
             if parameter.grad is not None:
                 parameter.grad.div_(tokens)
-        if train.clip:
-            torch.nn.utils.clip_grad_norm_(trained, train.clip)
+        gradient = clip_grad_norm_(trained, train.clip or math.inf)
         optimizer.step()
+        try:
+            StepFigures(loss / tokens, gradient.item(), get_total_norm(trained).item()).check(train.max_loss)
+        except Diverged as error:
+            good = str(checkpoint) if checkpoint and checkpoint.is_file() else None
+            place = str(store.folder), store.seed
+            raise StageError(f"{name}: {explain(error, step, train, place, good)}") from None
         _follow(average, trained, ema_decay(step, train.ema))
         if step % 200 == 199:
             log.info(f"{name}  {step + 1}/{train.steps}  loss {loss / tokens:.3f}")
@@ -206,7 +223,7 @@ class LocalStudent:
         def batches(step: int, steps: int) -> list[Any]:
             return rolled_out(step, on_policy_fraction(step, train))
 
-        seconds = train_here(module, batches, train, f"{self.name}  k{k}", self.folder / f"k{k}.pt")
+        seconds = train_here(module, batches, train, f"{self.name}  k{k}", self.store, self.folder / f"k{k}.pt")
         self.spent += steps * flops.total
         return {
             "flops": steps * flops.total,

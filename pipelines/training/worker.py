@@ -21,15 +21,19 @@ from kforcing.chunking import checkpoint_layers
 from kforcing.noise import derive_key
 from pipelines.config.section import node_selector
 from pipelines.data.rows import positions_of
-from pipelines.files import added_files
+from pipelines.files import added_files, atomic_write
 from pipelines.rollouts.plan import StepPlan
 from pipelines.rollouts.stream import training_rows
 from pipelines.runs.stages import StageError
 from pipelines.training import deepspeed_engine as strategy
+from pipelines.training.guard import Diverged, StepFigures, explain
 from pipelines.training.job import TrainJob, fit_candidates, micro_batches
 from pipelines.training.progress import Progress
 from pipelines.training.schedule import learning_rate, on_policy_fraction
 from pipelines.training.step import optimizer_step
+
+DIVERGED = "diverged.txt"
+"""File in the folder of a stage that says why its training stopped."""
 
 
 def fit(job: TrainJob, relay: Any) -> None:
@@ -37,12 +41,14 @@ def fit(job: TrainJob, relay: Any) -> None:
 
     A stage that was interrupted continues from its last checkpoint; a stage whose model is there is left alone.
 
-    Raises StageError when training fails more often than `train.max_failures` allows.
+    Raises StageError when training has diverged, or fails more often than `train.max_failures` allows.
     """
     from ray.train import TrainingFailedError
 
     if Path(job.folder, "config.json").is_file():
         return
+    diverged = Path(job.folder, DIVERGED)
+    diverged.unlink(missing_ok=True)
     # Ray Train would resume by the run's name from checkpoints of its own. Ours are in the stage's folder.
     record = Path(job.folder, "ray_train")
     shutil.rmtree(record, ignore_errors=True)
@@ -53,6 +59,8 @@ def fit(job: TrainJob, relay: Any) -> None:
             f"stage {job.stage} failed {job.train.max_failures + 1} times; the last error was\n{error}\n"
             "Its last checkpoint is kept. Remove the cause and run the same command again: it continues from there"
         ) from error
+    if diverged.is_file():
+        raise StageError(f"stage {job.stage}: {diverged.read_text()}")
 
 
 def _trainer(job: TrainJob, relay: Any, record: Path) -> Any:
@@ -90,7 +98,9 @@ def _trainer(job: TrainJob, relay: Any, record: Path) -> Any:
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Train one rank to the end of the stage; rank 0 writes the model.
+    """Train one rank to the end of the stage; rank 0 writes the model, or why training diverged.
+
+    A worker whose training diverged returns, because a new start from the last checkpoint would take the same step.
 
     Args:
         config: `{"job": TrainJob, "relay": handle of the Relay actor}`.
@@ -99,7 +109,8 @@ def train_worker(config: dict[str, Any]) -> None:
 
     job: TrainJob = config["job"]
     train, checkpoints = job.train, Path(job.folder, "checkpoints")
-    rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(max(1, int(train.cpus_per_worker)))
     module = job.init.build(train.loss_chunk).eval()  # no dropout, as in the paper; a resumed step repeats exactly
     if train.activation_checkpointing:
@@ -116,6 +127,8 @@ def train_worker(config: dict[str, Any]) -> None:
         strategy.set_lr(engine, learning_rate(step, train))
         batches_of_step = micro_batches(job, rows, train.micro_batch, own_key, on_policy_fraction(step, train))
         sums = optimizer_step(engine, batches_of_step)
+        if _diverged(job, step, strategy.figures(engine, sums), rank):
+            return
         if average:
             average.update(step)
         progress.stepped(step, rows, sums)
@@ -126,6 +139,20 @@ def train_worker(config: dict[str, Any]) -> None:
     weights = strategy.whole_weights(engine, average)
     if rank == 0:
         export(job, weights)
+
+
+def _diverged(job: TrainJob, step: int, figures: StepFigures, rank: int) -> bool:
+    """Whether a step went wrong, which all ranks see alike; then rank 0 leaves the reason in the folder of the stage."""
+    try:
+        figures.check(job.train.max_loss)
+    except Diverged as error:
+        if rank == 0:
+            checkpoints = Path(job.folder, "checkpoints")
+            good = strategy.latest_checkpoint(checkpoints)
+            place = str(checkpoints / good["tag"]) if good else None
+            atomic_write(Path(job.folder, DIVERGED), explain(error, step, job.train, (job.store, job.seed), place))
+        return True
+    return False
 
 
 def check_order(rows: pa.Table, step: int, batch: int) -> None:

@@ -180,6 +180,25 @@ def test_training_on_text_makes_a_student_of_k_in_one_stage(smoke, tmp_path):
     assert all(torch.equal(inside[name], weight) for name, weight in teacher.items())
 
 
+@pytest.mark.slow
+def test_a_stage_that_diverges_stops_the_run_and_leaves_nothing(smoke, tmp_path):
+    run = copy_of(smoke[0], tmp_path / "run", "k2", "k4")
+    words = ("student.k=2", "stages.k2.train.lr=100", "stages.k2.train.clip=0", "train.checkpoint_every=1")
+    done = run_command(command("distill.py", *same_data(smoke), f"output_dir={run}", *words), tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert re.match(r"error: stage k2: training diverged in step \d+ of 24: the .* Nothing was exported", line)
+    assert not (run / "k2" / "config.json").exists()
+    assert not list((run / "eval").glob("k2/manifest.json"))
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert {v.run_id for v in client.search_model_versions("name = 'kforcing-smoke'")} == {
+        client.get_model_version_by_alias("kforcing-smoke", "k1").run_id
+    }
+    for record in (run / "log.jsonl").read_text().splitlines():
+        json.loads(record, parse_constant=pytest.fail)
+
+
 @pytest.fixture
 def hf_teacher(tmp_path):
     """A tiny causal LM with its own byte-level tokenizer, as a user would have on disk."""

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from pipelines.files import added_files, atomic_file, atomic_folder, atomic_write, write_json
+from pipelines.files import added_files, atomic_file, atomic_folder, atomic_write, strict_json, write_json
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
@@ -69,3 +69,12 @@ def test_the_content_is_on_disk_before_the_file_has_its_name(tmp_path, monkeypat
         monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
     atomic_write(tmp_path / "a.txt", "x")
     assert calls == ["fsync", "replace", "fsync"]
+
+
+def test_numbers_that_json_has_no_word_for_become_null(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    assert strict_json({"a": [nan, (inf, -inf), 1.5], "b": {"c": nan, "d": True}}) == (
+        '{"a": [null, [null, null], 1.5], "b": {"c": null, "d": true}}'
+    )
+    write_json(tmp_path / "a.json", {"a": nan})
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {"a": None}

@@ -1,5 +1,6 @@
 """How the job of a student stage follows from its spec, and that it trains in one process."""
 
+import re
 import tarfile
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from pipelines.config.overrides import apply
 from pipelines.config.recipes import recipe
 from pipelines.config.stages import resolve, stage_spec
+from pipelines.data.token_store import TokenStore
+from pipelines.runs.stages import StageError
 from pipelines.training.initial_model import Grown, Wrapped
 from pipelines.training.job import stage_job
 from pipelines.training.single_process import LocalStudent
@@ -52,3 +55,21 @@ def test_stages_are_trained_in_one_process_up_to_a_budget(finished, tmp_path):
     assert cost["flops"] == pytest.approx(3 * flops.total)
     assert student.spent == cost["flops"]
     assert LocalStudent(stages, str(run / "teacher"), str(store), str(tmp_path), "test").stage(2, 9, None, None) == cost
+
+
+def test_training_in_one_process_stops_when_it_diverges_and_says_what_it_was_fed(finished, tmp_path):
+    run, store = finished
+    words = ["student.k=2", "rollout.windows=4", "train.batch=4", "train.micro_batch=2", "train.warmup=0"]
+    stages = resolve(apply(recipe("smoke"), {}, [*words, "train.lr=100", "train.clip=0"]))
+    student = LocalStudent(stages, str(run / "teacher"), str(store), str(tmp_path), "test")
+    student.stage(1, None, 0.0, None)
+    with pytest.raises(
+        StageError, match=r"test  k2: training diverged in step (\d+) of 4: .*range\((\d+), (\d+)\)"
+    ) as error:
+        student.stage(2, 4, None, tmp_path / "k1")
+    step = int(re.search(r"step (\d+) of", str(error.value))[1])
+    assert f"TokenStore({str(store)!r}, 0).read(range({4 * step - 4}, {4 * step}))" in str(error.value)
+    assert len(TokenStore(store, 0).read(range(4 * step - 4, 4 * step))) == 4
+    assert "The last good checkpoint is none" in str(error.value)
+    assert not (tmp_path / "k2" / "config.json").exists()
+    assert not (tmp_path / "k2.json").exists()

@@ -16,6 +16,7 @@ from kforcing.distillation.losses import LossSums, hard_target_loss
 from kforcing.distillation.steps import StudentStep, WindowBatch
 from pipelines.config.schema import TrainConfig
 from pipelines.training import deepspeed_engine as strategy
+from pipelines.training.guard import Diverged
 from pipelines.training.progress import Progress
 from pipelines.training.schedule import learning_rate
 from pipelines.training.step import optimizer_step, reduce_sums
@@ -180,6 +181,27 @@ def test_uneven_batches_do_not_change_the_gradient(tmp_path, plain, zero_stage):
 def test_zero_3_refuses_uneven_batches_before_ranks_wait_for_each_other(tmp_path):
     with pytest.raises(ProcessRaisedException, match=r"micro-batches of \[\[6, 6\], \[18, 18\]\] target tokens"):
         run(tmp_path, "uneven", 2, 3, uneven_micro_batches)
+
+
+@pytest.mark.parametrize(("zero_stage", "precision"), [(1, "fp32"), (2, "bf16"), (3, "fp32")])
+def test_every_rank_sees_that_the_step_of_one_rank_was_broken(tmp_path, zero_stage, precision):
+    run_ranks(2, _check_figures, tmp_path, zero_stage, precision)
+
+
+def _check_figures(rank, world, folder, zero_stage, precision):
+    config = dataclasses.replace(TRAIN, zero_stage=zero_stage, precision=precision, clip=0.0)
+    engine = strategy.build_engine(step_module(), config, folder)
+    strategy.set_lr(engine, 1e-3)
+    sums = optimizer_step(engine, even_micro_batches(0, rank, world))
+    figures = strategy.figures(engine, sums)
+    figures.check(100.0)
+    assert figures.loss == pytest.approx(reduce_sums(sums)["loss"])
+    broken = even_micro_batches(1, rank, world)
+    if rank == 1:
+        broken[1].windows.noise_BWK[0, 0, 0] = torch.nan
+    figures = strategy.figures(engine, optimizer_step(engine, broken))
+    with pytest.raises(Diverged, match="the loss is nan"):
+        figures.check(100.0)
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])

@@ -1,0 +1,56 @@
+"""Training that has gone wrong stops at once: figures that are not finite, or a loss that explodes.
+
+Every step is checked, weights included, so each checkpoint is a good one, and nothing broken is exported.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pipelines.config.schema import TrainConfig
+
+
+class Diverged(RuntimeError):
+    """Training cannot go on; the text says what was found."""
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What a step says about the health of training, over all ranks."""
+
+    loss: float
+    """Mean over the target tokens of the step, in nats."""
+    gradient: float
+    """Norm of the gradient; negative, infinite or NaN where it is not finite (DeepSpeed has several words for that)."""
+    weights: float
+    """Norm of the trained weights after the step."""
+
+    def check(self, max_loss: float) -> None:
+        """Raise Diverged unless all figures are finite and the loss is at most `max_loss`."""
+        if not math.isfinite(self.loss):
+            raise Diverged(f"the loss is {self.loss}")
+        if self.loss > max_loss:
+            raise Diverged(f"the loss has exploded to {self.loss:.4g} nats a token (train.max_loss={max_loss:g})")
+        if not math.isfinite(self.gradient) or self.gradient < 0:
+            raise Diverged("the gradient is not finite")
+        if not math.isfinite(self.weights):
+            raise Diverged("the update made weights that are not finite")
+
+
+def explain(error: Diverged, step: int, train: TrainConfig, store: tuple[str, int], checkpoint: str | None) -> str:
+    """One line for people: the step, the cause, the rows, the last good checkpoint and what to do.
+
+    Args:
+        error: what was found.
+        step: number of the step, from 0.
+        train: settings of the training.
+        store: folder of the token store, and the seed of its order.
+        checkpoint: the last good checkpoint; None when there is none.
+    """
+    rows = f"{step * train.batch}, {(step + 1) * train.batch}"
+    return (
+        f"training diverged in step {step + 1} of {train.steps}: {error}. Nothing was exported. The step was fed the rows "
+        f"TokenStore({store[0]!r}, {store[1]}).read(range({rows})). The last good checkpoint is {checkpoint or 'none'}. "
+        "Lower train.lr, clip gradients (train.clip=1) or use train.precision=fp32, and run the command again"
+    )
