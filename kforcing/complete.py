@@ -20,10 +20,12 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from kforcing import PushForwardLM
+from kforcing.detokenizer import Detokenizer
 from kforcing.engine import Engine, EngineConfig, Output, Request, SamplingParams
 from kforcing.engine.config import context_limit
 from kforcing.engine.request import ACCEPTANCES
 from kforcing.loading import DTYPES, eos_token_ids, load_model, load_tokenizer, saved_generation_config
+from kforcing.prompts import prompt_ids
 
 
 def read_prompts(lines: TextIO, as_json: bool) -> Iterator[dict[str, Any]]:
@@ -101,7 +103,7 @@ def run(given: argparse.Namespace) -> None:
         records = list(read_prompts(source, given.prompts.endswith(".jsonl")))
         tokenizer = load_tokenizer(given.model)
         sampling = SamplingParams(temperature=given.temperature, top_p=given.top_p)
-        prompts = [tokenizer(record["prompt"]).input_ids for record in records]
+        prompts = [prompt_ids(tokenizer, record["prompt"]) for record in records]
         model = load_model(given.model, given.device, given.dtype)
         backbone = model.backbone if isinstance(model, PushForwardLM) else model
         # As much context as these prompts need, within what the model has.
@@ -130,10 +132,12 @@ def run(given: argparse.Namespace) -> None:
                 raise ValueError(f"prompt {number}: {error}") from None
         out = sys.stdout if given.output == "-" else stack.enter_context(open(given.output, "w", encoding="utf-8"))
         progress = stack.enter_context(tqdm(total=len(requests), unit="prompt", file=sys.stderr))
-        for record, (tokens, last) in zip(records, complete(engine, requests, progress), strict=True):
+        detokenizer = Detokenizer(tokenizer)
+        answers = complete(engine, requests, progress)
+        for record, prompt, (tokens, last) in zip(records, prompts, answers, strict=True):
             answer = {
                 "prompt": record["prompt"],
-                "text": tokenizer.decode(tokens),
+                "text": detokenizer.continuation(prompt, tokens),
                 "tokens": tokens,
                 "finish_reason": last.finish_reason,
                 "steps": last.steps,

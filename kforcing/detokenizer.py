@@ -1,9 +1,57 @@
-"""Incremental detokenizer: token ids come k at a time, text goes out, and the first stop string ends it."""
+"""Text from token ids that come k at a time: what they add to the prompt's text, and the first stop string, which ends it.
+
+The pieces of a continuation add up to one `decode` of the prompt and the continuation, without the prompt's text. Decoders
+treat the first token that they see in a way of its own (they drop its space, or keep the ## of a word's continuation), so new
+tokens are always decoded behind some of the tokens before them, first of all those of the prompt.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+CONTEXT = 8
+"""How many of the last tokens of a prompt the first new one is decoded behind."""
+WAITING = 16
+"""How many tokens may wait for the rest of a character. It has at most 4 bytes, so more of them are not valid text."""
+INCOMPLETE = "\ufffd"
+"""What a decoder gives for the bytes of a character that has not ended yet."""
+
+
+class Detokenizer:
+    """A tokenizer of transformers as what turns ids into text. Special tokens, such as EOS, have no text."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        self.special_ids = frozenset(i for i, token in added if token.special) | set(tokenizer.all_special_ids)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of the ids alone."""
+        options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+        return str(self.tokenizer.decode(list(ids), **options))
+
+    def continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """The text that the ids add to that of the prompt."""
+        stream = TextStream(self, prompt=prompt)
+        return stream.push(ids).text + stream.flush().text
+
+    def split_stops(self, stops: Sequence[str]) -> tuple[list[str], dict[int, str]]:
+        """Stop strings to look for in the text, and those that are special tokens, by their ids.
+
+        Raises:
+            ValueError: when a special token is only a part of a stop string: it would never occur in the text.
+        """
+        special = {i: str(self.tokenizer.convert_ids_to_tokens(i)) for i in self.special_ids}
+        ids = {i: text for i, text in special.items() if text in stops}
+        texts = [stop for stop in stops if stop not in ids.values()]
+        for stop in texts:
+            if part := next((text for text in special.values() if text in stop), None):
+                raise ValueError(
+                    f"stop={stop!r} contains the special token {part}, which has no text; use {part} alone as a stop string"
+                )
+        return texts, ids
 
 
 class Piece(NamedTuple):
@@ -21,52 +69,81 @@ class Piece(NamedTuple):
 class TextStream:
     """The text of one continuation. `push` adds tokens; `flush` returns what is still held back at the end.
 
+    The work and the memory for a token do not grow with the number of tokens before it.
+
     Args:
-        tokenizer: a tokenizer of transformers; only its `decode` is called.
+        detokenizer: of the model.
         stops: stop strings. The text ends before the first that is completed.
+        prompt: the ids that the continuation follows.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
-        self.tokenizer, self.stops = tokenizer, tuple(stops)
-        self.ids: list[int] = []
-        self.read = self.prefix = 0
-        """The text of `ids[:read]` has been returned. Decoding starts at `prefix`, a little before `read`, because
-        tokenizers drop the space of the first token that they decode."""
+    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str] = (), prompt: Sequence[int] = ()):
+        self.detokenizer, self.stops = detokenizer, tuple(stops)
         self.held = ""
         self.stop: str | None = None
         """The stop string that was found."""
+        # New tokens are decoded behind tokens whose text has been returned.
+        self._before, self._before_text = self._end_of(prompt)
+        self._new: list[int] = []
 
-    def push(self, ids: list[int]) -> Piece:
+    def push(self, ids: Sequence[int]) -> Piece:
         """Add tokens and return the new text."""
         if not self.stops:
-            self.ids += ids
-            return Piece(self._new_text(), len(ids), False)
+            return Piece(self._add(ids), len(ids), False)
         text = ""
         # One token at a time, because the piece must say which token completed the stop string.
         for count, id in enumerate(ids, start=1):
-            self.ids.append(id)
-            self.held += self._new_text()
-            found = min(((i, stop) for stop in self.stops if (i := self.held.find(stop)) >= 0), default=None)
-            if found is not None:
-                text, self.held, self.stop = text + self.held[: found[0]], "", found[1]
-                return Piece(text, count, True)
-            keep = self._may_begin_a_stop()
-            text, self.held = text + self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+            self.held += self._add([id])
+            if self._find_stop():
+                return Piece(text + self._release(0), count, True)
+            text += self._release(self._may_begin_a_stop())
         return Piece(text, len(ids), False)
 
-    def flush(self) -> str:
+    def flush(self) -> Piece:
         """Return the text that was held back. Call it when no more tokens follow."""
-        text, self.held = self.held + self._new_text(final=True), ""
+        self.held += self._add([], final=True)
+        stopped = self._find_stop()
+        return Piece(self._release(0), 0, stopped)
+
+    def _find_stop(self) -> bool:
+        """Whether the held text contains a stop string; the text then ends before it."""
+        found = min(((i, stop) for stop in self.stops if (i := self.held.find(stop)) >= 0), default=None)
+        if found is not None:
+            self.held, self.stop = self.held[: found[0]], found[1]
+        return found is not None
+
+    def _release(self, keep: int) -> str:
+        """The held text without its last `keep` characters, which are held on."""
+        end = len(self.held) - keep
+        text, self.held = self.held[:end], self.held[end:]
         return text
 
-    def _new_text(self, final: bool = False) -> str:
-        """The text of the ids since the last call, without a character whose bytes are still incomplete."""
-        before = self.tokenizer.decode(self.ids[self.prefix : self.read], skip_special_tokens=True)
-        now = self.tokenizer.decode(self.ids[self.prefix :], skip_special_tokens=True)
-        if len(now) <= len(before) or (now.endswith("\ufffd") and not final):
-            return now[len(before) :] if final else ""
-        self.prefix, self.read = self.read, len(self.ids)
-        return now[len(before) :]
+    def _add(self, ids: Sequence[int], final: bool = False) -> str:
+        """The text that tokens add, as long as it is not `final` without a character whose bytes are incomplete."""
+        self._new += [id for id in ids if id not in self.detokenizer.special_ids]
+        if not self._new:
+            return ""
+        decode, wait = self.detokenizer.decode, not final and len(self._new) < WAITING
+        text = decode([*self._before, *self._new])
+        if wait and text.endswith(INCOMPLETE):
+            return ""
+        # The new tokens may complete a character that the tokens before them have begun.
+        same = (a == b for a, b in zip(text, self._before_text, strict=False))
+        added = text[sum(itertools.takewhile(bool, same)) :]
+        if added:
+            alone = decode(self._new)
+            self._before = self._new if alone else [*self._before, *self._new][-CONTEXT:]
+            self._before_text = alone or decode(self._before)
+        if added or not wait:
+            self._new = []
+        return added
+
+    def _end_of(self, prompt: Sequence[int]) -> tuple[list[int], str]:
+        """The last tokens of the prompt that have a text, from the beginning of a character on, and that text."""
+        ids = [id for id in prompt if id not in self.detokenizer.special_ids][-CONTEXT:]
+        texts = [self.detokenizer.decode(ids[start:]) for start in range(min(4, len(ids)))]
+        start = next((i for i, text in enumerate(texts) if not text.startswith(INCOMPLETE)), 0)
+        return ids[start:], texts[start] if texts else ""
 
     def _may_begin_a_stop(self) -> int:
         """Length of the longest suffix of the held text that is a prefix of a stop string."""

@@ -7,7 +7,7 @@ print(answers[0].outputs[0].text)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from kforcing import engine
-from kforcing.detokenizer import TextStream
+from kforcing.detokenizer import Detokenizer, TextStream
 from kforcing.engine import DraftCounts, Engine, EngineConfig, Request, TokenLogprobs
 from kforcing.loading import eos_token_ids, load_model, load_tokenizer, saved_generation_config
 from kforcing.noise import choice_seed
+from kforcing.prompts import prompt_ids
 
 Prompt = str | Sequence[int]
 
@@ -123,6 +124,7 @@ class LLM:
         if tokenizer is None and isinstance(model, nn.Module):
             raise ValueError("a model that is given as an object needs tokenizer=…")
         self.tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer  # type: ignore[arg-type]
+        self.detokenizer = Detokenizer(self.tokenizer)
         loaded: Any = model if isinstance(model, nn.Module) else load_model(model, device, dtype)
         self.engine = Engine(loaded, EngineConfig(**options))
         config = loaded.generation_config if isinstance(model, nn.Module) else saved_generation_config(model)
@@ -147,16 +149,17 @@ class LLM:
             raise ValueError(f"{len(each)} sampling params for {len(several)} prompts; give one, or one for each")
         answers, requests = [], []
         for number, (prompt, chosen) in enumerate(zip(several, each, strict=True), start=1):
-            ids = self.tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt)
+            ids = prompt_ids(self.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
             answer = RequestOutput(prompt if isinstance(prompt, str) else None, ids, [])
             answers.append(answer)
-            for request in self._requests(ids, chosen):
+            stops, special = self.detokenizer.split_stops(chosen.stop_strings)
+            for request in self._requests(ids, chosen, special):
                 try:
                     self.engine.check(request)
                 except ValueError as error:
                     raise ValueError(f"prompt {number}: {error}") from None
                 answer.outputs.append(CompletionOutput(len(answer.outputs)))
-                requests.append((request, answer.outputs[-1], TextStream(self.tokenizer, chosen.stop_strings)))
+                requests.append((request, answer.outputs[-1], TextStream(self.detokenizer, stops, ids)))
         self._run(requests)
         return answers
 
@@ -170,9 +173,10 @@ class LLM:
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         return self.generate([ids], sampling_params)
 
-    def _requests(self, ids: list[int], params: SamplingParams) -> list[Request]:
+    def _requests(self, ids: list[int], params: SamplingParams, special_stops: Iterable[int]) -> list[Request]:
         seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
+        stop_ids = frozenset([*params.stop_token_ids, *special_stops])
+        stop_ids |= frozenset() if params.ignore_eos else self.eos_ids
         return [
             Request(ids, params.max_tokens, choice_seed(seed, i), stop_ids, params.k, params, params.acceptance)
             for i in range(max(params.n, 1))
@@ -193,12 +197,14 @@ class LLM:
                     output.steps, output.drafts = made.steps, made.drafts
                     if made.logprobs is not None:
                         output.logprobs = (output.logprobs or []) + made.logprobs[: piece.tokens]
+                    if made.finish_reason and not piece.stopped:
+                        piece = stream.flush()
+                        output.text += piece.text
                     if piece.stopped:
                         output.finish_reason, output.stop_reason = "stop", stream.stop
                         self.engine.cancel(made.id)
                         del live[made.id]
                     elif made.finish_reason:
-                        output.text += stream.flush()
                         output.finish_reason, output.stop_reason = made.finish_reason, made.stop_id
                         del live[made.id]
         finally:

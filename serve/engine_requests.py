@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from kforcing.engine import Request, SamplingParams
 from kforcing.noise import choice_seed
+from kforcing.prompts import prompt_ids
 from serve.models import ServedModel
 from serve.protocol.errors import ApiError
 from serve.protocol.requests import MAX_CHOICES, ChatRequest, CompletionRequest, Message
@@ -18,11 +21,23 @@ DEFAULT_MAX_TOKENS = 16
 """`max_tokens` of a completion request that leaves it out, as in OpenAI's API. Chat requests have no default."""
 
 
-def engine_requests(model: ServedModel, body: CompletionRequest | ChatRequest) -> list[Request]:
-    """One request of the engine for each choice: `n` for each prompt, in order.
+@dataclass(frozen=True)
+class Choices:
+    """What the choices of a request ask of the engine and of the detokenizer."""
 
-    Without a seed, each prompt gets a random one. Raises ApiError with status 400 for a prompt that cannot be tokenised or
-    for too many choices.
+    requests: list[Request]
+    """One for each choice: `n` for each prompt, in order."""
+    stops: list[str]
+    """Stop strings to look for in the text."""
+    special_stops: dict[int, str]
+    """Stop strings that are special tokens, by their ids, which end the engine's requests."""
+
+
+def read_choices(model: ServedModel, body: CompletionRequest | ChatRequest) -> Choices:
+    """The choices that a body asks for.
+
+    Without a seed, each prompt gets a random one. Raises ApiError with status 400 for a prompt that cannot be tokenised, stop
+    strings that cannot occur, or too many choices.
     """
     chat = isinstance(body, ChatRequest)
     prompts = [_chat_prompt(model, body)] if isinstance(body, ChatRequest) else _prompts(model, body)
@@ -30,7 +45,11 @@ def engine_requests(model: ServedModel, body: CompletionRequest | ChatRequest) -
     if len(prompts) * copies > MAX_CHOICES:
         message = f"{len(prompts)} prompts × n={copies} exceed {MAX_CHOICES} choices; send several requests"
         raise ApiError(400, message, "n")
-    stop_ids = frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else model.eos)
+    try:
+        stops, special = model.detokenizer.split_stops(body.stop_strings)
+    except ValueError as error:
+        raise ApiError(400, str(error), "stop") from None
+    stop_ids = frozenset([*(body.stop_token_ids or ()), *special, *(() if body.ignore_eos else model.eos)])
     sampling = _sampling(body)
     requests = []
     for prompt in prompts:
@@ -42,7 +61,7 @@ def engine_requests(model: ServedModel, body: CompletionRequest | ChatRequest) -
             Request(prompt, limit, choice_seed(seed, i), stop_ids, body.k, sampling, body.acceptance)
             for i in range(copies)
         ]
-    return requests
+    return Choices(requests, stops, special)
 
 
 def field_of(error: ValueError, body: CompletionRequest | ChatRequest) -> str | None:
@@ -80,14 +99,19 @@ def _prompts(model: ServedModel, body: CompletionRequest) -> list[list[int]]:
     given: Any = body.prompt
     if isinstance(given, str) or isinstance(given[0], int):
         given = [given]
-    return [_encode(model, prompt, "prompt") if isinstance(prompt, str) else prompt for prompt in given]
+
+    def ids_of(text: str) -> list[int]:
+        return _encode(model, text, "prompt", lambda: prompt_ids(model.tokenizer, text))
+
+    return [ids_of(prompt) if isinstance(prompt, str) else prompt for prompt in given]
 
 
 def _chat_prompt(model: ServedModel, body: ChatRequest) -> list[int]:
     """Token ids of the conversation."""
     if not getattr(model.tokenizer, "chat_template", None):
         raise ApiError(400, f"{model.name} has no chat template; use /v1/completions", "messages", "no_chat_template")
-    return _encode(model, _rendered(model.tokenizer, body.messages), "messages", add_special_tokens=False)
+    text = _rendered(model.tokenizer, body.messages)  # templates write the special tokens themselves
+    return _encode(model, text, "messages", lambda: model.tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def _rendered(tokenizer: Any, messages: list[Message]) -> str:
@@ -120,7 +144,7 @@ def _rendered(tokenizer: Any, messages: list[Message]) -> str:
     return text
 
 
-def _encode(model: ServedModel, text: str, field: str, **options: Any) -> list[int]:
+def _encode(model: ServedModel, text: str, field: str, tokenise: Callable[[], list[int]]) -> list[int]:
     context = model.engine.max_model_len
     if len(text) > CHARACTERS_PER_TOKEN * context:  # tokenising it would delay the other requests
         message = (
@@ -129,7 +153,7 @@ def _encode(model: ServedModel, text: str, field: str, **options: Any) -> list[i
         )
         raise ApiError(400, message, field, "context_length_exceeded")
     try:
-        ids: list[int] = model.tokenizer(text, **options).input_ids
+        ids = tokenise()
     except (UnicodeError, TypeError):
         raise ApiError(400, "the prompt is not valid Unicode; does it contain a lone surrogate?", field) from None
     if not ids:

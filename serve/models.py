@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kforcing import PushForwardLM
+from kforcing.detokenizer import Detokenizer
 from kforcing.engine import Engine, EngineConfig, EngineStats, Request
 from kforcing.loading import eos_token_ids, load_model, load_tokenizer, saved_generation_config
 from kforcing.model_uri import PREFIX, parse_model_uri
@@ -21,6 +22,7 @@ class ServedModel:
     def __init__(self, name: str, engine: Engine, path: Path):
         self.name, self.engine = name, engine
         self.tokenizer = load_tokenizer(path)
+        self.detokenizer = Detokenizer(self.tokenizer)
         self.eos = eos_token_ids(saved_generation_config(path), self.tokenizer, engine.vocabulary)
         # Warm-up: this request packs the weights, chooses kernels and captures graphs before the first client comes.
         engine.generate([Request([0], 2 * engine.k)])
@@ -61,6 +63,10 @@ def load_models(settings: Settings, metrics: Metrics, replica: str, thread: Engi
     elif settings.teacher == "auto" and isinstance(model, PushForwardLM) and model.design.exact_trunk:
         config = engine_config(settings, model.backbone, 1, model.design.coupling)
         models.append(ServedModel("teacher", Engine(model.backbone, config), path))
+    if len({served.name for served in models}) < len(models):
+        raise ValueError(
+            f"name={name}: the AR model beside the student has this name; choose another name=…, or teacher=none"
+        )
     for served in models:  # only when all of them have been loaded
         served.open(EngineMetrics(metrics, served.name, replica), settings.max_waiting, thread)
     return {served.name: served for served in models}

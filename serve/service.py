@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from kforcing.detokenizer import TextStream
-from kforcing.engine import Request
-from serve.engine_requests import engine_requests, field_of
+from kforcing.detokenizer import Piece, TextStream
+from kforcing.engine import Output, Request
+from serve.engine_requests import Choices, field_of, read_choices
 from serve.engine_thread import EngineFailed, EngineThread, Overloaded, PendingRequest
 from serve.metrics import Metrics
 from serve.models import ServedModel, load_models, loading_settings
@@ -127,15 +127,15 @@ class Service:
     async def accept(self, body: CompletionRequest | ChatRequest) -> AcceptedRequest:
         """Check a whole request and queue its choices. Raises ApiError or EngineFailed."""
         model = self.model(body.model)
-        requests = engine_requests(model, body)
+        asked = read_choices(model, body)
         try:
-            pending = model.async_engine.submit(requests)
+            pending = model.async_engine.submit(asked.requests)
         except ValueError as error:
             raise ApiError(400, str(error), field_of(error, body)) from None
         except Overloaded as error:
             raise ApiError(429, f"{error}; try again later", code="overloaded") from None
-        choices = [_deltas(model, i, each, body.stop_strings) for i, each in enumerate(pending)]
-        prompt_tokens = sum(len(request.prompt) for request in requests) // (body.n or 1)
+        choices = [_deltas(model, i, each, asked) for i, each in enumerate(pending)]
+        prompt_tokens = sum(len(request.prompt) for request in asked.requests) // (body.n or 1)
         return AcceptedRequest(model, prompt_tokens, choices, pending)
 
 
@@ -148,10 +148,10 @@ async def _probe(model: ServedModel) -> None:
 
 
 async def _deltas(
-    model: ServedModel, index: int, pending: PendingRequest, stops: list[str]
+    model: ServedModel, index: int, pending: PendingRequest, asked: Choices
 ) -> AsyncGenerator[ChoiceDelta, None]:
     """The deltas of one choice. Closing the iterator before its end cancels the choice."""
-    text = TextStream(model.tokenizer, stops)
+    text = TextStream(model.detokenizer, asked.stops, pending.request.prompt)
     tokens, first, reason = 0, None, "abort"
     try:
         async with aclosing(model.async_engine.outputs(pending)) as outputs:
@@ -164,21 +164,30 @@ async def _deltas(
                     first = time.perf_counter()
                     model.metrics.first_token(first - pending.submitted)
                 model.metrics.returned(piece.tokens, len(output.tokens) - piece.tokens)
-                if piece.stopped:
-                    reason = "stop"
-                    yield ChoiceDelta(index, piece.text, progress, "stop", text.stop, stamp)
+                if output.finish_reason and not piece.stopped:  # what was held back may contain a stop string too
+                    last = text.flush()
+                    piece = piece._replace(text=piece.text + last.text, stopped=last.stopped)
+                finish, stop = _end(piece, text, output, asked, model.eos)
+                reason = finish or reason
+                yield ChoiceDelta(index, piece.text, progress, finish, stop, stamp)
+                if finish:
                     return
-                if output.finish_reason:
-                    reason = output.finish_reason
-                    stop = output.stop_id if output.stop_id not in model.eos else None
-                    yield ChoiceDelta(index, piece.text + text.flush(), progress, reason, stop, stamp)
-                    return
-                yield ChoiceDelta(index, piece.text, progress, None, None, stamp)
     finally:
         model.async_engine.cancel(pending)
         end = time.perf_counter()
         seconds, after_first = end - pending.submitted, end - (first or end)
         model.metrics.finished(reason, seconds, after_first, len(pending.request.prompt), tokens)
+
+
+def _end(
+    piece: Piece, text: TextStream, output: Output, asked: Choices, eos: frozenset[int]
+) -> tuple[str | None, str | int | None]:
+    """The finish reason of a choice, and what stopped it: a stop string or the id of a stop token that is not EOS."""
+    if piece.stopped:
+        return "stop", text.stop
+    if output.stop_id in asked.special_stops:
+        return "stop", asked.special_stops[output.stop_id]
+    return output.finish_reason, None if output.stop_id in eos else output.stop_id
 
 
 async def merged(choices: list[AsyncGenerator[ChoiceDelta, None]]) -> AsyncGenerator[ChoiceDelta, None]:

@@ -29,7 +29,7 @@ def save_model(folder, student=None, chat=False, eos=True, template=CHAT):
     assert len(LETTERS) == VOCAB
     student = student or make_sequential(make_backbone())
     # A config of Llama ends texts at id 2 by default, which is a letter here.
-    student.generation_config.eos_token_id = EOS if eos else None
+    student.generation_config.eos_token_id = EOS if eos is True else eos or None
     student.save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(LETTERS)}, unk_token="u"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")

@@ -81,6 +81,18 @@ def test_a_line_of_json_may_have_its_own_seed(folder, monkeypatch):
     assert first == third != second
 
 
+def test_every_eos_id_of_the_generation_config_ends_a_text(folder, monkeypatch):
+    student = make_sequential(make_backbone())
+    eos = decode(student, [0, 1, 2], 9, k=4)[3::3]
+    student.generation_config.eos_token_id = eos
+    student.generation_config.save_pretrained(folder / "student")
+    (folder / "p.txt").write_text("abc")
+    run(monkeypatch, folder / "student", folder / "p.txt", "-o", folder / "out.jsonl", "--max-new-tokens", 9)
+    answer = json.loads((folder / "out.jsonl").read_text())
+    assert answer["tokens"] == decode(student, [0, 1, 2], 9, k=4, stop_ids=frozenset(eos))
+    assert answer["finish_reason"] == "stop"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words", "message"),
     [

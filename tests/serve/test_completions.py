@@ -2,12 +2,25 @@
 
 import concurrent.futures
 
+import httpx
 import pytest
 import torch
 
 from kforcing import PushForwardLM
 from kforcing.engine import Engine, EngineConfig, Request
-from tests.endpoint import EOS, complete, events, expected, ids_of, text_of, without_eos
+from tests.endpoint import (
+    EOS,
+    LETTERS,
+    complete,
+    endpoint,
+    events,
+    expected,
+    ids_of,
+    save_model,
+    text_of,
+    without_eos,
+)
+from tests.models import make_backbone, make_sequential
 
 pytestmark = pytest.mark.cluster
 
@@ -92,3 +105,32 @@ def test_the_teacher_is_served_beside_the_student_and_a_request_may_choose_k(htt
     assert by_teacher == text_of(ar[0].tokens)
     for k in (1, 2, 3, 4):
         assert complete(http, k=k)["choices"][0]["text"] == text_of(expected(student, k=k))
+
+
+def test_a_stop_string_that_is_a_special_token_ends_the_text(http, student):
+    seed, whole = next(
+        (s, expected(student, seed=s, n=30, stop=frozenset()))
+        for s in range(100)
+        if EOS in expected(student, seed=s, n=30, stop=frozenset())[5:]
+    )
+    for stop in ("|", ["ZZ", "|"]):
+        answer = complete(http, seed=seed, max_tokens=30, ignore_eos=True, stop=stop)
+        choice = answer["choices"][0]
+        assert choice["text"] == text_of(whole[: whole.index(EOS)])
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "|")
+        assert answer["usage"]["completion_tokens"] == whole.index(EOS)
+    part = http.post("/v1/completions", json={"prompt": "abc", "stop": "a|"})
+    assert (part.status_code, part.json()["error"]["param"]) == (400, "stop")
+
+
+def test_all_eos_ids_of_the_generation_config_end_the_text_of_student_and_teacher(tmp_path, student):
+    letters = [LETTERS.index(c) for c in "ckq"]
+    m = make_sequential(make_backbone())
+    folder = save_model(tmp_path / "m", m, eos=letters)
+    with endpoint(folder, max_model_len=56) as (url, _), httpx.Client(base_url=url) as http:
+        for model in ("tiny", "teacher"):
+            for seed in range(5):
+                choice = complete(http, model=model, seed=seed, max_tokens=40)["choices"][0]
+                ids = expected(m, n=40, seed=seed, k=1 if model == "teacher" else 4, stop=frozenset([EOS, *letters]))
+                assert (choice["text"], choice["stop_reason"]) == (text_of(ids), None)
+                assert (choice["finish_reason"] == "stop") == (len(ids) < 40)

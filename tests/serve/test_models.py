@@ -2,7 +2,10 @@
 
 import pytest
 
-from serve.models import default_name, pinned, resolve
+from serve.engine_thread import EngineThread
+from serve.metrics import Metrics
+from serve.models import default_name, load_models, pinned, resolve
+from serve.settings import Settings
 from tests.endpoint import endpoint, save_model
 
 pytestmark = pytest.mark.cluster
@@ -40,3 +43,21 @@ def test_a_malformed_model_uri_is_refused_with_the_accepted_forms(uri):
     for function in (pinned, resolve, default_name):
         with pytest.raises(ValueError, match="write models:/NAME@ALIAS or models:/NAME/VERSION"):
             function(uri)
+
+
+@pytest.mark.parametrize("settings", [{"name": "teacher"}, {"name": None}])
+def test_a_student_named_teacher_is_refused_unless_it_is_served_alone(tmp_path, settings):
+    """It would hide the AR model beside it, or be hidden by it; a folder gives its name to the model in it."""
+    folder = save_model(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="name=teacher: the AR model beside the student has this name"):
+        serve_alone(folder, **settings)
+    assert list(serve_alone(folder, teacher="none", **settings)) == ["teacher"]
+
+
+def serve_alone(folder, **settings):
+    """The models of a replica, by name."""
+    thread = EngineThread()
+    try:
+        return load_models(Settings(model=str(folder), max_model_len=40, **settings), Metrics(), "test", thread)
+    finally:
+        thread.close()
