@@ -76,6 +76,8 @@ class CompletionOutput:
     """Forward passes that the continuation took."""
     logprobs: list[TokenLogprobs] | None = None
     """One entry for each of `token_ids`, if `SamplingParams.logprobs` asked for them."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """One entry for each token of the prompt from the second on, if `SamplingParams.prompt_logprobs` asked for them."""
     drafts: DraftCounts = field(default_factory=DraftCounts)
     """Exact mode: the drafts that were verified and accepted, by their offset in a block."""
 
@@ -195,6 +197,7 @@ class LLM:
                     output.text += piece.text
                     output.token_ids += made.tokens[: piece.tokens]
                     output.steps, output.drafts = made.steps, made.drafts
+                    output.prompt_logprobs = output.prompt_logprobs or made.prompt_logprobs
                     if made.logprobs is not None:
                         output.logprobs = (output.logprobs or []) + made.logprobs[: piece.tokens]
                     if made.finish_reason and not piece.stopped:

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kforcing.attention.reader import check_backbone
 from kforcing.coupling import COUPLINGS
@@ -127,11 +127,12 @@ class Engine:
     def _check_sampling(self, sampling: SamplingParams) -> None:
         if self.student is None or self.student.design.conditional:
             return
-        if sampling.logprobs is not None:
-            raise ValueError(
-                f"logprobs={sampling.logprobs}: this student's noise picks tokens inside the network, so tokens have no "
-                "probabilities; leave it out or use a sequential student or the AR model"
-            )
+        for name, n in (("logprobs", sampling.logprobs), ("prompt_logprobs", sampling.prompt_logprobs)):
+            if n is not None:
+                raise ValueError(
+                    f"{name}={n}: this student's noise picks tokens inside the network, so tokens have no "
+                    "probabilities; leave it out or use a sequential student or the AR model"
+                )
         if sampling.filters:
             raise ValueError(
                 f"top_k={sampling.top_k}, top_p={sampling.top_p}: this student's noise picks tokens inside the network, so "
@@ -210,15 +211,32 @@ class Engine:
         self._start_ready()
         chunk = self.scheduler.next_chunk()
         if chunk:
-            self.runner.prefill(*chunk)
+            states_RLD = self.runner.prefill(*chunk)
+            for sequence in self.scheduler.prefilling:
+                self._score_prompt(sequence, states_RLD[sequence.slot - chunk.slots.start])
             self.stats.prefill_tokens += self.scheduler.was_read(chunk)
             self._start_ready()
+
+    def _score_prompt(self, sequence: Sequence, states_LD: Tensor) -> None:
+        """Take the log-probabilities of prompt tokens, if asked for, from the states of those behind `sequence.filled`."""
+        n, left = sequence.request.sampling.prompt_logprobs, len(sequence.request.prompt) - 1 - sequence.filled
+        if n is not None and left > 0:
+            records = self.runner.score_prompt(sequence.slot, sequence.filled, states_LD[:left], n)
+            sequence.prompt_logprobs += [_token_logprobs(record, n) for record in records.tolist()]
+
+    def _score_tail(self, sequence: Sequence) -> None:
+        """The same for the last tokens of the prompt, which the first step would read; it reads them once more."""
+        left = len(sequence.request.prompt) - 1 - sequence.filled
+        if sequence.request.sampling.prompt_logprobs is not None and left > 0:
+            slots = slice(sequence.slot, sequence.slot + 1)
+            self._score_prompt(sequence, self.runner.prefill(slots, sequence.filled, left)[0])
 
     def _start_ready(self) -> None:
         while ready := self.scheduler.next_ready():
             sequence, move = ready
             if move:
                 self.runner.move(*move)
+            self._score_tail(sequence)
             request = sequence.request
             self.runner.start(
                 sequence.slot, len(request.prompt), request.seed, sequence.k, sequence.exact, request.sampling
@@ -322,7 +340,11 @@ class Engine:
         self.stats.discarded += len(tokens) - len(kept)
         reason = "stop" if at is not None else "length" if len(sequence.new) >= sequence.limit else None
         entries = None if most is None else logprobs[: len(kept)]
-        return Output(sequence.id, kept, reason, stop, sequence.steps, entries, sequence.counts)
+        scored, sequence.prompt_logprobs = sequence.prompt_logprobs, []
+        first = sequence.steps == len(made) and sequence.request.sampling.prompt_logprobs is not None
+        return Output(
+            sequence.id, kept, reason, stop, sequence.steps, entries, sequence.counts, scored if first else None
+        )
 
 
 def _packed(model: nn.Module, config: EngineConfig) -> nn.Module:
@@ -339,7 +361,8 @@ def _completion(outputs: list[Output]) -> Completion:
         return Completion(tokens, "cancelled")
     last = outputs[-1]
     logprobs = None if last.logprobs is None else [entry for output in outputs for entry in output.logprobs or ()]
-    return Completion(tokens, last.finish_reason or "cancelled", last.stop_id, last.steps, logprobs, last.drafts)
+    reason, prompt_logprobs = last.finish_reason or "cancelled", outputs[0].prompt_logprobs
+    return Completion(tokens, reason, last.stop_id, last.steps, logprobs, last.drafts, prompt_logprobs)
 
 
 def _token_logprobs(record: list[float], n: int) -> TokenLogprobs:

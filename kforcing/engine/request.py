@@ -29,6 +29,8 @@ class SamplingParams:
     """Return the log-probability of each token and of so many likeliest tokens at its place; 0 for the token's alone, None
     for nothing. They are those of the model itself: before temperature, filters and penalties. Exact mode and AR give the AR
     model's. Fixed mode gives a sequential student's, over its shortlist where it has one. Argmax students have none."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt from the second on. They are those of the AR model in every mode."""
 
     def check(self) -> None:
         """Raise ValueError for a value out of range."""
@@ -46,8 +48,9 @@ class SamplingParams:
             raise ValueError("top_p=0 leaves no token to draw; use temperature=0 for the likeliest")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be at least 0 (0 for all tokens)")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise ValueError(f"logprobs={self.logprobs}: ask for 0 to {MAX_LOGPROBS} likeliest tokens, or None")
+        for name, n in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if n is not None and not 0 <= n <= MAX_LOGPROBS:
+                raise ValueError(f"{name}={n}: ask for 0 to {MAX_LOGPROBS} likeliest tokens, or None")
 
     @property
     def plain(self) -> bool:
@@ -133,6 +136,8 @@ class Output:
     """One entry for each token, if the request asked for them."""
     drafts: DraftCounts = field(default_factory=DraftCounts, compare=False)
     """What became of the request's drafts so far."""
+    prompt_logprobs: list[TokenLogprobs] | None = field(default=None, compare=False)
+    """In the first output, if the request asked for them: one entry for each token of the prompt from the second on."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,8 @@ class Completion:
     """One entry for each token, if the request asked for them."""
     drafts: DraftCounts = field(default_factory=DraftCounts, compare=False)
     """What became of the request's drafts."""
+    prompt_logprobs: list[TokenLogprobs] | None = field(default=None, compare=False)
+    """One entry for each token of the prompt from the second on, if the request asked for them."""
 
     @property
     def tokens_a_step(self) -> float:

@@ -188,12 +188,22 @@ class ModelRunner:
             state[target] = state[source]
         self.sampler.move(source, target)
 
-    def prefill(self, slots: slice, start: int, length: int) -> None:
-        """Read the positions from `start` on of consecutive slots; what lies beyond a prompt is overwritten later."""
+    def prefill(self, slots: slice, start: int, length: int) -> Tensor:
+        """Read the positions from `start` on of consecutive slots; what lies beyond a prompt is overwritten later.
+
+        Returns:
+            (R, length, D) states of the trunk.
+        """
         at_L = torch.arange(start, start + length, device=self.tokens_SC.device).clamp_(max=self.cache.columns - 2)
         ids_RL = self.tokens_SC[slots][:, at_L]
         span = self.cache.span(slots, at_L.expand(ids_RL.shape), min(start + length, self.cache.columns))
-        self.stacks[self.backbone.base_model](embeddings(self.backbone)(ids_RL), span)
+        states_RLD: Tensor = self.stacks[self.backbone.base_model](embeddings(self.backbone)(ids_RL), span)
+        return states_RLD
+
+    def score_prompt(self, slot: int, start: int, states_LD: Tensor, n: int) -> Tensor:
+        """(L, 1 + 2n) `log_probabilities` of a prompt's tokens behind those from `start` on, which have these states."""
+        ids_L = self.tokens_SC[slot, start + 1 : start + 1 + len(states_LD)]
+        return log_probabilities(lm_head(self.backbone, states_LD), ids_L, n)
 
     def step(self, shape: StepShape) -> Tensor:
         """Advance the first R slots.

@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kforcing.engine.request import DraftCounts, Request
+from kforcing.engine.request import DraftCounts, Request, TokenLogprobs
 
 
 @dataclass
@@ -43,6 +43,8 @@ class Sequence:
     source: int = 0
     """Where they come from: 0 for the student, n for an earlier occurrence of the last n tokens."""
     steps: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """As far as the prompt was read, if the request asks for them; they leave with the first output."""
     counts: DraftCounts = field(default_factory=DraftCounts)
 
     def __post_init__(self) -> None:

@@ -88,6 +88,29 @@ def test_fixed_mode_returns_the_log_probabilities_of_the_students_own_distributi
     check(completion, rows[:11], N)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("parts", [None, next(iter(PARTS))])
+@pytest.mark.parametrize("acceptance", ["exact", "fixed"])
+def test_the_tokens_of_a_prompt_have_the_log_probabilities_of_the_ar_model(parts, acceptance):
+    m = make_backbone(scale=4.0) if parts is None else student(parts)
+    k = 1 if parts is None else 4
+    engine = Engine(
+        m, EngineConfig(max_num_seqs=3, max_model_len=60, k=k, acceptance=acceptance, max_num_batched_tokens=7)
+    )
+    prompts = [[(3 * i + n) % 20 for i in range(n)] for n in (1, 2, 3, 5, 9, 30)]
+    asked = [Request(p, 6, seed=i, sampling=SamplingParams(prompt_logprobs=i % 3)) for i, p in enumerate(prompts)]
+    plain = [Request(p, 6, seed=i) for i, p in enumerate(prompts)]
+    done, alone = engine.generate([*asked, plain[0]]), engine.generate(plain)
+    assert done[-1].prompt_logprobs is None
+    for prompt, n, completion, other in zip(prompts, (0, 1, 2, 0, 1, 2), done, alone, strict=False):
+        assert completion.tokens == other.tokens
+        expected_LV = of_the_ar_model(getattr(m, "backbone", m), prompt[:1], prompt[1:])
+        assert len(completion.prompt_logprobs) == len(prompt) - 1
+        for token, entry, expected_V in zip(prompt[1:], completion.prompt_logprobs, expected_LV, strict=True):
+            assert entry.logprob == pytest.approx(expected_V[token].item(), abs=1e-4)
+            assert list(entry.top) == expected_V.topk(n).indices.tolist()
+
+
 def test_a_stream_and_a_cancelled_request_have_them_too(backbone):
     engine = Engine(backbone, EngineConfig(max_num_seqs=1, max_model_len=30))
     for output in engine.stream(Request([1, 2], 5, sampling=SamplingParams(logprobs=1))):
