@@ -31,6 +31,10 @@ class Choices:
     """Stop strings to look for in the text."""
     special_stops: dict[int, str]
     """Stop strings that are special tokens, by their ids, which end the engine's requests."""
+    echo: list[str] | None
+    """The prompt of each choice, which comes before its text."""
+    silent: bool
+    """Return no token: the prompt alone is of interest."""
 
 
 def read_choices(model: ServedModel, body: CompletionRequest | ChatRequest) -> Choices:
@@ -55,13 +59,18 @@ def read_choices(model: ServedModel, body: CompletionRequest | ChatRequest) -> C
     for prompt in prompts:
         _check_length(model.engine.max_model_len, len(prompt), body)
         room = max(model.engine.max_model_len - len(prompt), 1)
-        limit = body.token_limit or (None if chat else min(DEFAULT_MAX_TOKENS, room))
+        limit = None if chat else min(DEFAULT_MAX_TOKENS, room)
+        if body.token_limit is not None:
+            limit = max(body.token_limit, 1)  # the engine makes at least one token
         seed = secrets.randbits(62) if body.seed is None else body.seed
         requests += [
             Request(prompt, limit, choice_seed(seed, i), stop_ids, body.k, sampling, body.acceptance)
             for i in range(copies)
         ]
-    return Choices(requests, stops, special)
+    echo = None
+    if isinstance(body, CompletionRequest) and body.echo:
+        echo = [text for text in _prompt_texts(model, body) for _ in range(copies)]
+    return Choices(requests, stops, special, echo, silent=body.token_limit == 0)
 
 
 def field_of(error: ValueError, body: CompletionRequest | ChatRequest) -> str | None:
@@ -85,25 +94,36 @@ def _check_length(context: int, prompt: int, body: CompletionRequest | ChatReque
 
 
 def _sampling(body: CompletionRequest | ChatRequest) -> SamplingParams:
+    logprobs, prompt_logprobs = body.logprob_counts
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=max(body.top_k or 0, 0),
         top_p=1.0 if body.top_p is None else body.top_p,
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
+
+
+def _given_prompts(body: CompletionRequest) -> list[Any]:
+    """Each prompt, as text or token ids."""
+    given: Any = body.prompt
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else given
+
+
+def _prompt_texts(model: ServedModel, body: CompletionRequest) -> list[str]:
+    """The text of each prompt."""
+    return [given if isinstance(given, str) else model.detokenizer.decode(given) for given in _given_prompts(body)]
 
 
 def _prompts(model: ServedModel, body: CompletionRequest) -> list[list[int]]:
     """Token ids of each prompt."""
-    given: Any = body.prompt
-    if isinstance(given, str) or isinstance(given[0], int):
-        given = [given]
 
     def ids_of(text: str) -> list[int]:
         return _encode(model, text, "prompt", lambda: prompt_ids(model.tokenizer, text))
 
-    return [ids_of(prompt) if isinstance(prompt, str) else prompt for prompt in given]
+    return [ids_of(prompt) if isinstance(prompt, str) else prompt for prompt in _given_prompts(body)]
 
 
 def _chat_prompt(model: ServedModel, body: ChatRequest) -> list[int]:
