@@ -11,7 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 logger = logging.getLogger("ray.serve")
 
-RENAMED = {"slots": "max_num_seqs", "max_len": "max_model_len", "prefill_tokens": "max_num_batched_tokens"}
+RENAMED = {
+    "slots": "max_num_seqs",
+    "max_len": "max_model_len",
+    "prefill_tokens": "max_num_batched_tokens",
+    "packed": "row_kernel",
+}
 """Former names of settings. They still work, with a warning."""
 
 
@@ -49,8 +54,10 @@ class Settings(BaseModel):
     """A device name of torch; by default a GPU if there is one."""
     dtype: str | None = None
     """`fp32` or `bf16`; by default the dtype of the saved weights."""
-    packed: bool | None = None
-    """See `EngineConfig.packed`."""
+    row_kernel: bool | None = None
+    """See `EngineConfig.row_kernel`."""
+    quantization: str | None = None
+    """See `EngineConfig.quantization`."""
     api_key: str | None = None
     """The key that clients must send as `Authorization: Bearer KEY`. The default is the environment variable
     KFORCING_API_KEY; without either, the endpoint is open."""
