@@ -168,7 +168,7 @@ class TextStream:
 
     def _end_of(self, prompt: Sequence[int]) -> tuple[list[int], str]:
         """The last tokens of the prompt that have a text, from the beginning of a character on, and that text."""
-        ids = [id for id in prompt if id not in self.detokenizer.special_ids][-CONTEXT:]
+        ids = [id for id in prompt[-8 * CONTEXT :] if id not in self.detokenizer.special_ids][-CONTEXT:]
         texts = [self.detokenizer.decode(ids[start:]) for start in range(min(4, len(ids)))]
         start = next((i for i, text in enumerate(texts) if not text.startswith(INCOMPLETE)), 0)
         return ids[start:], texts[start] if texts else ""

@@ -76,6 +76,7 @@ class Service:
         self.settings: Settings | None = None
         self.models: dict[str, ServedModel] = {}
         self._swap = asyncio.Lock()
+        self._tokenising = ThreadPoolExecutor(1, "tokenise")
 
     async def configure(self, settings: Settings) -> None:
         """Serve the models that the settings name. Requests to the former models run to their end. Safe to repeat."""
@@ -128,12 +129,16 @@ class Service:
             raise ApiError(404, f"model {name!r} is not served here; there are: {known}", "model", "model_not_found")
         return self.models[name]
 
-    async def accept(self, body: CompletionRequest | ChatRequest) -> AcceptedRequest:
-        """Check a whole request and queue its choices. Raises ApiError or EngineFailed."""
+    async def accept(self, body: CompletionRequest | ChatRequest, client: str = "") -> AcceptedRequest:
+        """Check a whole request and queue its choices. Raises ApiError or EngineFailed.
+
+        Args:
+            client: who sends it; free slots are shared fairly between clients, and then between requests.
+        """
         model = self.model(body.model)
-        asked = read_choices(model, body)
+        asked = await read_choices(model, body, self._tokenising)
         try:
-            pending = model.async_engine.submit(asked.requests)
+            pending = model.async_engine.submit(asked.requests, client)
         except ValueError as error:
             raise ApiError(400, str(error), field_of(error, body)) from None
         except Overloaded as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
+from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -17,6 +19,7 @@ from serve.protocol.requests import StreamOptions
 from serve.protocol.responses import DONE, Progress, ResponseBuilder, usage
 from serve.service import AcceptedRequest, merged
 
+T = TypeVar("T")
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -33,6 +36,23 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self.request.close()
+
+
+async def unless_disconnected(http: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of some work, which is cancelled when the client disconnects first; None then."""
+
+    async def disconnected() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks: tuple[asyncio.Task[T], asyncio.Task[None]] = asyncio.create_task(work), asyncio.create_task(disconnected())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def whole_answer(request: AcceptedRequest, builder: ResponseBuilder) -> dict[str, Any]:
