@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
+from kforcing.backbone import embeddings, load_ar
 from kforcing.generation import eos_ids
 from kforcing.modeling import PushForwardLM
 from kforcing.prompts import end_ids
@@ -70,9 +70,43 @@ def load_model(
     if json.loads(config.read_text()).get("model_type") == "kforcing":
         model = PushForwardLM.from_pretrained(path)
     else:
-        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", dtype="auto")
+        model = load_ar(str(path), dtype="auto")
     model.to(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return (model.to(dtype=DTYPES[dtype]) if dtype else model).eval()
+
+
+@torch.no_grad()
+def save_checked(model: PreTrainedModel, folder: Path) -> None:
+    """Save a student or AR model, and check that what loads from the folder has the same logits on a few tokens.
+
+    Raises:
+        ValueError: names the largest difference of two logits, or says that the model's own are not finite.
+    """
+    model.save_pretrained(folder)
+    expected, found = _logits(model), _logits(load_model(folder, str(model.device)))
+    if not expected.isfinite().all():
+        raise ValueError(f"the logits of {type(model).__name__} are not finite numbers; its weights are broken")
+    difference = (found - expected).abs().max().item()
+    if not difference <= 1e-3 * max(1.0, expected.abs().max().item()):
+        raise ValueError(
+            f"the {type(model).__name__} that was saved to {folder} computes something else than the one in memory: logits "
+            f"that differ by {difference:.3g}, where they spread by {expected.std().item():.3g}"
+        )
+
+
+def _logits(model: PreTrainedModel) -> torch.Tensor:
+    """float32 logits of a model on eight of its tokens."""
+    vocabulary = embeddings(model).weight.shape[0]
+    ids = torch.linspace(0, vocabulary - 1, 8, device=model.device).long()[None]
+    training = model.training
+    model.eval()
+    if isinstance(model, PushForwardLM):
+        noise = torch.linspace(0.1, 0.9, model.k, dtype=torch.float64, device=model.device)[None]
+        logits = model(ids, noise, model.design.noise.temperature_min)
+    else:
+        logits = model(input_ids=ids, use_cache=False).logits
+    model.train(training)
+    return logits.float()
 
 
 def load_tokenizer(path: str | Path, gguf_file: str | None = None) -> Any:

@@ -207,8 +207,6 @@ def ar_block_logits(backbone: PreTrainedModel, context: Context, anchors_BW: Ten
 def check_backbone(backbone: PreTrainedModel) -> None:
     """Check that blocks can be read, and that logits are the LM head applied to the final states of the base model.
 
-    Hints share the LM head but not what a model does with logits after it, such as scaling or soft-capping.
-
     Raises ValueError when one of the two does not hold.
     """
     vocabulary = head(backbone).weight.shape[0]
@@ -218,8 +216,8 @@ def check_backbone(backbone: PreTrainedModel) -> None:
         parts = lm_head(backbone, backbone.base_model(input_ids=ids, use_cache=False).last_hidden_state)
     if not torch.allclose(whole.float(), parts.float(), rtol=1e-3, atol=1e-3):
         raise ValueError(
-            f"{type(backbone).__name__} changes its logits after the LM head (scaling or soft-capping); the hints "
-            "share the head and would not see it. Choose a backbone without such a step, like Llama, Qwen or GPT-2."
+            f"{type(backbone).__name__} changes its logits after the LM head in a way that is not known here; the hints "
+            "share the head and would not see it. Choose a backbone without such a step, like Llama, Qwen or GPT-2"
         )
     with torch.no_grad():
         reader = BlockReader(backbone.base_model, read_context(backbone, ids).layers, ids[:, :1])

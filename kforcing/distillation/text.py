@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from kforcing.attention.windows import Windows, read_context
-from kforcing.backbone import lm_head
+from kforcing.backbone import check_head_rows, lm_head
 from kforcing.chunking import CHUNK, loss_in_chunks
 from kforcing.distillation.losses import LossSums
 from kforcing.modeling import PushForwardLM
@@ -86,7 +86,8 @@ class TextStep(nn.Module):
             unlikely; 0 for the whole vocabulary. The LM head of the student is most of the arithmetic of a step.
         chunk: number of tokens whose logits exist at the same time.
     Raises:
-        ValueError: for an unknown loss, or a student that does not contain its AR model.
+        ValueError: for an unknown loss, a student that does not contain its AR model, or a sample of an LM head whose rows
+            alone do not give logits.
     """
 
     def __init__(self, model: PushForwardLM, loss: str = "kl", sampled: int = 0, chunk: int = CHUNK):
@@ -98,6 +99,8 @@ class TextStep(nn.Module):
                 f"training on text takes its labels from the AR model inside the student and trains tokens 2 to k; this "
                 f"student has readout={model.design.readout}, k={model.k}. Use a sequential one with a frozen trunk and k ≥ 2"
             )
+        if sampled:
+            check_head_rows(model.backbone, f"train.sampled_tokens={sampled}")
         self.model, self.loss, self.sampled, self.chunk = model, loss, sampled, chunk
 
     def forward(self, batch: TextBatch) -> LossSums:

@@ -5,14 +5,16 @@ The range of a single field is part of its type, in `schema.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
+from kforcing.backbone import quantised, text_config
 from kforcing.design import Design
 from kforcing.distillation.text import TEXT_LOSSES
+from kforcing.engine.config import context_limit
+from kforcing.families import GOOD, find_obstacle
 from kforcing.loading import load_tokenizer
 from pipelines.config.schema import Config, TrainConfig
 from pipelines.config.section import ConfigError
@@ -182,40 +184,56 @@ def _check_lengths(config: Config) -> None:
         raise ConfigError(f"eval.prompt_tokens={config.eval.prompt_tokens} exceeds data.block={block}")
 
 
-@dataclass(frozen=True)
-class _Limits:
-    """Sizes of an AR model; None where its config does not say."""
-
-    positions: int | None
-    vocabulary: int | None
-    layers: int | None
-
-
 def _check_teacher(config: Config) -> None:
-    """The AR model must be there, hold the tokenizer's ids, and be long and deep enough."""
+    """The AR model must be there, be an architecture that works, hold the tokenizer's ids, and be long and deep enough."""
     teacher = config.teacher
+    positions: int | None
     if teacher.path is None:
         if teacher.hidden % teacher.heads or teacher.hidden // teacher.heads % 2:
             raise ConfigError(
                 f"teacher.hidden={teacher.hidden} must be an even multiple of teacher.heads={teacher.heads} (rotary halves)"
             )
-        limits = _Limits(teacher.max_positions, None, teacher.layers)
+        positions, vocabulary, layers = teacher.max_positions, None, teacher.layers
     else:
         try:
-            path, file = teacher.located()
+            hf_config = _given_config(*teacher.located())
         except ValueError as error:
             raise ConfigError(f"teacher.path={teacher.path}: {error}") from None
-        limits = _limits(path, file)
-        _check_attention_window(config, path, file)
+        _check_architecture(config, hf_config)
+        decoder = text_config(hf_config)
+        positions, vocabulary, layers = context_limit(decoder), decoder.vocab_size, decoder.num_hidden_layers
     wanted = config.student.design.sequential.hint_layers
-    if config.student.design.conditional and limits.layers is not None and wanted > limits.layers:
+    if config.student.design.conditional and wanted > layers:
         raise ConfigError(
-            f"student.design.sequential.hint_layers={wanted}: the teacher has {limits.layers} layers; choose 1 to "
-            f"{limits.layers}, or 0 for all"
+            f"student.design.sequential.hint_layers={wanted}: the teacher has {layers} layers; choose 1 to {layers}, or 0 "
+            "for all"
         )
-    _check_tokenizer(config, limits.vocabulary)
-    if limits.positions is not None:
-        _check_positions(config, limits.positions)
+    if positions is not None:
+        _check_positions(config, positions)
+    _check_tokenizer(config, vocabulary)
+
+
+def _given_config(path: str, gguf_file: str | None) -> Any:
+    """The config of a Hugging Face model. Raises ValueError when there is none."""
+    try:
+        return AutoConfig.from_pretrained(path, gguf_file=gguf_file)
+    except Exception as error:
+        kind = "folder" if Path(path).exists() or is_remote(path) or path.startswith((".", "/")) else "hub id"
+        raise ValueError(
+            f"no causal LM there ({kind}; {_first_line(error)}). Give a folder with config.json and weights, or a hub id "
+            "this machine can reach"
+        ) from None
+
+
+def _check_architecture(config: Config, hf_config: Any) -> None:
+    """A tiny random copy of the model must do all that a teacher and a backbone have to do."""
+    k = max(config.student.k, 2)
+    problem = quantised(hf_config) or find_obstacle(hf_config, config.student.design, k)
+    if problem:
+        raise ConfigError(
+            f"teacher.path={config.teacher.path} ({hf_config.model_type}) cannot be a backbone: {problem}. Families "
+            f"that work are {GOOD}; `python -m kforcing.families` tries all"
+        )
 
 
 def _check_tokenizer(config: Config, vocabulary: int | None) -> None:
@@ -243,44 +261,19 @@ def _check_tokenizer(config: Config, vocabulary: int | None) -> None:
 
 
 def _check_positions(config: Config, positions: int) -> None:
+    """Training, rollouts and evaluation must stay within the context up to which the model computes the same everywhere."""
+    limit = f"the teacher's {positions} positions"
+    if config.teacher.path is not None:
+        limit += (
+            " (the least of its longest context, its sliding window, and the length at which its rotary factors switch)"
+        )
     if config.data.block + config.student.k > positions:
         raise ConfigError(
-            f"data.block={config.data.block} + student.k={config.student.k} exceeds the teacher's {positions} positions; "
-            "use shorter blocks"
+            f"data.block={config.data.block} + student.k={config.student.k} exceeds {limit}; use shorter blocks"
         )
     decoded = config.eval.prompt_tokens + config.eval.new_tokens + config.student.k
     if decoded > positions:
-        raise ConfigError(
-            f"eval.prompt_tokens + eval.new_tokens + student.k = {decoded} exceeds the teacher's {positions} positions"
-        )
-
-
-def _check_attention_window(config: Config, path: str, file: str | None) -> None:
-    """Blocks see their whole context: a backbone that attends to a shorter window would not be itself."""
-    hf_config = AutoConfig.from_pretrained(path, gguf_file=file)
-    window = getattr(hf_config, "sliding_window", None)
-    if not window or getattr(hf_config, "use_sliding_window", True) is False:
-        return
-    needed = max(config.data.block, config.eval.prompt_tokens + config.eval.new_tokens) + config.student.k
-    if window < needed:
-        raise ConfigError(
-            f"teacher.path={path}: some of its layers attend to the last {window} tokens only, and data.block, or prompt "
-            f"and new tokens of eval, and student.k make {needed}; use shorter ones, or a model without a sliding window"
-        )
-
-
-def _limits(path: str, gguf_file: str | None) -> _Limits:
-    """The sizes of a Hugging Face model, from its config alone."""
-    try:
-        config: Any = AutoConfig.from_pretrained(path, gguf_file=gguf_file)
-    except Exception as error:
-        kind = "folder" if Path(path).exists() or is_remote(path) or path.startswith((".", "/")) else "hub id"
-        raise ConfigError(
-            f"teacher.path={path}: no causal LM there ({kind}; {_first_line(error)}). Give a folder with config.json and "
-            "weights, or a hub id this machine can reach"
-        ) from None
-    names = ("max_position_embeddings", "vocab_size", "num_hidden_layers")
-    return _Limits(*(getattr(config, name, None) for name in names))
+        raise ConfigError(f"eval.prompt_tokens + eval.new_tokens + student.k = {decoded} exceeds {limit}")
 
 
 def _first_line(error: Exception) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from kforcing.configuration import PushForwardConfig
+from kforcing.engine.config import context_limit
 from kforcing.loading import SMOLLM2
 from kforcing.metrics.external import check_external
 from pipelines.config.section import ConfigError
@@ -92,8 +93,8 @@ def methods_of(config: EvaluationConfig) -> list[str]:
 
 
 def _check_positions(teacher: Path, config: EvaluationConfig, k: int) -> None:
-    """Raise ConfigError for texts that are longer than the AR model's positions."""
-    text, positions = config.text, getattr(AutoConfig.from_pretrained(teacher), "max_position_embeddings", None)
+    """Raise ConfigError for texts that are longer than what the engine reads as the AR model does."""
+    text, positions = config.text, context_limit(AutoConfig.from_pretrained(teacher))
     needed = text.prompt_tokens + text.new_tokens + k + 1
     if positions is not None and needed > positions:
         raise ConfigError(

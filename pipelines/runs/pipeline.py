@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
 from kforcing.device import peak_rss_mb
 from kforcing.loading import load_tokenizer
@@ -21,7 +23,7 @@ from pipelines.rollouts.cache import cache_rollouts
 from pipelines.runs.costs import balance_line, cost_of, student_cost, training_log
 from pipelines.runs.finish import finish_stage
 from pipelines.runs.report import print_table, write_report
-from pipelines.runs.stages import Stage, open_stage
+from pipelines.runs.stages import Stage, StageError, open_stage
 from pipelines.runs.teacher import copy_teacher
 from pipelines.tracking.tracker import Tracker
 from pipelines.training.initial_model import AR
@@ -86,9 +88,9 @@ class Pipeline:
         return self._made(Model(spec.name, 0, stage.folder, name, {}, cost_of(records)))
 
     def _copy_teacher(self, stage: Stage) -> None:
-        config = self.teacher_stage.config
+        spec, config = self.teacher_stage, self.teacher_stage.config
         log.info(f"teacher  copying {config.path} in float32")
-        ray.get(ray.remote(num_cpus=1)(copy_teacher).remote(*config.located(), str(stage.folder)))
+        _in_a_task(spec.name, copy_teacher, *config.located(), str(stage.folder))
 
     def _train_teacher(self, stage: Stage, prepared: Prepared) -> None:
         spec, tokenizer = self.teacher_stage, load_tokenizer(prepared.tokenizer)
@@ -123,7 +125,7 @@ class Pipeline:
         job = stage_job(spec, str(stage.folder), store, str(teacher.folder), before)
         if not spec.learns:
             log.info(f"{spec.name}  is the teacher itself: nothing to train")
-            ray.get(ray.remote(num_cpus=1)(begin).remote(job))
+            _in_a_task(spec.name, begin, job)
             return
         if spec.rollout.cache:
             assert job.rollout_job is not None
@@ -183,3 +185,11 @@ class Pipeline:
             self.tracker.artifact(self.root / name)
         print_table(report)
         return path
+
+
+def _in_a_task(stage: str, function: Callable[..., None], *arguments: Any) -> None:
+    """Run a function as a task on one CPU of the cluster. Raises StageError with its error in one line."""
+    try:
+        ray.get(ray.remote(num_cpus=1)(function).remote(*arguments))
+    except RayTaskError as error:
+        raise StageError(f"stage {stage}: {error.cause}") from error

@@ -18,6 +18,7 @@ import pyarrow as pa
 import torch
 
 from kforcing.chunking import checkpoint_layers
+from kforcing.loading import save_checked
 from kforcing.noise import derive_key
 from pipelines.config.section import node_selector
 from pipelines.data.rows import positions_of
@@ -191,6 +192,9 @@ def export(job: TrainJob, weights: dict[str, torch.Tensor]) -> None:
 
 
 def write_model(job: TrainJob, model: Any) -> None:
-    """Save a model to the folder of the stage. `config.json` comes last, so a folder that has one is complete."""
+    """Save a model to the folder of the stage, once it has been read back from there and computes the same.
+
+    `config.json` comes last, so a folder that has one is complete.
+    """
     with added_files(Path(job.folder), last="config.json") as partial:
-        model.save_pretrained(partial)
+        save_checked(model, partial)

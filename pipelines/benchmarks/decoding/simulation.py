@@ -36,7 +36,7 @@ def make_counting(backbone: Any) -> None:
     directions_VD = nn.functional.normalize(embeddings(backbone).weight, dim=-1)
     backbone.config.tie_word_embeddings = False
     embeddings(backbone).weight = nn.Parameter(10 * width**0.5 * directions_VD)
-    head(backbone).weight = nn.Parameter(SHARPNESS / width**0.5 * directions_VD.roll(1, dims=0))
+    backbone.get_output_embeddings().weight = nn.Parameter(SHARPNESS / width**0.5 * directions_VD.roll(1, dims=0))
 
 
 class SimulatedDrafts(SequentialReadout):

@@ -12,6 +12,7 @@ import numpy as np
 from kforcing.backbone import load_ar
 from kforcing.coupling import COUPLINGS
 from kforcing.device import pick_device
+from kforcing.engine.config import context_limit
 from kforcing.metrics.diversity import diversity
 from kforcing.metrics.free_run import free_run, same_so_far
 from kforcing.modeling import PushForwardLM
@@ -27,7 +28,7 @@ def free_run_of_student(folder: Path, measurement: Measurement, given: Any) -> d
     """Match, NLLs and equality of a student's free run, for each of `BINS` stretches of it (see `metrics/free_run.py`)."""
     config, fidelity, device = measurement.config, measurement.config.fidelity, pick_device()
     teacher = load_ar(measurement.subject.teacher).to(device)
-    positions = getattr(teacher.config, "max_position_embeddings", 10**9)
+    positions = context_limit(teacher.config) or 10**9
     new = min(fidelity.free_tokens, positions - config.text.prompt_tokens - measurement.subject.last.k)
     prompts = heldout(measurement, fidelity.free_prompts, config.text.prompt_tokens, first=500)
     assert measurement.student is not None

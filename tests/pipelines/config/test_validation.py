@@ -4,14 +4,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from transformers import AutoModelForCausalLM, MistralConfig
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
+from kforcing.families import tiny_copy
 from pipelines.config.command_line import read_command_line
 from pipelines.config.overrides import apply
 from pipelines.config.recipes import recipe
 from pipelines.config.section import ConfigError
 from pipelines.runs.cluster import check_labels, preflight, work_of_run
-from tests.models import make_backbone
+from tests.models import CONFIGS, make_backbone
 
 
 def read(tmp_path, *words):
@@ -176,14 +178,32 @@ def test_a_backbone_with_a_sliding_window_shorter_than_the_blocks_is_refused(tmp
     }
     config = MistralConfig(**sizes, num_key_value_heads=1, sliding_window=32)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(ConfigError, match="attend to the last 32 tokens only"):
+    with pytest.raises(ConfigError, match=r"exceeds the teacher's 32 positions .*its sliding window"):
+        read(tmp_path, f"teacher.path={tmp_path / 'model'}")
+
+
+def test_a_teacher_that_cannot_be_a_backbone_is_refused_before_anything_starts(tmp_path):
+    tiny_copy(AutoConfig.for_model("qwen3_next")).save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        ConfigError, match=r"\(qwen3_next\) cannot be a backbone: .*linear_attention.*Families that work are"
+    ):
+        read(tmp_path, f"teacher.path={tmp_path / 'model'}")
+    config = LlamaConfig(**CONFIGS["llama"].to_dict(), quantization_config={"quant_method": "gptq", "bits": 4})
+    config.save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"cannot be a backbone: its weights are quantised \(gptq\)"):
+        read(tmp_path, f"teacher.path={tmp_path / 'model'}")
+
+
+def test_a_long_rope_teacher_is_used_up_to_where_its_factors_switch(tmp_path):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 2, "long_factor": [4.0] * 2}
+    record = {**CONFIGS["llama"].to_dict(), "max_position_embeddings": 512}
+    config = LlamaConfig(**{**record, "rope_parameters": {**rope, "original_max_position_embeddings": 35}})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"data.block=32 \+ student.k=4 exceeds the teacher's 35 positions .*switch"):
         read(tmp_path, f"teacher.path={tmp_path / 'model'}")
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
     folder = tmp_path / "model"
     make_backbone().save_pretrained(folder)
     with pytest.raises(ConfigError, match="no tokenizer in"):
