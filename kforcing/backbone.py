@@ -87,6 +87,12 @@ def lm_head(backbone: PreTrainedModel, states: Tensor) -> Tensor:
     return head(backbone)(states)
 
 
+def head_rows(backbone: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The vectors that the LM head multiplies a state with for these tokens: (...) ids → (..., D)."""
+    lm: Any = head(backbone)
+    return lm.rows(ids) if hasattr(lm, "rows") else lm.weight[ids]
+
+
 def build_backbone(config: dict[str, Any]) -> PreTrainedModel:
     """A randomly initialised causal LM from its config dictionary, in the config's dtype, with sdpa attention."""
     hf_config = AutoConfig.for_model(**config)

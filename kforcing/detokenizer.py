@@ -8,8 +8,11 @@ tokens are always decoded behind some of the tokens before them, first of all th
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 CONTEXT = 8
 """How many of the last tokens of a prompt the first new one is decoded behind."""
@@ -26,6 +29,7 @@ class Detokenizer:
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder.items()
         self.special_ids = frozenset(i for i, token in added if token.special) | set(tokenizer.all_special_ids)
+        self._tokens: dict[int, tuple[str, bytes]] = {}
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of the ids alone."""
@@ -36,6 +40,25 @@ class Detokenizer:
         """The text that the ids add to that of the prompt."""
         stream = TextStream(self, prompt=prompt)
         return stream.push(ids).text + stream.flush().text
+
+    def token(self, id: int) -> tuple[str, bytes]:
+        """A token's text inside of a text, and its bytes. A part of a character has the text `bytes:\\x…`, like OpenAI's."""
+        if id not in self._tokens:
+            self._tokens[id] = self._token(id)
+        return self._tokens[id]
+
+    def _token(self, id: int) -> tuple[str, bytes]:
+        before = self.tokenizer("a", add_special_tokens=False).input_ids
+        name = str(self.tokenizer.convert_ids_to_tokens(id) or "")
+        text = name if id in self.special_ids else self.decode([*before, id])[len(self.decode(before)) :]
+        if INCOMPLETE not in text:
+            return text, text.encode()
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):
+            data = bytes.fromhex(byte[1])
+        else:  # a byte-level vocabulary writes each byte as a character of its own
+            bytes_of = {character: byte for byte, character in bytes_to_unicode().items()}
+            data = bytes(bytes_of.get(character, ord("?")) for character in name)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data
 
     def split_stops(self, stops: Sequence[str]) -> tuple[list[str], dict[int, str]]:
         """Stop strings to look for in the text, and those that are special tokens, by their ids.
@@ -124,23 +147,28 @@ class TextStream:
         if not self._new:
             return ""
         decode, wait = self.detokenizer.decode, not final and len(self._new) < WAITING
+        ready = len(self._new)
         text = decode([*self._before, *self._new])
-        if wait and text.endswith(INCOMPLETE):
-            return ""
+        while wait and text.endswith(INCOMPLETE):  # the last tokens wait for the rest of their character
+            ready -= 1
+            if not ready:
+                return ""
+            text = decode([*self._before, *self._new[:ready]])
+        new, self._new = self._new[:ready], self._new[ready:]
         # The new tokens may complete a character that the tokens before them have begun.
         same = (a == b for a, b in zip(text, self._before_text, strict=False))
         added = text[sum(itertools.takewhile(bool, same)) :]
         if added:
-            alone = decode(self._new)
-            self._before = self._new if alone else [*self._before, *self._new][-CONTEXT:]
+            alone = decode(new)
+            self._before = new if alone else [*self._before, *new][-CONTEXT:]
             self._before_text = alone or decode(self._before)
-        if added or not wait:
-            self._new = []
+        elif wait:  # some decoders give a token a text when they see the next one
+            self._new = new + self._new
         return added
 
     def _end_of(self, prompt: Sequence[int]) -> tuple[list[int], str]:
         """The last tokens of the prompt that have a text, from the beginning of a character on, and that text."""
-        ids = [id for id in prompt if id not in self.detokenizer.special_ids][-CONTEXT:]
+        ids = [id for id in prompt[-8 * CONTEXT :] if id not in self.detokenizer.special_ids][-CONTEXT:]
         texts = [self.detokenizer.decode(ids[start:]) for start in range(min(4, len(ids)))]
         start = next((i for i, text in enumerate(texts) if not text.startswith(INCOMPLETE)), 0)
         return ids[start:], texts[start] if texts else ""

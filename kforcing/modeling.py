@@ -208,7 +208,7 @@ class PushForwardLM(PreTrainedModel, GenerationMixin):
         """Run requests in one batch of a new engine. The student keeps its training mode."""
         longest = max(len(request.prompt) + max(request.max_new_tokens or 1, 1) for request in requests)
         config = EngineConfig(
-            max_num_seqs=len(requests), max_model_len=longest, k=k, acceptance=acceptance, packed=False
+            max_num_seqs=len(requests), max_model_len=longest, k=k, acceptance=acceptance, row_kernel=False
         )
         training = self.training
         try:

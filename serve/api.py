@@ -18,7 +18,7 @@ from serve.service import Service
 
 def create_app(
     service: Service,
-    api_key: str | None,
+    api_keys: Sequence[str],
     max_body: int,
     scrape: Callable[[], Awaitable[str]],
     origins: Sequence[str] = ("*",),
@@ -26,7 +26,7 @@ def create_app(
     """The whole endpoint as an ASGI application.
 
     Args:
-        api_key: the key that clients must send; None for an open endpoint.
+        api_keys: keys of which clients must send one; empty for an open endpoint.
         max_body: the largest body of a request, in bytes.
         scrape: returns the text of /metrics.
         origins: web pages of these origins may use the endpoint; `*` stands for all of them.
@@ -36,7 +36,7 @@ def create_app(
         app.include_router(router)
     install_error_handlers(app)
     _remove_422_from_document(app)
-    checked = AuthAndSizeMiddleware(app, api_key, max_body)
+    checked = AuthAndSizeMiddleware(app, api_keys, max_body)
     # Outside of the check, because a browser asks whether it may send the key before it sends it.
     return CORSMiddleware(
         checked, origins, allow_methods=("GET", "POST"), allow_headers=("*",), expose_headers=("Retry-After",)

@@ -35,19 +35,19 @@ PUSH_S = 2.0
 class Endpoint:
     """A replica. `user_config` holds its settings; when they change, the replica changes its models and drops no request."""
 
-    def __init__(self, api_key: str | None, max_body: int, origins: list[str]):
-        self.api_key, self.max_body, self.origins = api_key, max_body, origins
+    def __init__(self, api_keys: list[str], max_body: int, origins: list[str]):
+        self.api_keys, self.max_body, self.origins = api_keys, max_body, origins
         context = serve.get_replica_context()
         self.service = Service(context.replica_id.unique_id)
         self.hub = ray.remote(num_cpus=0)(MetricsHub).options(
-            name=f"kforcing-metrics-{context.app_name}", namespace="serve", get_if_exists=True, lifetime="detached"
-        )
+            name=f"kforcing-metrics-{context.app_name}", namespace="serve", get_if_exists=True
+        )  # it ends with the replica that made it, and the next `_scrape` of another replica makes a new one
         self._hub: Any = None
         self._pusher: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The ASGI application that Serve calls for HTTP."""
-        return create_app(self.service, self.api_key, self.max_body, self._scrape, self.origins)
+        return create_app(self.service, self.api_keys, self.max_body, self._scrape, self.origins)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply settings, the first ones included."""
@@ -98,7 +98,7 @@ def build(given: dict[str, Any]) -> serve.Application:
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(max(1, round(settings.cpus)))}},
         },
         user_config=settings.model_dump(exclude={"api_key"}) | models,
-    ).bind(settings.api_key, int(settings.max_body_mb * 2**20), settings.origins)
+    ).bind(settings.api_keys, int(settings.max_body_mb * 2**20), settings.origins)
 
 
 def _replicas(settings: Settings) -> dict[str, Any]:

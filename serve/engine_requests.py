@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,37 +33,47 @@ class Choices:
     """Stop strings to look for in the text."""
     special_stops: dict[int, str]
     """Stop strings that are special tokens, by their ids, which end the engine's requests."""
+    echo: list[str] | None
+    """The prompt of each choice, which comes before its text."""
+    silent: bool
+    """Return no token: the prompt alone is of interest."""
 
 
-def read_choices(model: ServedModel, body: CompletionRequest | ChatRequest) -> Choices:
-    """The choices that a body asks for.
+async def read_choices(model: ServedModel, body: CompletionRequest | ChatRequest, worker: Executor) -> Choices:
+    """The choices that a body asks for. Prompts are tokenised one by one in the worker's thread, so that nothing else waits.
 
     Without a seed, each prompt gets a random one. Raises ApiError with status 400 for a prompt that cannot be tokenised, stop
     strings that cannot occur, or too many choices.
     """
     chat = isinstance(body, ChatRequest)
-    prompts = [_chat_prompt(model, body)] if isinstance(body, ChatRequest) else _prompts(model, body)
+    given = [body] if isinstance(body, ChatRequest) else _given_prompts(body)
     copies = body.n or 1
-    if len(prompts) * copies > MAX_CHOICES:
-        message = f"{len(prompts)} prompts × n={copies} exceed {MAX_CHOICES} choices; send several requests"
+    if len(given) * copies > MAX_CHOICES:
+        message = f"{len(given)} prompts × n={copies} exceed {MAX_CHOICES} choices; send several requests"
         raise ApiError(400, message, "n")
     try:
         stops, special = model.detokenizer.split_stops(body.stop_strings)
     except ValueError as error:
         raise ApiError(400, str(error), "stop") from None
     stop_ids = frozenset([*(body.stop_token_ids or ()), *special, *(() if body.ignore_eos else model.eos)])
-    sampling = _sampling(body)
-    requests = []
-    for prompt in prompts:
+    sampling, loop = _sampling(body), asyncio.get_running_loop()
+    requests: list[Request] = []
+    for each in given:
+        prompt = each if isinstance(each, list) else await loop.run_in_executor(worker, _prompt, model, each)
         _check_length(model.engine.max_model_len, len(prompt), body)
         room = max(model.engine.max_model_len - len(prompt), 1)
-        limit = body.token_limit or (None if chat else min(DEFAULT_MAX_TOKENS, room))
+        limit = None if chat else min(DEFAULT_MAX_TOKENS, room)
+        if body.token_limit is not None:
+            limit = max(body.token_limit, 1)  # the engine makes at least one token
         seed = secrets.randbits(62) if body.seed is None else body.seed
         requests += [
             Request(prompt, limit, choice_seed(seed, i), stop_ids, body.k, sampling, body.acceptance)
             for i in range(copies)
         ]
-    return Choices(requests, stops, special)
+    echo = None
+    if isinstance(body, CompletionRequest) and body.echo:
+        echo = [text for text in _prompt_texts(model, body) for _ in range(copies)]
+    return Choices(requests, stops, special, echo, silent=body.token_limit == 0)
 
 
 def field_of(error: ValueError, body: CompletionRequest | ChatRequest) -> str | None:
@@ -85,33 +97,39 @@ def _check_length(context: int, prompt: int, body: CompletionRequest | ChatReque
 
 
 def _sampling(body: CompletionRequest | ChatRequest) -> SamplingParams:
+    logprobs, prompt_logprobs = body.logprob_counts
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=max(body.top_k or 0, 0),
         top_p=1.0 if body.top_p is None else body.top_p,
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
-def _prompts(model: ServedModel, body: CompletionRequest) -> list[list[int]]:
-    """Token ids of each prompt."""
+def _given_prompts(body: CompletionRequest) -> list[Any]:
+    """Each prompt, as text or token ids."""
     given: Any = body.prompt
-    if isinstance(given, str) or isinstance(given[0], int):
-        given = [given]
-
-    def ids_of(text: str) -> list[int]:
-        return _encode(model, text, "prompt", lambda: prompt_ids(model.tokenizer, text))
-
-    return [ids_of(prompt) if isinstance(prompt, str) else prompt for prompt in given]
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else given
 
 
-def _chat_prompt(model: ServedModel, body: ChatRequest) -> list[int]:
-    """Token ids of the conversation."""
+def _prompt_texts(model: ServedModel, body: CompletionRequest) -> list[str]:
+    """The text of each prompt."""
+    return [given if isinstance(given, str) else model.detokenizer.decode(given) for given in _given_prompts(body)]
+
+
+def _prompt(model: ServedModel, given: str | ChatRequest) -> list[int]:
+    """The token ids of a text or of a conversation."""
+    if isinstance(given, str):
+        _check_characters(model, len(given), "prompt")
+        return _tokenised("prompt", lambda: prompt_ids(model.tokenizer, given))
     if not getattr(model.tokenizer, "chat_template", None):
         raise ApiError(400, f"{model.name} has no chat template; use /v1/completions", "messages", "no_chat_template")
-    text = _rendered(model.tokenizer, body.messages)  # templates write the special tokens themselves
-    return _encode(model, text, "messages", lambda: model.tokenizer(text, add_special_tokens=False).input_ids)
+    _check_characters(model, sum(len(message.text) for message in given.messages), "messages")
+    text = _rendered(model.tokenizer, given.messages)  # templates write the special tokens themselves
+    return _tokenised("messages", lambda: model.tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def _rendered(tokenizer: Any, messages: list[Message]) -> str:
@@ -136,22 +154,29 @@ def _rendered(tokenizer: Any, messages: list[Message]) -> str:
     named = next((i for i, message in enumerate(messages) if message.name), None)
     if named is not None and text == render(names=False):
         raise ApiError(400, "the model's chat template has no place for names", f"messages[{named}].name")
+    at = 0  # most templates keep the order of the messages, so the next one is not far
     for i, message in enumerate(messages):
+        content = message.text.strip()
+        at = max(text.find(content, at), 0)
         # Templates may shorten what the assistant said, for example by its reasoning.
-        if message.role != "assistant" and message.text.strip() not in text:
+        if message.role != "assistant" and not at and content not in text:
             what = f"the model's chat template leaves out this message of the role {message.role}"
             raise ApiError(400, what, f"messages[{i}]")
     return text
 
 
-def _encode(model: ServedModel, text: str, field: str, tokenise: Callable[[], list[int]]) -> list[int]:
+def _check_characters(model: ServedModel, characters: int, field: str) -> None:
+    """Refuse what would take long to tokenise and can never fit the context."""
     context = model.engine.max_model_len
-    if len(text) > CHARACTERS_PER_TOKEN * context:  # tokenising it would delay the other requests
+    if characters > CHARACTERS_PER_TOKEN * context:
         message = (
-            f"This model's maximum context length is {context} tokens, and {len(text)} characters are more than that. Please "
-            f"reduce the length of the {field}."
+            f"This model's maximum context length is {context} tokens, and {characters} characters are more than that. "
+            f"Please reduce the length of the {field}."
         )
         raise ApiError(400, message, field, "context_length_exceeded")
+
+
+def _tokenised(field: str, tokenise: Callable[[], list[int]]) -> list[int]:
     try:
         ids = tokenise()
     except (UnicodeError, TypeError):

@@ -18,6 +18,7 @@ import asyncio
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,11 +42,14 @@ Item = tuple[Output, float] | BaseException
 """An output with the time (`time.perf_counter`) at which its step ended, or the reason why no output will follow."""
 
 
-@dataclass
+@dataclass(eq=False)
 class PendingRequest:
     """A request that waits or runs."""
 
     request: Request
+    client: str = ""
+    group: object = None
+    """What the choices of one HTTP request have in common."""
     outputs: asyncio.Queue[Item] = field(default_factory=asyncio.Queue)
     id: int | None = None
     """The engine's id of the request; None until the engine thread has submitted it."""
@@ -143,9 +147,12 @@ class AsyncEngine:
         """Seconds since the last step ended if there is work; 0 if there is none."""
         return time.perf_counter() - self.last_step if self._pending else 0.0
 
-    def submit(self, requests: list[Request]) -> list[PendingRequest]:
+    def submit(self, requests: list[Request], client: str = "") -> list[PendingRequest]:
         """Queue all of the requests or none. The event loop that calls this must also be the one that reads the outputs.
 
+        Args:
+            requests: the choices of one HTTP request.
+            client: who sent it.
         Raises:
             ValueError: when the model cannot serve one of them, or never so many at once.
             Overloaded: when the waiting queue has no room for them.
@@ -159,7 +166,8 @@ class AsyncEngine:
                 f"n × prompts = {len(requests)} choices are asked for, and at most {most} can run and wait; ask for fewer"
             )
         self._event_loop = asyncio.get_running_loop()
-        pending = [PendingRequest(request) for request in requests]
+        group = object()
+        pending = [PendingRequest(request, client, group) for request in requests]
         with self._wake:
             if self.failure is not None or self._closing:
                 raise EngineFailed(f"the engine has stopped: {self.failure or 'it was replaced'}")
@@ -217,24 +225,35 @@ class AsyncEngine:
         try:
             with self._wake:
                 self._drop_cancelled()
-                self._submit_inbox()
+                self._admit()
             if self.engine.idle:
                 return
             start, before = time.perf_counter(), self.last_step
             outputs = self.engine.step()
             self.last_step = end = time.perf_counter()
             self._record_queue_times(end)
-            self.metrics.after_step(self.engine, end - start, 0.0 if self._slept else max(start - before, 0.0))
+            between = 0.0 if self._slept else max(start - before, 0.0)
+            self.metrics.after_step(self.engine, end - start, between, len(self._inbox))
             self._deliver_outputs(outputs, end)
             self._slept = False
         except BaseException as error:  # every open request must learn of it, whatever it was
             self._fail(error)
 
-    def _submit_inbox(self) -> None:
-        for pending in self._inbox:
+    def _admit(self) -> None:
+        """Give each free slot to the client who has the fewest, and among its requests to the one with the fewest choices.
+
+        A request with many choices then delays another one by the time of one choice, not of all. Equals come in the order
+        of their arrival.
+        """
+        clients = Counter(pending.client for pending in self._open.values())
+        groups = Counter(pending.group for pending in self._open.values())
+        while self._inbox and len(self._open) < self.engine.config.max_num_seqs:
+            pending = min(self._inbox, key=lambda p: (clients[p.client], groups[p.group]))
+            self._inbox.remove(pending)
+            clients[pending.client] += 1
+            groups[pending.group] += 1
             pending.id = self.engine.submit(pending.request)
             self._open[pending.id] = pending
-        self._inbox.clear()
 
     def _drop_cancelled(self) -> None:
         for pending in [p for p in (*self._inbox, *self._open.values()) if p.cancelled]:

@@ -77,8 +77,14 @@ class EngineMetrics:
         steps = self._counted.slot_steps - self._probes
         return self._returned / steps if steps > 0 else 0.0
 
-    def after_step(self, engine: Engine, seconds: float, between: float) -> None:
-        """Record a step that took `seconds`, and the `between` seconds since the previous step if there was work in them."""
+    def after_step(self, engine: Engine, seconds: float, between: float, waiting: int) -> None:
+        """Record a step of an engine.
+
+        Args:
+            seconds: that it took.
+            between: seconds since the previous step, if there was work in them.
+            waiting: requests that the engine does not have yet.
+        """
         m, own, now, before = self._all, self._labels, engine.stats, self._counted
         m.engine_time.labels(**own).inc(seconds)
         m.framework_time.labels(**own).inc(between)
@@ -88,7 +94,7 @@ class EngineMetrics:
         m.accepted.labels(**own).inc(sum(now.accepted) - sum(before.accepted))
         self._counted = copy.deepcopy(now)
         m.running.labels(**own).set(len(engine.scheduler.running))
-        m.waiting.labels(**own).set(len(engine.scheduler.waiting) + len(engine.scheduler.prefilling))
+        m.waiting.labels(**own).set(waiting + len(engine.scheduler.waiting) + len(engine.scheduler.prefilling))
         columns = engine.config.max_num_seqs * (engine.max_model_len + engine.k)
         m.cache.labels(**own).set(sum(r.length for r in engine.scheduler.running) / columns)
 

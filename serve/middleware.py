@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -16,12 +17,13 @@ class AuthAndSizeMiddleware:
     """Answers 401 without the API key and 413 to a body that is too large; passes every other request on, HEAD as GET.
 
     Args:
-        api_key: the key that all paths except `PUBLIC_PATHS` need; None if they need none.
+        api_keys: keys of which all paths except `PUBLIC_PATHS` need one; empty if they need none.
         max_body: the largest body in bytes.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, max_body: int):
-        self.app, self.api_key, self.max_body = app, api_key, max_body
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str], max_body: int):
+        self.app, self.max_body = app, max_body
+        self.api_keys = [key.encode() for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer with an error."""
@@ -47,10 +49,11 @@ class AuthAndSizeMiddleware:
 
     def _check_key(self, scope: Scope) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if self.api_key is None or path in PUBLIC_PATHS:
+        if not self.api_keys or path in PUBLIC_PATHS:
             return
         scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").strip().partition(b" ")
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self.api_key.encode()):
+        known = [hmac.compare_digest(given.strip(), key) for key in self.api_keys]
+        if scheme.lower() != b"bearer" or not any(known):
             message = "this endpoint needs an API key; send the header Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key")
 

@@ -39,7 +39,8 @@ class ServedModel:
 
 
 LOADING = {
-    *("model", "name", "teacher", "k", "acceptance", "coupling", "device", "dtype", "packed", "batch_invariant"),
+    *("model", "name", "teacher", "k", "acceptance", "coupling", "device", "dtype"),
+    *("row_kernel", "quantization", "batch_invariant"),
     *("max_num_seqs", "max_model_len", "max_num_batched_tokens"),
 }
 """Settings whose change needs the models to be loaded again."""
@@ -84,7 +85,8 @@ def engine_config(settings: Settings, model: Any, k: int | None, coupling: str |
         max_num_batched_tokens=settings.max_num_batched_tokens,
         batch_invariant=settings.batch_invariant,
         coupling=coupling or settings.coupling,
-        packed=settings.packed,
+        row_kernel=settings.row_kernel,
+        quantization=settings.quantization,
     )
 
 

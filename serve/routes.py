@@ -6,14 +6,14 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
 from serve.protocol.errors import ERROR_RESPONSES, ApiError, AsciiJSON
 from serve.protocol.requests import ChatRequest, CompletionRequest
 from serve.protocol.responses import ChatResponse, CompletionResponse, ModelCard, ModelList, ResponseBuilder
 from serve.service import Service
-from serve.streaming import EventStream, events, whole_answer
+from serve.streaming import EventStream, events, unless_disconnected, whole_answer
 
 Responses = dict[int | str, dict[str, Any]]
 GENERATION_RESPONSES: Responses = {200: {"content": {"text/event-stream": {}}}, **ERROR_RESPONSES}
@@ -25,24 +25,25 @@ def generation_routes(service: Service) -> APIRouter:
     router = APIRouter(responses=GENERATION_RESPONSES)
 
     @router.post("/v1/completions", response_model=CompletionResponse)
-    async def completions(body: CompletionRequest) -> Response:
+    async def completions(body: CompletionRequest, http: Request) -> Response:
         """Continue prompts. With `stream`, the answer is server-sent events that end with `data: [DONE]`."""
-        return await answer(body, chat=False)
+        return await answer(body, http, chat=False)
 
     @router.post("/v1/chat/completions", response_model=ChatResponse)
-    async def chat_completions(body: ChatRequest) -> Response:
+    async def chat_completions(body: ChatRequest, http: Request) -> Response:
         """Continue a conversation, if the model has a chat template."""
-        return await answer(body, chat=True)
+        return await answer(body, http, chat=True)
 
-    async def answer(body: CompletionRequest | ChatRequest, chat: bool) -> Response:
-        request = await service.accept(body)
+    async def answer(body: CompletionRequest | ChatRequest, http: Request, chat: bool) -> Response:
+        request = await service.accept(body, client=http.headers.get("authorization", ""))
         builder = ResponseBuilder(chat, request.model.name)
         if body.stream:
             return EventStream(request, events(request, builder, body.stream_options))
         try:
-            return AsciiJSON(await whole_answer(request, builder))
+            body_of_answer = await unless_disconnected(http, whole_answer(request, builder))
         finally:
             request.close()
+        return Response() if body_of_answer is None else AsciiJSON(body_of_answer)
 
     return router
 

@@ -17,6 +17,7 @@ from serve.engine_thread import EngineFailed, EngineThread, Overloaded, PendingR
 from serve.metrics import Metrics
 from serve.models import ServedModel, load_models, loading_settings
 from serve.protocol.errors import ApiError
+from serve.protocol.logprobs import Scored
 from serve.protocol.requests import ChatRequest, CompletionRequest
 from serve.protocol.responses import Progress
 from serve.settings import Settings
@@ -45,6 +46,8 @@ class ChoiceDelta:
     """The stop string or stop token id that ended it."""
     stamp: float
     """`time.perf_counter` at the end of the step."""
+    scored: list[Scored] | None
+    """The tokens with their log-probabilities, if they were asked for; first those of a prompt that is echoed."""
 
 
 @dataclass
@@ -54,6 +57,7 @@ class AcceptedRequest:
     model: ServedModel
     prompt_tokens: int
     choices: list[AsyncGenerator[ChoiceDelta, None]]
+    asked: Choices
     pending: list[PendingRequest]
 
     def close(self) -> None:
@@ -72,6 +76,7 @@ class Service:
         self.settings: Settings | None = None
         self.models: dict[str, ServedModel] = {}
         self._swap = asyncio.Lock()
+        self._tokenising = ThreadPoolExecutor(1, "tokenise")
 
     async def configure(self, settings: Settings) -> None:
         """Serve the models that the settings name. Requests to the former models run to their end. Safe to repeat."""
@@ -124,19 +129,23 @@ class Service:
             raise ApiError(404, f"model {name!r} is not served here; there are: {known}", "model", "model_not_found")
         return self.models[name]
 
-    async def accept(self, body: CompletionRequest | ChatRequest) -> AcceptedRequest:
-        """Check a whole request and queue its choices. Raises ApiError or EngineFailed."""
+    async def accept(self, body: CompletionRequest | ChatRequest, client: str = "") -> AcceptedRequest:
+        """Check a whole request and queue its choices. Raises ApiError or EngineFailed.
+
+        Args:
+            client: who sends it; free slots are shared fairly between clients, and then between requests.
+        """
         model = self.model(body.model)
-        asked = read_choices(model, body)
+        asked = await read_choices(model, body, self._tokenising)
         try:
-            pending = model.async_engine.submit(asked.requests)
+            pending = model.async_engine.submit(asked.requests, client)
         except ValueError as error:
             raise ApiError(400, str(error), field_of(error, body)) from None
         except Overloaded as error:
             raise ApiError(429, f"{error}; try again later", code="overloaded") from None
         choices = [_deltas(model, i, each, asked) for i, each in enumerate(pending)]
         prompt_tokens = sum(len(request.prompt) for request in asked.requests) // (body.n or 1)
-        return AcceptedRequest(model, prompt_tokens, choices, pending)
+        return AcceptedRequest(model, prompt_tokens, choices, asked, pending)
 
 
 async def _probe(model: ServedModel) -> None:
@@ -152,11 +161,11 @@ async def _deltas(
 ) -> AsyncGenerator[ChoiceDelta, None]:
     """The deltas of one choice. Closing the iterator before its end cancels the choice."""
     text = TextStream(model.detokenizer, asked.stops, pending.request.prompt)
-    tokens, first, reason = 0, None, "abort"
+    tokens, first, reason, first_output = 0, None, "abort", True
     try:
         async with aclosing(model.async_engine.outputs(pending)) as outputs:
             async for output, stamp in outputs:
-                piece = text.push(output.tokens)
+                piece = Piece("", 0, False) if asked.silent else text.push(output.tokens)
                 tokens += piece.tokens
                 drafts = output.drafts
                 progress = Progress(tokens, output.steps, sum(drafts.drafted), sum(drafts.accepted))
@@ -169,7 +178,10 @@ async def _deltas(
                     piece = piece._replace(text=piece.text + last.text, stopped=last.stopped)
                 finish, stop = _end(piece, text, output, asked, model.eos)
                 reason = finish or reason
-                yield ChoiceDelta(index, piece.text, progress, finish, stop, stamp)
+                echo = asked.echo[index] if asked.echo and first_output else ""
+                scored = _scored(pending.request, output, piece.tokens)
+                yield ChoiceDelta(index, echo + piece.text, progress, finish, stop, stamp, scored)
+                first_output = False
                 if finish:
                     return
     finally:
@@ -179,10 +191,22 @@ async def _deltas(
         model.metrics.finished(reason, seconds, after_first, len(pending.request.prompt), tokens)
 
 
+def _scored(request: Request, output: Output, tokens: int) -> list[Scored] | None:
+    """The tokens of an output that count, with their log-probabilities; before them those of a prompt that was scored."""
+    if output.logprobs is None:
+        return None
+    made = list(zip(output.tokens, output.logprobs, strict=True))[:tokens]
+    if output.prompt_logprobs is None:
+        return [*made]
+    return [*zip(request.prompt, [None, *output.prompt_logprobs], strict=True), *made]
+
+
 def _end(
     piece: Piece, text: TextStream, output: Output, asked: Choices, eos: frozenset[int]
 ) -> tuple[str | None, str | int | None]:
     """The finish reason of a choice, and what stopped it: a stop string or the id of a stop token that is not EOS."""
+    if asked.silent:
+        return "length", None
     if piece.stopped:
         return "stop", text.stop
     if output.stop_id in asked.special_stops:

@@ -11,7 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 logger = logging.getLogger("ray.serve")
 
-RENAMED = {"slots": "max_num_seqs", "max_len": "max_model_len", "prefill_tokens": "max_num_batched_tokens"}
+RENAMED = {
+    "slots": "max_num_seqs",
+    "max_len": "max_model_len",
+    "prefill_tokens": "max_num_batched_tokens",
+    "packed": "row_kernel",
+}
 """Former names of settings. They still work, with a warning."""
 
 
@@ -49,11 +54,13 @@ class Settings(BaseModel):
     """A device name of torch; by default a GPU if there is one."""
     dtype: str | None = None
     """`fp32` or `bf16`; by default the dtype of the saved weights."""
-    packed: bool | None = None
-    """See `EngineConfig.packed`."""
+    row_kernel: bool | None = None
+    """See `EngineConfig.row_kernel`."""
+    quantization: str | None = None
+    """See `EngineConfig.quantization`."""
     api_key: str | None = None
-    """The key that clients must send as `Authorization: Bearer KEY`. The default is the environment variable
-    KFORCING_API_KEY; without either, the endpoint is open."""
+    """The key that clients must send as `Authorization: Bearer KEY`, or several with commas between them, between which slots
+    are shared fairly. The default is the environment variable KFORCING_API_KEY; without either, the endpoint is open."""
     allow_origins: str = "*"
     """Web pages that may use the endpoint (CORS): origins with commas between them, `*` for all, or `none`."""
     max_body_mb: float = Field(4.0, gt=0)
@@ -75,10 +82,15 @@ class Settings(BaseModel):
 
     @field_validator("api_key")
     @classmethod
-    def _strip_key(cls, key: str | None) -> str | None:
-        if key is not None and not key.strip():
-            raise ValueError("the key is empty; leave out both api_key and KFORCING_API_KEY for an open endpoint")
-        return key and key.strip()
+    def _refuse_empty_keys(cls, given: str | None) -> str | None:
+        if given is not None and not all(key.strip() for key in given.split(",")):
+            raise ValueError("a key is empty; leave out both api_key and KFORCING_API_KEY for an open endpoint")
+        return given
+
+    @property
+    def api_keys(self) -> list[str]:
+        """`api_key` as a list, without blanks around the keys."""
+        return [] if self.api_key is None else [key.strip() for key in self.api_key.split(",")]
 
     @property
     def origins(self) -> list[str]:
@@ -102,7 +114,7 @@ def read_settings(given: dict[str, Any]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
-        value = "" if first["type"] == "missing" else f"={first['input']}"
+        value = "" if first["type"] == "missing" or name == "api_key" else f"={first['input']}"
         raise ValueError(f"{name}{value}: {first['msg']} (serve run serve.app:build model=DIR name=value …)") from None
     if Path(settings.model).is_dir():  # replicas run in other directories
         settings.model = str(Path(settings.model).absolute())

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
+from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from serve.engine_thread import EngineFailed
 from serve.protocol.errors import engine_failed
+from serve.protocol.logprobs import LogprobsWriter, Scored
 from serve.protocol.requests import StreamOptions
 from serve.protocol.responses import DONE, Progress, ResponseBuilder, usage
 from serve.service import AcceptedRequest, merged
 
+T = TypeVar("T")
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -34,11 +38,28 @@ class EventStream(StreamingResponse):
             self.request.close()
 
 
+async def unless_disconnected(http: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of some work, which is cancelled when the client disconnects first; None then."""
+
+    async def disconnected() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks: tuple[asyncio.Task[T], asyncio.Task[None]] = asyncio.create_task(work), asyncio.create_task(disconnected())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def whole_answer(request: AcceptedRequest, builder: ResponseBuilder) -> dict[str, Any]:
     """The body of an answer that is not streamed."""
-    choices: list[dict[str, Any]] = [
-        {"index": i, "text": "", "finish_reason": None, "stop_reason": None} for i in range(len(request.choices))
-    ]
+    empty = {"text": "", "logprobs": None, "finish_reason": None, "stop_reason": None}
+    choices: list[dict[str, Any]] = [{"index": i, **empty} for i in range(len(request.choices))]
+    scored: dict[int, list[Scored]] = {}
     progress = [Progress()] * len(choices)
     async with aclosing(merged(request.choices)) as deltas:
         async for delta in deltas:
@@ -46,7 +67,17 @@ async def whole_answer(request: AcceptedRequest, builder: ResponseBuilder) -> di
             choice["text"] += delta.text
             choice["finish_reason"], choice["stop_reason"] = delta.finish, delta.stop
             progress[delta.index] = delta.progress
+            if delta.scored is not None:
+                scored.setdefault(delta.index, []).extend(delta.scored)
+    for index, tokens in scored.items():
+        choices[index]["logprobs"] = _writer(request, builder, index).write(tokens)
     return builder.whole(choices, usage(request.prompt_tokens, progress))
+
+
+def _writer(request: AcceptedRequest, builder: ResponseBuilder, index: int) -> LogprobsWriter:
+    """What writes the log-probabilities of a choice, with those of its prompt if that is echoed."""
+    prompt = [] if request.asked.echo else request.asked.requests[index].prompt
+    return LogprobsWriter(request.model.detokenizer, builder.chat, prompt)
 
 
 async def events(
@@ -54,21 +85,24 @@ async def events(
 ) -> AsyncGenerator[bytes, None]:
     """Server-sent events: one for each step of each choice, sent as soon as the step has ended, then `[DONE]`.
 
-    A step whose whole text is held back by the detokenizer has no event, unless every chunk has to carry the usage.
+    A step whose whole text is held back by the detokenizer has no event, unless it has log-probabilities or every chunk has
+    to carry the usage.
     """
     options = options or StreamOptions()
     progress = [Progress()] * len(request.choices)
+    writers = [_writer(request, builder, index) for index in range(len(request.choices))]
     started: set[int] = set()
     try:
         async with aclosing(merged(request.choices)) as deltas:
             async for delta in deltas:
                 progress[delta.index] = delta.progress
-                if not (delta.text or delta.finish or options.continuous_usage_stats):
+                if not (delta.text or delta.finish or delta.scored or options.continuous_usage_stats):
                     continue
+                logprobs = None if delta.scored is None else writers[delta.index].write(delta.scored)
                 chunks = b"" if delta.index in started else builder.first_chunk(delta.index)
                 started.add(delta.index)
                 so_far = usage(request.prompt_tokens, progress) if options.continuous_usage_stats else None
-                chunks += builder.chunk(delta.index, delta.text, delta.finish, delta.stop, so_far)
+                chunks += builder.chunk(delta.index, delta.text, logprobs, delta.finish, delta.stop, so_far)
                 request.model.metrics.delivered(time.perf_counter() - delta.stamp)
                 yield chunks
         if options.include_usage:

@@ -78,11 +78,8 @@ def endpoint(folder, api_key=None, max_body=2**20, origins=("*",), **settings):
     async def scrape():
         return service.metrics.text()
 
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(service, api_key, max_body, scrape, origins), port=0, log_level="warning", lifespan="off"
-        )
-    )
+    app = create_app(service, [api_key] if api_key else [], max_body, scrape, origins)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_until(lambda: server.started, "the HTTP server did not start")

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from kforcing.backbone import embeddings, key_heads
 from kforcing.engine.cache import SlotCache
 from kforcing.engine.layers import build_stack
-from kforcing.engine.packing import can_pack, packed_copy
+from kforcing.engine.linear import can_use_kernel, row_copy
 from kforcing.noise import derive_key, uniform
 
 
@@ -155,9 +155,9 @@ class Readers:
         return self._held[1].at(zero)
 
 
-def packed(model: Any) -> Any:
-    """The model with its matrices packed for the CPU's kernels, as in the engine, or the model itself."""
-    return packed_copy(model) if can_pack(model) else model
+def with_row_kernel(model: Any) -> Any:
+    """The model with the kernel for few rows, as in the engine, where it can run; else the model itself."""
+    return row_copy(model) if can_use_kernel(model) else model
 
 
 def decode_rows(rows: Rows, new_tokens: int, step: Callable[[], None], passes_a_step: int) -> Decoded:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kforcing.backbone import embeddings, lm_head
-from kforcing.baselines.base import Decoded, Rows, TextWindows, packed
+from kforcing.baselines.base import Decoded, Rows, TextWindows, with_row_kernel
 from kforcing.distillation.losses import LossSums
 
 
@@ -79,7 +79,7 @@ class MaskedDecoder:
     """Each pass unmasks `k` random positions of the continuation."""
 
     def __init__(self, model: MaskedLM, k: int):
-        self.model, self.k = packed(model.eval()), k
+        self.model, self.k = with_row_kernel(model.eval()), k
 
     @torch.inference_mode()
     def decode(self, prompts_RN: Tensor, new_tokens: int, seeds: list[int]) -> Decoded:

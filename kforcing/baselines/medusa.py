@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kforcing.backbone import embeddings, head, lm_head
-from kforcing.baselines.base import Decoded, Readers, Rows, TextWindows, decode_rows, packed, verify
+from kforcing.baselines.base import Decoded, Readers, Rows, TextWindows, decode_rows, verify, with_row_kernel
 from kforcing.baselines.inversion import silent_heads
 from kforcing.coupling import Coupling
 from kforcing.distillation.losses import LossSums, hard_target_loss
@@ -58,7 +58,7 @@ class MedusaDecoder:
     """Decodes with guesses of the heads that the AR model verifies."""
 
     def __init__(self, backbone: PreTrainedModel, heads: MedusaHeads, coupling: Coupling):
-        self.backbone: Any = packed(backbone)
+        self.backbone: Any = with_row_kernel(backbone)
         self.heads, self.coupling, self.readers = heads.eval(), coupling, Readers(self.backbone)
 
     @torch.inference_mode()

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from kforcing.attention.windows import Windows
 from kforcing.backbone import lm_head
-from kforcing.baselines.base import Decoded, Readers, RowReader, Rows, decode_rows, packed, verify
+from kforcing.baselines.base import Decoded, Readers, RowReader, Rows, decode_rows, verify, with_row_kernel
 from kforcing.coupling import inverse_cdf
 from kforcing.modeling import PushForwardLM
 
@@ -26,7 +26,7 @@ class PTPDecoder:
     """Decodes with drafts of a noise-inversion student that the AR model verifies."""
 
     def __init__(self, student: PushForwardLM, teacher: PreTrainedModel):
-        self.student, self.teacher = packed(student.eval()), packed(teacher.eval())
+        self.student, self.teacher = with_row_kernel(student.eval()), with_row_kernel(teacher.eval())
         self.drafters, self.checkers = Readers(self.student.backbone), Readers(self.teacher)
 
     @torch.inference_mode()

@@ -11,6 +11,8 @@ from kforcing.engine.layers import STATIC_ROPE
 from kforcing.engine.request import ACCEPTANCES, DraftCounts
 from kforcing.readout.base import Student
 
+QUANTIZATIONS = (None, "int8")
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -42,10 +44,13 @@ class EngineConfig:
     coupling: str = "inverse_cdf"
     """How noise picks a token from an AR model's distribution; a student brings its own coupling."""
     compiled: bool = False
-    """Run the layers through torch.compile. On a CPU it needs a C++ compiler and excludes `packed`, which gains more."""
-    packed: bool | None = None
-    """Hold the weight matrices a second time, in the order that the CPU's kernels read (see `packing.py`); this makes steps
-    2 to 4 times as fast. None means yes on a CPU."""
+    """Run the layers through torch.compile. On a CPU it needs a C++ compiler and excludes `row_kernel`, which gains more."""
+    row_kernel: bool | None = None
+    """Multiply up to about 20 rows by the weights with our own kernel (see `row_kernel.py`), which takes little longer for 8
+    rows than for one. None means yes where it can run: on a CPU under Linux with llvmlite."""
+    quantization: str | None = None
+    """`int8` holds the weights of all linear maps as 8-bit numbers with a scale for each output, which makes steps on a CPU
+    about twice as fast and changes the model a little: exact mode then gives the text of that AR model."""
     graphs: bool | None = None
     """Replay steps as CUDA graphs, one for each shape of a step; None means yes on a GPU."""
 
@@ -151,6 +156,10 @@ def check_config(config: EngineConfig, check_every: int, student: Student | None
             raise ValueError(f"{name}={value} must be at least 1")
     if config.context_ngram < 0:
         raise ValueError(f"context_ngram={config.context_ngram} must be at least 0 (0 for no drafts from the context)")
+    if config.quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization={config.quantization}: choose int8, or leave it out")
+    if config.quantization and config.row_kernel is False:
+        raise ValueError(f"quantization={config.quantization} needs the kernel of CPUs; leave row_kernel out")
     if config.coupling not in COUPLINGS:
         raise ValueError(f"coupling={config.coupling}: choose one of {', '.join(COUPLINGS)}")
     check_acceptance(config.acceptance, student)

@@ -32,7 +32,7 @@ from kforcing.engine.config import (
     context_limit,
 )
 from kforcing.engine.graphs import Graphs, cuda_capture
-from kforcing.engine.packing import can_pack, packed_copy
+from kforcing.engine.linear import can_use_kernel, row_copy
 from kforcing.engine.request import Completion, Output, Request, SamplingParams, TokenLogprobs
 from kforcing.engine.runner import ModelRunner, StepShape
 from kforcing.engine.scheduler import Move, Scheduler, Sequence
@@ -61,7 +61,7 @@ class Engine:
         self.max_model_len = checked_length(config.max_model_len, context_limit(backbone.config), self.k)
         self.check_every = (8 if cuda else 1) if config.check_every is None else config.check_every
         check_config(config, self.check_every, student)
-        model = _packed(model, config)
+        model = _prepared(model, config)
         self.model, self.config, self.student = model, config, as_student(model)
         self.runner = ModelRunner(
             model,
@@ -347,12 +347,18 @@ class Engine:
         )
 
 
-def _packed(model: nn.Module, config: EngineConfig) -> nn.Module:
-    """The model with packed matrices where that is asked for or helps. Raises ValueError where it cannot be."""
-    if config.packed and (config.compiled or not can_pack(model)):
-        raise ValueError("packed=True needs a model in fp32 or bf16 on a CPU and compiled=False; leave packed out")
-    packed = can_pack(model) and not config.compiled if config.packed is None else config.packed
-    return packed_copy(model) if packed else model
+def _prepared(model: nn.Module, config: EngineConfig) -> nn.Module:
+    """The model with the linear maps that the settings ask for. Raises ValueError where it cannot have them."""
+    possible = can_use_kernel(model) and not config.compiled
+    wanted = "row_kernel=True" if config.row_kernel else f"quantization={config.quantization}"
+    if (config.row_kernel or config.quantization) and not possible:
+        raise ValueError(
+            f"{wanted} needs a model in fp32 or bf16 on a CPU under Linux, compiled=False, and the package llvmlite "
+            "(pip install 'kforcing[cpu]'); leave it out or provide these"
+        )
+    if not (possible if config.row_kernel is None else config.row_kernel):
+        return model
+    return row_copy(model, int8=config.quantization == "int8")
 
 
 def _completion(outputs: list[Output]) -> Completion:

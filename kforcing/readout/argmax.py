@@ -38,7 +38,7 @@ class NoiseEncoder(nn.Module):
         z_angle = noise.float()[..., None] * cycles
         t_angle = temperature.float()[..., None] * cycles
         features = torch.cat([z_angle.sin(), z_angle.cos(), t_angle.sin(), t_angle.cos()], dim=-1)
-        x = self.project(features.to(self.project.weight.dtype))
+        x = self.project(features.to(self.project.bias.dtype))
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
     @torch.no_grad()

@@ -108,8 +108,8 @@ def toy_student() -> PushForwardLM:
 def _engine(student: PushForwardLM, mode: str) -> Engine:
     length = len(CONTEXT) + K
     if mode == "ar":
-        return Engine(student.backbone, EngineConfig(256, length, coupling="gumbel", packed=False))
-    config = EngineConfig(256, length, acceptance=mode, adapt_width=False, packed=False)
+        return Engine(student.backbone, EngineConfig(256, length, coupling="gumbel", row_kernel=False))
+    config = EngineConfig(256, length, acceptance=mode, adapt_width=False, row_kernel=False)
     return Engine(student, config)
 
 

@@ -28,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kforcing.backbone import lm_head, random_llama
 from kforcing.coupling import COUPLINGS
 from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
-from kforcing.engine.packing import Joined, packed_copy
+from kforcing.engine.linear import Joined, row_copy
 from kforcing.loading import SMOLLM2
 from kforcing.metrics.external import load_external
 from pipelines.benchmarks.decoding.hardware import measure_hardware
@@ -127,7 +127,7 @@ def measure(backbone: Any, prompts: list[list[int]], rounds: int, steps: int) ->
     """Milliseconds of a step with each coupling and option, of its parts and of transformers' step, one figure a round."""
     batch, ways = len(prompts), [(c, name) for c in COUPLINGS for name in OPTIONS]
     engine = running_engine(backbone, prompts, len(ways) * (rounds + 1) * (steps + 1))
-    parts = parts_of(engine, packed_copy(backbone), batch)
+    parts = parts_of(engine, row_copy(backbone), batch)
     stock: Iterator[DecodingRound] = transformers_rounds(backbone, Workload(prompts, steps, rounds), CPU)
     seen: dict[str, list[float]] = {}
     for round_ in range(rounds + 1):  # the first warms up

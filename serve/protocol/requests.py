@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from kforcing.engine.request import MAX_LOGPROBS
 from serve.protocol.errors import ApiError
 
 Values = dict[str, tuple[Any, ...]]
@@ -41,7 +42,6 @@ CHANGES_NOTHING: Values = {
     "length_penalty": (1,),
     "min_p": (0,),
     "min_tokens": (0,),
-    "logprobs": (False,),
     "top_logprobs": (0,),
     "use_beam_search": (False,),
     "early_stopping": (False,),
@@ -178,7 +178,7 @@ class RequestFields(Accepting):
     def _check_together(self) -> RequestFields:
         if any((self.logit_bias or {}).values()):
             raise ApiError(400, "logit_bias is not supported; leave it out", "logit_bias")
-        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
+        if None not in (given := (self.max_tokens, self.max_completion_tokens)) and given[0] != given[1]:
             message = (
                 f"max_tokens={self.max_tokens} and max_completion_tokens={self.max_completion_tokens} differ; send one "
                 "of them"
@@ -189,9 +189,14 @@ class RequestFields(Accepting):
         return self
 
     @property
+    def logprob_counts(self) -> tuple[int | None, int | None]:
+        """See the subclasses."""
+        raise NotImplementedError
+
+    @property
     def token_limit(self) -> int | None:
         """The most tokens to generate, under either name."""
-        return self.max_completion_tokens or self.max_tokens
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def stop_strings(self) -> list[str]:
@@ -204,11 +209,24 @@ class CompletionRequest(RequestFields):
 
     prompt: Prompt
     """Text, token ids, or a list of either."""
+    max_tokens: int | None = Field(None, ge=0)
+    """The most tokens to generate; 0, with `echo`, for none."""
+    echo: bool | None = None
+    """Return the prompt before the completion."""
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    """Return the log-probability of each token and of so many likeliest tokens; with `echo` also those of the prompt."""
     best_of: int | None = None
     """Refused unless it equals `n`."""
 
+    @property
+    def logprob_counts(self) -> tuple[int | None, int | None]:
+        """How many likeliest tokens are wanted at each token of the answer and of the prompt; None for none of both."""
+        return self.logprobs, self.logprobs if self.echo else None
+
     @model_validator(mode="after")
-    def _refuse_best_of(self) -> CompletionRequest:
+    def _check_completion(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError(400, "max_tokens=0 needs echo=true; ask for at least 1", "max_tokens")
         if self.best_of is not None and self.best_of != (self.n or 1):
             message = f"best_of={self.best_of} is not supported unless it equals n; leave it out"
             raise ApiError(400, message, "best_of")
@@ -253,3 +271,18 @@ class ChatRequest(RequestFields):
     """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
+    logprobs: bool | None = None
+    """Return the log-probability of each token."""
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    """Return those of so many likeliest tokens, too."""
+
+    @property
+    def logprob_counts(self) -> tuple[int | None, int | None]:
+        """How many likeliest tokens are wanted at each token of the answer; None for no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None, None
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, f"top_logprobs={self.top_logprobs} needs logprobs=true", "top_logprobs")
+        return self

@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 
+from serve.protocol.logprobs import ChatLogprobs, CompletionLogprobs
+
 
 class Progress(NamedTuple):
     """How far the engine has come with some choices of a request."""
@@ -52,7 +54,7 @@ class Choice(BaseModel):
 
     index: int
     text: str
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: Literal["stop", "length"]
     stop_reason: str | int | None = None
     """The stop string or the stop token id that ended it; None if end-of-text or the token limit did."""
@@ -81,7 +83,7 @@ class ChatChoice(BaseModel):
 
     index: int
     message: AssistantMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: Literal["stop", "length"]
     stop_reason: str | int | None = None
 
@@ -131,25 +133,28 @@ class ResponseBuilder:
         """The body of an answer that is not streamed.
 
         Args:
-            choices: dictionaries with `index`, `text`, `finish_reason` and `stop_reason`.
+            choices: dictionaries with `index`, `text`, `logprobs`, `finish_reason` and `stop_reason`.
         """
         if not self.chat:
-            return self._envelope("text_completion", [{"logprobs": None, **choice} for choice in choices], usage)
-        chats = [
-            {"message": {"role": "assistant", "content": choice.pop("text")}, "logprobs": None, **choice}
-            for choice in choices
-        ]
+            return self._envelope("text_completion", choices, usage)
+        chats = [{"message": {"role": "assistant", "content": choice.pop("text")}, **choice} for choice in choices]
         return self._envelope("chat.completion", chats, usage)
 
     def first_chunk(self, index: int) -> bytes:
         """The chunk before the first text of a choice: the role of the message, and nothing for completions."""
-        return self.chunk(index, None, None, None, None) if self.chat else b""
+        return self.chunk(index, None, None, None, None, None) if self.chat else b""
 
     def chunk(
-        self, index: int, text: str | None, finish: str | None, stop: str | int | None, usage: dict[str, Any] | None
+        self,
+        index: int,
+        text: str | None,
+        logprobs: dict[str, Any] | None,
+        finish: str | None,
+        stop: str | int | None,
+        usage: dict[str, Any] | None,
     ) -> bytes:
         """One server-sent event with new text of a choice."""
-        choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": finish, "stop_reason": stop}
+        choice: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": finish, "stop_reason": stop}
         if self.chat:
             choice["delta"] = {"role": "assistant", "content": ""} if text is None else {"content": text}
         else:

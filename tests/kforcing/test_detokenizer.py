@@ -184,6 +184,15 @@ def test_a_character_that_the_prompt_has_begun_is_returned_whole():
     assert run("byte level", ids[:2], ids[2:], [1])[0] == "日b"
 
 
+@every_kind
+def test_a_block_that_ends_inside_of_a_character_does_not_hold_back_those_before_it(kind):
+    if "😀" in TOKENIZERS[kind].decode(ids := TOKENIZERS[kind]("a" + "😀" * 20).input_ids):
+        stream, texts = TextStream(Detokenizer(TOKENIZERS[kind])), []
+        for block in blocks(ids, [4]):
+            texts.append(stream.push(block).text)
+        assert all(texts)
+
+
 def test_an_incomplete_character_is_returned_at_the_end():
     ids = TOKENIZERS["byte level"]("a😀").input_ids
     text = run("byte level", [], ids[:-1], [1])[0]
@@ -213,7 +222,7 @@ def test_the_work_for_a_token_does_not_grow_with_the_tokens_before_it(kind, monk
     for id in [tokenizer.eos_token_id] * 300 + [byte] * 300 + [space] * 300 + tokenizer("ab").input_ids * 300:
         stream.push([id])
     assert max(longest) <= 2 * WAITING
-    assert sum(longest.values()) <= 3 * 1800
+    assert sum(longest.values()) <= WAITING * 1800
 
 
 def test_a_stop_string_that_is_a_special_token_becomes_its_id_and_a_part_of_one_is_refused():
@@ -222,3 +231,21 @@ def test_a_stop_string_that_is_a_special_token_becomes_its_id_and_a_part_of_one_
     assert detokenizer.split_stops(["ab", "<eos>"]) == (["ab"], {eos: "<eos>"})
     with pytest.raises(ValueError, match=r"stop='<eos>ab' contains the special token <eos>, which has no text"):
         detokenizer.split_stops(["<eos>ab"])
+
+
+def test_the_text_of_a_token_is_that_inside_of_a_text_and_parts_of_characters_have_their_bytes():
+    for kind, text, token in (
+        ("byte level", "ab", ("ab", b"ab")),
+        ("byte level", " a", (" a", b" a")),
+        ("Llama 2", " ab", (" ab", b" ab")),
+        ("Unigram", " ab", (" ab", b" ab")),
+        ("WordPiece", "ab", (" ab", b" ab")),
+        ("byte level", "\u00e9", ("bytes:\\xa9", b"\xa9")),
+        ("Gemma", "\U0001f600", ("bytes:\\x80", b"\x80")),
+    ):
+        detokenizer = Detokenizer(TOKENIZERS[kind])
+        assert detokenizer.token(TOKENIZERS[kind](text).input_ids[-1]) == token
+    detokenizer = Detokenizer(TOKENIZERS["WordPiece"])
+    assert detokenizer.token(detokenizer.tokenizer.convert_tokens_to_ids("##ing"))[0] == "ing"
+    assert detokenizer.token(detokenizer.tokenizer.eos_token_id) == ("<eos>", b"<eos>")
+    assert detokenizer.token(10_000) == ("", b""), "an id that the model has beyond the tokenizer's"

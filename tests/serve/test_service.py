@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import threading
 
 import httpx
 import pytest
@@ -98,3 +99,63 @@ def test_a_change_of_other_settings_does_not_load_the_models_again(served):
     asyncio.run(service.configure(service.settings.model_copy(update={"drain_s": 7.0})))
     assert service.models == before
     assert service.settings.drain_s == 7.0
+
+
+def test_a_request_with_many_choices_delays_another_by_the_time_of_one_choice(tmp_path):
+    check_turns(tmp_path, [("", {"n": 8})], ("", {}))
+
+
+def test_many_requests_of_one_client_delay_another_client_by_the_time_of_one_of_them(tmp_path):
+    check_turns(tmp_path, [("Bearer one", {})] * 8, ("Bearer two", {}))
+
+
+def check_turns(tmp_path, first, second):
+    """With two slots and two steps a choice, the second client's is among the first four, whatever waited before it."""
+    with (
+        endpoint(save_model(tmp_path / "m"), max_num_seqs=2, max_model_len=56, max_waiting=40) as (url, service),
+        httpx.Client(base_url=url, timeout=60) as http,
+        concurrent.futures.ThreadPoolExecutor(9) as pool,
+    ):
+        model = service.models["tiny"]
+        steps = HeldSteps(model.engine)
+
+        def ask(key, fields):
+            body = {"prompt": "abc", "max_tokens": 8, "ignore_eos": True, **fields}
+            headers = {"authorization": key} if key else {}
+            return pool.submit(http.post, "/v1/completions", json=body, headers=headers)
+
+        crowd = [ask(*each) for each in first]
+        wait_until(lambda: model.async_engine.pending == 8, "eight choices never waited")
+        late = ask(*second)
+        wait_until(lambda: model.async_engine.pending == 9, "the last request never waited")
+        steps.release(4)
+        assert late.result(timeout=30).status_code == 200
+        assert steps.done <= 4, "all choices before it need eight"
+        steps.release(100)
+        assert {each.result(timeout=30).status_code for each in crowd} == {200}
+
+
+def test_prompts_are_tokenised_one_by_one_while_the_endpoint_answers_others(tmp_path):
+    with (
+        endpoint(save_model(tmp_path / "m"), max_model_len=56) as (url, service),
+        httpx.Client(base_url=url, timeout=60) as http,
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+    ):
+        model = service.models["tiny"]
+        tokenizer, permits, seen = model.tokenizer, threading.Semaphore(0), []
+
+        def held(text, **options):
+            seen.append(text)
+            assert permits.acquire(timeout=60)
+            return tokenizer(text, **options)
+
+        model.tokenizer = held
+        many = pool.submit(http.post, "/v1/completions", json={"prompt": ["a", "b", "c"], "max_tokens": 1})
+        wait_until(lambda: seen == ["a"], "tokenising never began")
+        assert http.get("/live").status_code == 200
+        one = pool.submit(http.post, "/v1/completions", json={"prompt": "d", "max_tokens": 1})
+        assert http.get("/v1/models").status_code == 200
+        wait_until(lambda: service._tokenising._work_queue.qsize() == 1, "the other prompt never waited")
+        permits.release(4)
+        assert [answer.result().status_code for answer in (many, one)] == [200, 200]
+    assert seen == ["a", "d", "b", "c"]

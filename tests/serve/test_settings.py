@@ -32,11 +32,12 @@ def test_a_former_name_beside_the_new_one_is_refused():
 
 
 def test_blanks_around_a_key_do_not_count_and_an_empty_key_is_refused(monkeypatch):
-    assert read_settings({"model": "x", "api_key": " secret\n"}).api_key == "secret"
-    with pytest.raises(ValueError, match="the key is empty; leave out both api_key and KFORCING_API_KEY"):
+    assert read_settings({"model": "x", "api_key": " secret\n"}).api_keys == ["secret"]
+    assert read_settings({"model": "x", "api_key": "one, two"}).api_keys == ["one", "two"]
+    with pytest.raises(ValueError, match="a key is empty; leave out both api_key and KFORCING_API_KEY"):
         read_settings({"model": "x", "api_key": " "})
     monkeypatch.setenv("KFORCING_API_KEY", "")
-    with pytest.raises(ValueError, match="the key is empty"):
+    with pytest.raises(ValueError, match="a key is empty"):
         build({"model": "x"})
 
 

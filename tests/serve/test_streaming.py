@@ -61,6 +61,24 @@ def test_a_client_that_disconnects_frees_its_slot(tmp_path):
         assert steps.done <= 3, "53 tokens need 14 steps"
 
 
+def test_a_client_that_leaves_before_its_whole_answer_frees_its_slot(tmp_path):
+    with endpoint(save_model(tmp_path / "m"), max_num_seqs=1, max_model_len=56) as (url, service):
+        model = service.models["tiny"]
+        steps = HeldSteps(model.engine)
+        body = {"prompt": "abc", "ignore_eos": True, "max_tokens": 53}
+        for _ in range(4):
+            with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=url, timeout=0.2) as leaving:
+                leaving.post("/v1/completions", json=body)
+        wait_until(lambda: all(p.cancelled for p in open_requests(model)), "the server never noticed who had left")
+        steps.release(2)
+        wait_until(lambda: model.async_engine.pending == 0 and model.engine.idle, "the slots were never freed")
+        assert steps.done <= 2, "53 tokens need 14 steps"
+
+
+def open_requests(model):
+    return [*model.async_engine._inbox, *model.async_engine._open.values()]
+
+
 def test_200_concurrent_streams_end_with_a_whole_answer_or_with_429(served):
     """Either a whole answer or a deliberate 429."""
     url, service = served

@@ -204,7 +204,7 @@ def run(given: argparse.Namespace) -> Record:
         for rows in measure(given, backbone, ways, table, hardware):
             table["rows"] = rows
             write_results(given.output, record)
-        gc.collect()  # engines hold a cache and a packed copy of the weights each
+        gc.collect()  # each engine holds a cache
         print("\n" + describe(table), flush=True)
     draw_frontier(given.output / "benchmark.png", record)
     print("\n" + physics(record))

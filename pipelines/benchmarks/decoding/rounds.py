@@ -87,7 +87,7 @@ class EngineRounds:
                 k=way.k,
                 acceptance="exact" if way.exact else "fixed",
                 adapt_width=way.adapt_width,
-                packed=way.packed,
+                row_kernel=way.row_kernel,
                 batch_invariant=way.batch_invariant,
                 coupling=way.coupling,
                 check_every=every,

@@ -36,7 +36,7 @@ class DecodingWay:
     """Exact mode: the engine chooses the width of each step, up to k. Otherwise every block has k tokens."""
     coupling: str = "gumbel"
     """Of an AR model: that of the student it is compared with."""
-    packed: bool | None = None
+    row_kernel: bool | None = None
     batch_invariant: bool = False
 
     @property
@@ -76,7 +76,11 @@ def untrained_ways(backbone: Any, ks: list[int], coupling: str, acceptance: floa
         context_way(backbone, most, coupling),
         DecodingWay("engine, AR, inverse CDF", backbone, coupling="inverse_cdf"),
         DecodingWay(f"engine, paper's read-out k={most}", paper, most),
-        *([DecodingWay("stock kernels, AR", backbone, coupling=coupling, packed=False)] if _on_cpu(backbone) else []),
+        *(
+            [DecodingWay("stock kernels, AR", backbone, coupling=coupling, row_kernel=False)]
+            if _on_cpu(backbone)
+            else []
+        ),
         DecodingWay("batch-invariant, AR", backbone, coupling=coupling, batch_invariant=True),
     ]
 

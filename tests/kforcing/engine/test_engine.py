@@ -231,7 +231,7 @@ def test_what_cannot_be_served_is_refused_with_the_reason(kind, request_, messag
         (EngineConfig(max_model_len=64), "the model reads 64 positions"),
         (EngineConfig(k=5), "k=5"),
         (EngineConfig(coupling="x"), "coupling=x"),
-        (EngineConfig(packed=True, compiled=True), "packed=True"),
+        (EngineConfig(row_kernel=True, compiled=True), "row_kernel=True"),
         (EngineConfig(graphs=True), "graphs=True needs a model on a GPU"),
         (EngineConfig(check_every=-1), "check_every=-1"),
     ],
@@ -362,12 +362,12 @@ def test_compiled_layers_decode_the_same():
     assert done[0].tokens == slowly(m, request)
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("row_kernel", [True, False])
 @pytest.mark.parametrize("kind", ["ar", "argmax", "sequential", "adapters"])
-def test_packed_matrices_decode_the_same_and_leave_the_model_alone(kind, packed):
+def test_the_row_kernel_decodes_the_same_and_leaves_the_model_alone(kind, row_kernel):
     m, request = model(kind), Request(prompt(9), 14, seed=5)
     before = {type(module) for module in m.modules()}
-    done = Engine(m, EngineConfig(max_num_seqs=2, max_model_len=40, packed=packed)).generate([request])
+    done = Engine(m, EngineConfig(max_num_seqs=2, max_model_len=40, row_kernel=row_kernel)).generate([request])
     assert done[0].tokens == slowly(m, request)
     assert {type(module) for module in m.modules()} == before
 

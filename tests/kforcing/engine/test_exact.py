@@ -120,7 +120,7 @@ def test_exact_mode_gives_the_text_of_ar_decoding(scene):
 
 def alone(model, request, coupling, k):
     """The request by itself in an engine of its own: AR decoding for a backbone, fixed blocks of k for a student."""
-    engine = Engine(model, EngineConfig(max_num_seqs=1, max_model_len=60, coupling=coupling, packed=False))
+    engine = Engine(model, EngineConfig(max_num_seqs=1, max_model_len=60, coupling=coupling, row_kernel=False))
     plain = Request(
         request.prompt, request.max_new_tokens, request.seed, request.stop_ids, k, request.sampling, "fixed"
     )

@@ -69,7 +69,7 @@ def test_the_counted_flops_of_a_step_are_those_that_its_shapes_predict(parts, k)
 def test_a_step_in_exact_mode_costs_what_its_shapes_predict(parts, k):
     backbone = wide_llama()
     student = make_sequential(backbone, **parts)
-    options = EngineConfig(1, 64, k=k, acceptance="exact", adapt_width=False, packed=False)
+    options = EngineConfig(1, 64, k=k, acceptance="exact", adapt_width=False, row_kernel=False)
     engine = Engine(student, options)
     engine.submit(Request([1, 2, 3]))
     for _ in range(2):

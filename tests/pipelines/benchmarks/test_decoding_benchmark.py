@@ -38,7 +38,7 @@ def first_rounds(way, work, n=2):
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_untrained_model_counts_at_every_temperature(temperature, dtype):
-    engine = Engine(counting().to(dtype), EngineConfig(packed=False, coupling="gumbel"))
+    engine = Engine(counting().to(dtype), EngineConfig(row_kernel=False, coupling="gumbel"))
     (done,) = engine.generate([Request([7, 21], 30, sampling=SamplingParams(temperature))])
     assert done.tokens == [(22 + i) % VOCAB for i in range(30)]
 
@@ -59,7 +59,7 @@ def test_simulated_drafts_are_accepted_always_or_never(coupling, parts, temperat
 
 def test_simulated_acceptance_is_the_share_of_drafts_that_are_right():
     student = simulated_student(counting(), 4, SequentialConfig(hint_layers=1), "gumbel", 0.6)
-    config = EngineConfig(32, acceptance="exact", adapt_width=False, context_ngram=0, packed=False)
+    config = EngineConfig(32, acceptance="exact", adapt_width=False, context_ngram=0, row_kernel=False)
     engine = Engine(student, config)
     done = engine.generate([Request([i % VOCAB], 48, seed=i) for i in range(32)])
     assert [c.tokens[-1] for c in done] == [(i + 48) % VOCAB for i in range(32)]

@@ -1,0 +1,131 @@
+"""The kernel for few rows and the linear maps that use it."""
+
+import pytest
+import torch
+from torch import nn
+
+from kforcing.backbone import random_llama
+from kforcing.engine.config import EngineConfig
+from kforcing.engine.engine import Engine
+from kforcing.engine.linear import Joined, RowLinear, quantise, row_copy
+from kforcing.engine.request import Request, SamplingParams
+from kforcing.engine.row_kernel import can_multiply, machine, multiply
+
+found = machine()
+pytestmark = pytest.mark.skipif(found is None, reason="the kernel needs llvmlite and torch with OpenMP of GNU")
+MOST = found.most_rows if found else 1
+
+
+def weights(dtype: torch.dtype, outputs: int = 203, inputs: int = 192) -> tuple[torch.Tensor, torch.Tensor | None]:
+    matrix = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1))
+    return quantise(matrix) if dtype is torch.int8 else (matrix.to(dtype), None)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    out = torch.full((len(x), len(weight)), torch.nan)
+    multiply(x, weight, out, scale)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_the_product_equals_that_in_double_precision(dtype):
+    weight, scale = weights(dtype)
+    exact = weight.double() if scale is None else weight.double() * scale.double()[:, None]
+    for rows in range(1, MOST + 1):
+        x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(rows))
+        torch.testing.assert_close(product(x, weight, scale).double(), x.double() @ exact.T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_row_has_bitwise_the_same_result_alone_and_among_others(dtype):
+    weight, scale = weights(dtype)
+    x = torch.randn(MOST, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([product(row[None], weight, scale) for row in x])
+    for rows in range(2, MOST + 1):
+        assert torch.equal(product(x[:rows], weight, scale), alone[:rows])
+
+
+def test_the_product_can_be_written_into_some_columns_of_a_tensor():
+    weight, _ = weights(torch.float32)
+    x, out = torch.randn(3, weight.shape[1]), torch.zeros(3, len(weight) + 20)
+    multiply(x, weight, out[:, 10:-10])
+    assert torch.equal(out[:, 10:-10], product(x, weight, None))
+    assert out[:, :10].count_nonzero() == out[:, -10:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_number_of_threads_does_not_change_the_result(threads):
+    weight, _ = weights(torch.float32, outputs=11)
+    x, before = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
+    expected = product(x, weight, None)
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(product(x, weight, None), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_matrices_that_the_kernel_does_not_take_are_multiplied_by_torch():
+    assert not can_multiply(torch.zeros(64, 50))  # 50 numbers do not fill cache lines
+    assert not can_multiply(torch.zeros(64, 128).T)
+    assert not can_multiply(torch.zeros(64, 128, dtype=torch.float16))
+    (odd,) = row_copy(nn.Sequential(nn.Linear(50, 64)))
+    x = torch.randn(3, 50)
+    assert odd.most_rows == 0
+    assert torch.equal(odd(x), nn.functional.linear(x, odd.weight, odd.bias))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_few_and_many_rows_agree_with_the_original_map(int8):
+    original = nn.Linear(192, 100)
+    (copied,) = row_copy(nn.Sequential(original), int8)
+    assert type(original) is nn.Linear
+    assert isinstance(copied, RowLinear)
+    with torch.inference_mode():
+        for shape in ((1, 192), (2, 3, 192), (MOST + 1, 192)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(copied(x), original(x), rtol=0, atol=0.02 if int8 else 1e-5)
+
+
+def test_int8_weights_differ_by_at_most_half_a_step_of_their_row():
+    weight, scale = weights(torch.float32)[0], quantise(weights(torch.float32)[0])
+    restored = scale[0] * scale[1][:, None]
+    assert ((restored - weight).abs() <= scale[1][:, None] * 0.5001).all()
+    map_ = row_copy(nn.Sequential(nn.Linear(192, 100)), int8=True)[0]
+    ids = torch.tensor([[3, 7]])
+    assert torch.equal(map_.rows(ids), map_.weight[ids] * map_.scale_M[ids][..., None])
+
+
+def test_joined_maps_give_the_outputs_of_each():
+    maps = list(row_copy(nn.Sequential(nn.Linear(64, 32), nn.Linear(64, 48, bias=False))))
+    with torch.inference_mode():
+        for rows in (1, 3, MOST + 1):
+            x = torch.randn(rows, 64)
+            for joined, alone in zip(Joined(maps).parts(x), maps, strict=True):
+                torch.testing.assert_close(joined, alone(x))
+            torch.testing.assert_close(Joined(maps).whole(x), torch.cat([m(x) for m in maps], dim=-1))
+
+
+SMALL = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL |= {"num_key_value_heads": 2, "intermediate_size": 128, "max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_exact_mode_with_the_kernel_gives_the_text_of_its_ar_model(quantization):
+    model, repeated = random_llama(**SMALL), [7, 8, 9, 7, 8, 9, 7, 8]
+    texts = []
+    for k in (1, 4):
+        config = EngineConfig(4, 64, k=k, acceptance="exact", quantization=quantization, coupling="gumbel")
+        requests = [Request(repeated[i:], 40, seed=i, sampling=SamplingParams(temperature=0.3 * i)) for i in range(4)]
+        texts.append([c.tokens for c in Engine(model, config).generate(requests)])
+    assert texts[0] == texts[1]
+
+
+def test_int8_with_settings_that_exclude_it_is_refused():
+    model = random_llama(**SMALL)
+    with pytest.raises(ValueError, match="quantization=int4: choose int8"):
+        Engine(model, EngineConfig(2, 64, quantization="int4"))
+    with pytest.raises(ValueError, match="quantization=int8 needs the kernel of CPUs"):
+        Engine(model, EngineConfig(2, 64, quantization="int8", row_kernel=False))
+    with pytest.raises(ValueError, match="quantization=int8 needs a model in fp32 or bf16 on a CPU"):
+        Engine(model, EngineConfig(2, 64, quantization="int8", compiled=True))
