@@ -89,7 +89,7 @@ def lm_head(backbone: PreTrainedModel, states: Tensor) -> Tensor:
 
 def head_rows(backbone: PreTrainedModel, ids: Tensor) -> Tensor:
     """The vectors that the LM head multiplies a state with for these tokens: (...) ids → (..., D)."""
-    lm: Any = head(backbone)
+    lm: Any = backbone.get_output_embeddings()
     return lm.rows(ids) if hasattr(lm, "rows") else lm.weight[ids]
 
 

@@ -208,7 +208,7 @@ def _check_passes(model: Any, ids: Tensor) -> None:
 
 def _check_engine(model: Any, ids: list[int]) -> None:
     prompt = ids[:CONTEXT]
-    engine = Engine(model, EngineConfig(max_num_seqs=1, max_model_len=CONTEXT + BLOCK, packed=False))
+    engine = Engine(model, EngineConfig(max_num_seqs=1, max_model_len=CONTEXT + BLOCK, row_kernel=False))
     (done,) = engine.generate([Request(prompt, BLOCK, sampling=SamplingParams(temperature=0.0))])
     logits = model(input_ids=torch.tensor([prompt + done.tokens]), use_cache=False).logits[0]
     if logits[CONTEXT - 1 : -1].argmax(dim=-1).tolist() != done.tokens:
