@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+_KEPT_FROM = 1 << 26
 
 
 @contextmanager
@@ -94,6 +97,35 @@ def _with_nulls(record: Any) -> Any:
 def write_json(path: Path, record: Any) -> None:
     """Write a record as indented `strict_json`, atomically."""
     atomic_write(path, strict_json(record, indent=2))
+
+
+def content_digest(path: Path) -> str:
+    """A hash of a file's content, in 32 hex digits.
+
+    That of a large file is kept in the user's cache folder (`XDG_CACHE_HOME`, else `~/.cache`) under the file's path, size
+    and time, so that it is computed once.
+    """
+    stat = path.stat()
+    if stat.st_size < _KEPT_FROM:
+        return _digest(path)
+    name = hashlib.blake2b(repr((str(path.resolve()), stat.st_size, stat.st_mtime_ns)).encode(), digest_size=16)
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kforcing" / "digests" / name.hexdigest()
+    try:
+        return kept.read_text()
+    except OSError:
+        digest = _digest(path)
+    with suppress(OSError):  # a home that cannot be written to costs time only
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(kept, digest)
+    return digest
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

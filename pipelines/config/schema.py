@@ -13,6 +13,7 @@ from kforcing.chunking import CHUNK
 from kforcing.design import Design, NoiseConfig
 from kforcing.loading import locate_model
 from pipelines.config.section import (
+    ADDED,
     RUNTIME,
     SECTION,
     Count,
@@ -31,8 +32,9 @@ class DataConfig:
     """Corpus, split and packing."""
 
     source: str = "sotu"
-    """`sotu` or `smollm2-chat` (they ship with the project), a path or URI of Parquet, JSONL or text (file, folder or glob),
-    `hf:NAME` for a `datasets` name or local dataset folder, or `self` for text that teacher.path writes itself."""
+    """`sotu` or `smollm2-chat` (they ship with the project), a path or URI of Parquet, JSON lines or text (file, folder or
+    glob; JSON lines and text also as .gz, .zst or .bz2), `hf:NAME` for a `datasets` name or local dataset folder, or `self`
+    for text that teacher.path writes itself."""
     hf_config: str | None = None
     """Second argument of `datasets.load_dataset` for `hf:` sources."""
     hf_split: str = "train"
@@ -51,6 +53,9 @@ class DataConfig:
     """Documents tokenised, packed and shuffled together into one Parquet shard."""
     max_docs: Count | None = None
     """Read at most this many documents."""
+    special_tokens: Annotated[bool | None, ADDED] = None
+    """Encode a special token that a document spells out, like `<|endoftext|>`, as that token and not as text. None does so
+    only for `smollm2-chat` and `self`, whose documents are written in the form of a chat template."""
     cache_dir: Annotated[str | None, RUNTIME] = None
     """Where prepared corpora are kept and found again; by default `data/` beside the run directory."""
 

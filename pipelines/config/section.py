@@ -20,13 +20,24 @@ from pydantic import AfterValidator, ConfigDict, Field
 
 
 class ConfigError(ValueError):
-    """A mistake of the person who started the run; its text names the value and what to do."""
+    """A mistake of the person who started the run; its text, one line, names the value and what to do."""
+
+    def __init__(self, text: object):
+        super().__init__(text)
+        self.line = " ".join(str(text).splitlines())
+
+    def __str__(self) -> str:
+        return self.line  # Ray appends lines to the arguments of exceptions
 
 
 SECTION = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 RUNTIME = {"runtime": True}
 """Marks a field that has no effect on results, in `Annotated[…, RUNTIME]`."""
+
+
+ADDED = {"added": True}
+"""Marks a field that earlier releases did not have, in `Annotated[…, ADDED]`: fingerprints leave its default value out."""
 
 
 @dataclass(frozen=True)

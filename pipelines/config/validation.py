@@ -19,8 +19,9 @@ from kforcing.loading import load_tokenizer
 from pipelines.config.schema import Config, TrainConfig
 from pipelines.config.section import ConfigError
 from pipelines.config.stages import StageSpec, corpus_spec, resolve
-from pipelines.data.corpus import SELF, check_source, is_remote
-from pipelines.data.tokenise import eos_id
+from pipelines.data.corpus import check_source
+from pipelines.data.encoding import eos_id
+from pipelines.data.listing import SELF, is_remote
 from pipelines.runs.stages import claim
 
 
@@ -42,7 +43,8 @@ def validate(config: Config) -> None:
     for spec in resolve(config):
         if spec.learns:
             _check_stage(spec, config.data.block)
-    check_source(config.data)
+    if not is_remote(config.data.source):
+        check_source(config.data)
     if config.data.source == SELF and (config.teacher.path is None or config.tokenizer.path):
         raise ConfigError(
             f"data.source=self with teacher.path={config.teacher.path}, tokenizer.path={config.tokenizer.path}: the text is "

@@ -1,153 +1,121 @@
-"""Reading a corpus: Parquet, JSON lines, text or a name of `datasets` becomes a Ray dataset with columns `doc` and `text`.
+"""A corpus as a Ray dataset with columns `doc` and `text`, and what names it.
 
-Each line of a text file is a document, as in `datasets`. Parquet, JSON lines and streamed `hf:` corpora are read in pieces.
-Ray reads a text file whole, and a downloaded `hf:` corpus passes through the object store.
+    data.source ─► listing.py: which files ─► reading.py: a file's documents ─► Ray Data, a task a file
+
+Every file is read in pieces of a few MB. Only a downloaded `hf:` corpus passes through the object store.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import json
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from pyarrow import fs
 
 from pipelines.config.schema import DataConfig
 from pipelines.config.section import ConfigError
+from pipelines.data.listing import Listing, cut, is_remote, list_files
+from pipelines.data.reading import as_documents, check_columns, check_file, read_documents
+from pipelines.files import content_digest
 
 if TYPE_CHECKING:
     import ray.data
 
-_CORPORA = Path(__file__).parent / "corpora"
-BUILTIN = {"sotu": _CORPORA / "sotu.parquet", "smollm2-chat": _CORPORA / "smollm2-chat.parquet"}
-SELF = "self"
-"""The source of text that the AR model writes itself."""
-_SUFFIXES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 _ARROW_ROWS = 10_000
-_HASH_WHOLE_FILES_UP_TO = 1 << 28
+_MOST_READ_TASKS = 1000
+_RAY_LOGGER = "ray.data._internal.execution.streaming_executor_state"
+"""It prints the traceback of a task that failed."""
+_HASH_FROM = 1 << 28
+"""Bytes of a file whose hash is kept; smaller files are hashed as earlier releases did, so that corpora keep their names."""
 
 
-def local_files(source: str) -> list[str]:
-    """Files behind a local source, sorted. Raises ConfigError when there is none."""
-    path = Path(BUILTIN.get(source, source)).expanduser()
-    found = sorted(map(str, path.rglob("*"))) if path.is_dir() else sorted(glob.glob(str(path)))
-    files = [f for f in found if Path(f).is_file() and Path(f).suffix in _SUFFIXES]
-    if not files:
-        raise ConfigError(
-            f"data.source={source}: no .parquet, .jsonl, .json or .txt file there. Give an existing file, folder or glob, "
-            f"`hf:NAME` for a `datasets` corpus, or one of the built-in corpora: {', '.join(BUILTIN)}"
-        )
-    if len({_SUFFIXES[Path(f).suffix] for f in files}) > 1:
-        raise ConfigError(f"data.source={source} mixes file types; give a glob that selects one, like {path}/*.parquet")
-    return files
+def check_source(config: DataConfig) -> Listing:
+    """Check every file's columns and beginning; returns the files. Raises ConfigError, which names the file."""
+    listing = list_files(config.source)
 
+    def check(file: fs.FileInfo) -> bool:
+        return check_file(listing.system, file.path, config)
 
-def is_remote(source: str) -> bool:
-    """Whether the source is read over a network. Such a source is checked on the cluster only."""
-    return source.startswith("hf:") or "://" in source or source == SELF
-
-
-def check_source(config: DataConfig) -> None:
-    """Check that the first file of a local source exists, has the columns and holds documents. Raises ConfigError."""
-    if is_remote(config.source):
-        return
-    files = local_files(config.source)
-    first = next((f for f in files if Path(f).stat().st_size), files[0])
-    try:
-        columns, empty = _look_into(first, config)
-    except (UnicodeDecodeError, OSError, pa.ArrowInvalid) as error:
-        raise ConfigError(
-            f"data.source={config.source}: {first} cannot be read ({type(error).__name__}: {error})"
-        ) from None
-    if empty:
-        raise ConfigError(f"data.source={config.source}: {first} holds no documents; there is nothing to train on")
-    for name, column in (("text_column", config.text_column), ("id_column", config.id_column)):
-        if column is not None and column not in columns:
-            raise ConfigError(f"data.{name}={column} is not in {first}; its columns are {', '.join(columns)}")
-
-
-def _look_into(file: str, config: DataConfig) -> tuple[list[str], bool]:
-    """Columns of a local file, and whether it is empty."""
-    kind = _SUFFIXES[Path(file).suffix]
-    if kind == "parquet":
-        parquet = pq.ParquetFile(file)
-        return parquet.schema_arrow.names, parquet.metadata.num_rows == 0
-    with open(file, encoding="utf8") as lines:
-        line = next((x for x in lines if x.strip()), "")
-    if kind == "text":
-        if config.id_column:
-            raise ConfigError(f"data.id_column={config.id_column}: text files have no columns; leave it out")
-        return [config.text_column], not line
-    try:
-        record = json.loads(line) if line else {config.text_column: "", config.id_column or "": ""}
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise ConfigError(f"{file} must hold one JSON object on each line; its first line is {line[:80]!r}")
-    return list(record), not line
+    with ThreadPoolExecutor(16) as pool:
+        if not any(list(pool.map(check, listing.files))):
+            raise ConfigError(f"data.source={config.source} holds no documents; there is nothing to train on")
+    return listing
 
 
 def source_digest(config: DataConfig) -> str:
-    """A hash of the contents of small local files, and of name, size and time of other files."""
+    """A hash of the contents of local files, of paths, sizes and times of remote ones, or of the name of a hub corpus."""
     digest = hashlib.blake2b(digest_size=16)
     if config.source.startswith("hf:"):
         digest.update(repr((config.source, config.hf_config, config.hf_split)).encode())
-    elif "://" in config.source:
-        from pyarrow import fs
-
-        system, path = fs.FileSystem.from_uri(config.source)
-        info = system.get_file_info(path)
-        infos = (
-            system.get_file_info(fs.FileSelector(path, recursive=True))
-            if info.type == fs.FileType.Directory
-            else [info]
-        )
-        digest.update(repr(sorted((i.path, i.size, i.mtime_ns) for i in infos)).encode())
-    else:
-        for file in map(Path, local_files(config.source)):
-            stat = file.stat()
-            whole = stat.st_size <= _HASH_WHOLE_FILES_UP_TO
-            if not whole:
-                digest.update(repr((str(file), stat.st_size, stat.st_mtime_ns)).encode())
-                continue
-            with open(file, "rb") as stream:
-                while piece := stream.read(1 << 20):
-                    digest.update(piece)
+        inside = sorted(file for file in Path(config.source.removeprefix("hf:")).rglob("*") if file.is_file())
+        digest.update("".join(map(content_digest, inside)).encode())
+        return digest.hexdigest()
+    listing = list_files(config.source)
+    if is_remote(config.source):
+        digest.update(repr([(file.path, file.size, file.mtime_ns) for file in listing.files]).encode())
+        return digest.hexdigest()
+    for file in listing.files:
+        if file.size > _HASH_FROM:
+            digest.update(content_digest(Path(file.path)).encode())
+        else:
+            digest.update(Path(file.path).read_bytes())
     return digest.hexdigest()
 
 
 def documents(config: DataConfig) -> ray.data.Dataset:
-    """The corpus as a streaming Ray dataset with columns `doc` (int64 id hash) and `text`."""
+    """The corpus as a streaming Ray dataset with columns `doc` (int64 id hash) and `text` (null where a row has none).
+
+    Raises ConfigError. What goes wrong while the dataset is consumed is a ConfigError inside `plain_errors`.
+    """
     import ray.data
 
-    columns = [config.text_column] + ([config.id_column] if config.id_column else [])
     if config.source.startswith("hf:"):
-        dataset = _hugging_face(config)
+        dataset = _hugging_face(config).map_batches(
+            lambda table: as_documents(table, config, config.source), batch_format="pyarrow", batch_size=None
+        )
     else:
-        paths = [config.source] if "://" in config.source else local_files(config.source)
-        kind = _SUFFIXES.get(Path(paths[0]).suffix, "parquet")
-        if kind == "parquet":
-            dataset = ray.data.read_parquet(paths, columns=columns)
-        elif kind == "json":
-            dataset = ray.data.read_json(paths, lines=True).select_columns(columns)
-        else:
-            dataset = ray.data.read_text(paths).rename_columns({"text": config.text_column})
-    if config.max_docs is not None:
-        dataset = dataset.limit(config.max_docs)
+        listing = list_files(config.source)
+        paths = [{"path": file.path} for file in listing.files]
+        dataset = ray.data.from_items(paths, override_num_blocks=min(len(paths), _MOST_READ_TASKS)).map_batches(
+            _read, fn_kwargs={"system": listing.system, "config": config}, batch_size=None
+        )
+    return dataset.limit(config.max_docs) if config.max_docs is not None else dataset
 
-    def name_documents(table: pa.Table) -> pa.Table:
-        table = table.filter(pc.is_valid(table[config.text_column]))  # a row without a text is no document
-        texts = table[config.text_column]
-        names = table[config.id_column] if config.id_column else texts
-        ids = [document_id(str(name)) for name in names.to_pylist()]
-        return pa.table({"doc": pa.array(ids, pa.int64()), "text": texts.cast(pa.string())})
 
-    return dataset.map_batches(name_documents, batch_format="pyarrow", batch_size=None)
+def _read(files: dict[str, np.ndarray], system: fs.FileSystem, config: DataConfig) -> Iterator[pa.Table]:
+    for path in files["path"]:
+        yield from read_documents(system, path, config)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """A ConfigError of a remote task arrives as itself: one line, and no traceback from Ray or in Ray's log on the screen."""
+    import ray.exceptions
+
+    logger = logging.getLogger(_RAY_LOGGER)
+    logger.addFilter(_is_no_config_error)
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        cause: BaseException | None = error
+        while isinstance(cause, ray.exceptions.RayTaskError):
+            cause = cause.cause
+        if not isinstance(cause, ConfigError):
+            raise
+        raise ConfigError(cause) from None
+    finally:
+        logger.removeFilter(_is_no_config_error)
+
+
+def _is_no_config_error(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], ConfigError))
 
 
 def _hugging_face(config: DataConfig) -> ray.data.Dataset:
@@ -164,24 +132,16 @@ def _hugging_face(config: DataConfig) -> ray.data.Dataset:
             loaded = datasets.load_dataset(name, config.hf_config, split=config.hf_split, streaming=streaming)
     except Exception as error:
         raise ConfigError(
-            f"data.source={config.source}: `datasets` cannot load it ({type(error).__name__}: {error}). Check the name, "
-            "data.hf_config and data.hf_split, and that this machine reaches the hub or has the corpus in its cache"
+            f"data.source={config.source}: `datasets` cannot load it ({type(error).__name__}: {cut(error)}). Check the "
+            "name, data.hf_config and data.hf_split, and that this machine reaches the hub or has the corpus in its cache"
         ) from error
-    if loaded.column_names and config.text_column not in loaded.column_names:
-        raise ConfigError(
-            f"data.text_column={config.text_column} is not in {config.source}; its columns are "
-            f"{', '.join(loaded.column_names)}"
-        )
+    if loaded.features:
+        check_columns(loaded.features.arrow_schema, config.source, config)
     if isinstance(loaded, datasets.IterableDataset):
         return ray.data.from_huggingface(loaded)
     # Ray would ask the hub for the Parquet files of a downloaded dataset, whose Arrow files are on this machine already.
     table = loaded.with_format("arrow")
     return ray.data.from_arrow([table[i : i + _ARROW_ROWS] for i in range(0, len(table), _ARROW_ROWS)])
-
-
-def document_id(name: str) -> int:
-    """63-bit hash of a document's id."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def is_heldout(docs: np.ndarray, fraction: float) -> np.ndarray:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +30,23 @@ from pipelines.config.fingerprint import fingerprint
 from pipelines.config.schema import DataConfig, TokenizerConfig
 from pipelines.config.section import ConfigError
 from pipelines.config.stages import CorpusSpec
-from pipelines.data.corpus import SELF, documents, is_heldout, source_digest
-from pipelines.data.rows import token_rows
-from pipelines.data.token_store import MANIFEST, write_manifest, write_shard
-from pipelines.files import atomic_folder
+from pipelines.data.corpus import check_source, documents, is_heldout, plain_errors, source_digest
+from pipelines.data.encoding import eos_id, special_spellings, token_ids
+from pipelines.data.listing import CHAT, SELF, is_remote, list_files
+from pipelines.data.packing import PACKED, SplitWriter, pack, write_blocks
+from pipelines.data.token_store import MANIFEST
+from pipelines.files import atomic_folder, content_digest
 from pipelines.log import log
 
 _SAY_EVERY_S = 2.0
 END_OF_TEXT = "<|endoftext|>"
+SPLITS = ("train", "heldout")
+RULES = 2
+"""Part of the name of every corpus; another number whenever the same inputs give other blocks."""
+_TOKENIZER_FILES = (
+    *("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "added_tokens.json", "special_tokens_map.json"),
+    *("chat_template*", "additional_chat_templates/*"),
+)
 
 
 @dataclass(frozen=True)
@@ -67,53 +76,68 @@ class Prepared:
         return {name: {key: record[key] for key in keep} for name, record in records.items()}
 
 
-def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that ends a document: EOS, or the separator of BERT-style vocabularies. Raises ConfigError without either."""
-    for token_id in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-        if token_id is not None:
-            return token_id
-    raise ConfigError(f"tokenizer {tokenizer.name_or_path} has neither an EOS nor a separator token; add one to it")
-
-
-def _tokenizer_digest(spec: CorpusSpec) -> Any:
-    path = spec.given_tokenizer
-    if path is None:
-        return {"vocab": spec.tokenizer.vocab_size, "sample": spec.tokenizer.sample_chars}
-    files = sorted(Path(path).glob("tokenizer*")) + sorted(Path(path).glob("vocab*"))
-    contents = [hashlib.blake2b(f.read_bytes(), digest_size=16).hexdigest() for f in files if f.is_file()]
-    return {"path": None if contents else path, "gguf": spec.gguf_file, "files": contents}
-
-
 def prepare(spec: CorpusSpec) -> Prepared:
     """Make the token blocks of a run, unless they exist already."""
-    spec, source = _with_source(spec)
-    name = fingerprint(*source, _tokenizer_digest(spec))
-    prepared = Prepared(spec.cache / name)
-    if (prepared.split("heldout") / MANIFEST).is_file():
-        log.info(f"corpus  {prepared.folder} is up to date")
-        return prepared
+    spec = _with_source(spec)
+    for name in _names(spec):
+        prepared = Prepared(spec.cache / name)
+        if (prepared.split("heldout") / MANIFEST).is_file():
+            log.info(f"corpus  {prepared.folder} is up to date")
+            return prepared
+    prepared = Prepared(spec.cache / _names(spec)[-1])
     prepared.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(prepared.folder / ".lock"):
+    with FileLock(prepared.folder / ".lock"), plain_errors():
         _make(spec, prepared)
     return prepared
 
 
-def _with_source(spec: CorpusSpec) -> tuple[CorpusSpec, tuple[Any, Any]]:
-    """The spec with a source that exists, and what names it: text that the AR model writes itself is written here."""
+def _with_source(spec: CorpusSpec) -> CorpusSpec:
+    """The spec with a source that exists: text that the AR model writes itself is written here."""
     if spec.data.source != SELF:
-        return spec, (spec.data, source_digest(spec.data))
+        return spec
     from pipelines.data.self_text import TextJob, write_self_text
 
     assert spec.given_tokenizer, "validated"
     job = TextJob(spec.given_tokenizer, spec.gguf_file, spec.seed, spec.self_text, spec.cache)
     folder = write_self_text(job)
-    data = dataclasses.replace(spec.data, source=f"{folder}/*.parquet", text_column="text", id_column="number")
-    return dataclasses.replace(spec, data=data), (spec.data, folder.name)
+    special = spec.data.special_tokens is not False
+    data = dataclasses.replace(
+        spec.data, source=f"{folder}/*.parquet", text_column="text", id_column="number", special_tokens=special
+    )
+    return dataclasses.replace(spec, data=data)
+
+
+def _names(spec: CorpusSpec) -> list[str]:
+    """Names under which the corpus may be found; the last one is for a new one.
+
+    The contents of local files name a corpus, and not where they lie. Where an earlier release could not have read or
+    tokenised them differently, its name comes first: its corpora are used as they are.
+    """
+    data, contents, tokenizer = spec.data, source_digest(spec.data), _tokenizer_digest(spec)
+    if is_remote(data.source):
+        return [fingerprint(data, contents, tokenizer, RULES)]
+    kind = list_files(data.source).kind
+    earlier = [fingerprint(data, contents, tokenizer)] if kind == "parquet" and not spec.given_tokenizer else []
+    return [*earlier, fingerprint(dataclasses.replace(data, source=kind), contents, tokenizer, RULES)]
+
+
+def _tokenizer_digest(spec: CorpusSpec) -> Any:
+    """What names the tokenizer: all files that it is made from, or how it is trained."""
+    path = spec.given_tokenizer
+    if path is None:
+        return {"vocab": spec.tokenizer.vocab_size, "sample": spec.tokenizer.sample_chars}
+    if not Path(path).is_dir():
+        return {"id": path}
+    patterns = [*_TOKENIZER_FILES, *([spec.gguf_file] if spec.gguf_file else [])]
+    files = sorted(file for pattern in patterns for file in Path(path).glob(pattern) if file.is_file())
+    return {"files": [(file.name, content_digest(file)) for file in files]}
 
 
 def _make(spec: CorpusSpec, prepared: Prepared) -> None:
     """Make those of the tokenizer and the two splits that do not exist yet."""
     ray.data.DataContext.get_current().execution_options.preserve_order = True  # the same shards every time
+    if not spec.data.source.startswith("hf:"):
+        log.info(f"corpus  {check_source(spec.data)}")
     documents(spec.data)  # a source that cannot be read is an error here, not in a remote task
     if not prepared.tokenizer.is_dir():
         with atomic_folder(prepared.tokenizer) as partial:
@@ -122,8 +146,7 @@ def _make(spec: CorpusSpec, prepared: Prepared) -> None:
             else:
                 log.info(f"corpus  training a byte-level BPE of {spec.tokenizer.vocab_size} tokens")
                 ray.get(_train_tokenizer.remote(spec.data, spec.tokenizer, str(partial)))
-    for split in ("train", "heldout"):
-        _write_split(spec.data, prepared, split)
+    _write_splits(spec.data, prepared)
 
 
 @ray.remote(num_cpus=0)
@@ -134,7 +157,7 @@ def _train_tokenizer(data: DataConfig, config: TokenizerConfig, folder: str) -> 
         left = config.sample_chars
         for batch in documents(data).iter_batches(batch_size=16, batch_format="pyarrow"):
             train = ~is_heldout(batch["doc"].to_numpy(), data.heldout_fraction)
-            for text in batch["text"].filter(pa.array(train)).to_pylist():
+            for text in batch["text"].filter(pa.array(train)).drop_null().to_pylist():
                 yield text[:left]
                 left -= len(text)
                 if left <= 0:
@@ -159,77 +182,89 @@ def _worker_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     return load_tokenizer(folder)
 
 
-def pack(ids: list[list[int]], docs: np.ndarray, block: int, eos: int) -> tuple[np.ndarray, np.ndarray]:
-    """Concatenate documents, each followed by EOS, and cut blocks of `block` tokens. The short tail is dropped.
-
-    Returns:
-        (n, block) int32 blocks, and for each block the id of the document to which its first token belongs.
-    """
-    stream = np.concatenate([np.append(np.asarray(x, np.int32), np.int32(eos)) for x in ids]).astype(np.int32)
-    ends = np.cumsum([len(x) + 1 for x in ids])
-    n = len(stream) // block
-    owners = np.searchsorted(ends, np.arange(n) * block, side="right")
-    return stream[: n * block].reshape(n, block), docs[owners]
-
-
-def sequence_ids(blocks: np.ndarray) -> np.ndarray:
-    """63-bit hash of the content of each block. It names the sequence in its noise and orders the blocks of a shard."""
-    digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in blocks]
-    return (np.frombuffer(b"".join(digests), "<u8") >> np.uint64(1)).astype(np.int64)
-
-
-def _pack_shard(table: pa.Table, data: DataConfig, prepared: Prepared, split: str) -> pa.Table:
-    docs = table["doc"].to_numpy()
-    chosen = is_heldout(docs, data.heldout_fraction) == (split == "heldout")
-    texts = table["text"].filter(pa.array(chosen)).to_pylist()
+def _pack_shard(table: pa.Table, data: DataConfig, prepared: Prepared) -> pa.Table:
+    """Tokenise and pack some documents; one row for each split, as in `PACKED`."""
     tokenizer = _worker_tokenizer(str(prepared.tokenizer))
-    ids = (
-        tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        if texts
-        else []
-    )
-    entry: dict[str, Any] = {"file": "", "rows": 0}
-    if sum(map(len, ids)) + len(ids) >= data.block:
-        blocks, owners = pack(ids, docs[chosen], data.block, eos_id(tokenizer))
-        seq = sequence_ids(blocks)
-        order = np.argsort(seq, kind="stable")
-        name = hashlib.blake2b(seq[order].tobytes(), digest_size=8).hexdigest()
-        entry = write_shard(prepared.split(split), name, token_rows(seq[order], owners[order], blocks[order]))
-    return pa.Table.from_pylist([{**entry, "documents": len(texts), "tokens": entry["rows"] * data.block}])
+    texts, docs = np.array(table["text"].to_pylist(), object), table["doc"].to_numpy()
+    heldout = is_heldout(docs, data.heldout_fraction)
+    written = np.array([bool(text) and not text.isspace() for text in texts], bool)
+    rows = []
+    for split in SPLITS:
+        chosen = heldout == (split == "heldout")
+        kept, null = list(texts[chosen & written]), [text is None for text in texts[chosen]]
+        tokens, owners = pack(
+            token_ids(tokenizer, kept, _special_tokens(data)), docs[chosen & written], eos_id(tokenizer)
+        )
+        spelled = sum(len(special_spellings(tokenizer).findall(text)) for text in kept)
+        counts = {
+            "documents": len(kept),
+            "null": sum(null),
+            "blank": len(null) - sum(null) - len(kept),
+            "special": spelled,
+        }
+        rows.append({"split": split, **counts, **write_blocks(prepared.split(split), tokens, owners, data.block)})
+    return pa.Table.from_pylist(rows, schema=PACKED)
 
 
-def _write_split(data: DataConfig, prepared: Prepared, split: str) -> None:
-    folder = prepared.split(split)
-    if (folder / MANIFEST).is_file():
-        return
-    folder.mkdir(exist_ok=True)
+def _write_splits(data: DataConfig, prepared: Prepared) -> None:
+    splits = {name: SplitWriter(prepared.split(name), data.block) for name in SPLITS}
+    for split in splits.values():
+        split.folder.mkdir(exist_ok=True)
     started = said = time.monotonic()
-    shards = (
+    packed = (
         documents(data)
         .repartition(target_num_rows_per_block=data.docs_per_shard)
         .map_batches(
             _pack_shard,
-            fn_kwargs={"data": data, "prepared": prepared, "split": split},
+            fn_kwargs={"data": data, "prepared": prepared},
             batch_format="pyarrow",
             batch_size=data.docs_per_shard,
         )
     )
-    entries: list[dict[str, Any]] = []
-    count = tokens = 0
-    for row in shards.iter_rows():
-        count, tokens = count + row.pop("documents"), tokens + row.pop("tokens")
-        if row["rows"]:
-            entries.append(row)
+    for row in packed.iter_rows():
+        splits[row["split"]].add(row)
         if time.monotonic() > said + _SAY_EVERY_S:
             said = time.monotonic()
-            log.info(
-                f"corpus  {split}  {count} documents  {tokens:,} tokens  {tokens / (said - started):,.0f} tokens/s"
-            )
-    if not entries:
+            _say(splits, said - started)
+    for split in splits.values():
+        split.write_left()
+    seconds = time.monotonic() - started
+    _say(splits, seconds, ", done")
+    _say_what_was_not_taken(data, splits)
+    for name, split in splits.items():
+        _check_blocks(name, split, data)
+    for split in splits.values():  # the manifest of `heldout`, the last one, marks the corpus as complete
+        split.finish(seconds)
+
+
+def _special_tokens(data: DataConfig) -> bool:
+    return data.source == CHAT if data.special_tokens is None else data.special_tokens
+
+
+def _say(splits: dict[str, SplitWriter], seconds: float, end: str = "") -> None:
+    for name, split in splits.items():
+        rate = split.tokens / max(seconds, 1e-9)
+        log.info(
+            f"corpus  {name}  {split.counts['documents']} documents  {split.tokens:,} tokens  {rate:,.0f} tokens/s{end}"
+        )
+
+
+def _say_what_was_not_taken(data: DataConfig, splits: dict[str, SplitWriter]) -> None:
+    counts = sum((split.counts for split in splits.values()), Counter[str]())
+    if counts["null"] or counts["blank"]:
+        log.info(f"corpus  left out: {counts['null']} rows without a text, {counts['blank']} blank documents")
+    if counts["special"] and not _special_tokens(data):
+        log.info(
+            f"corpus  special tokens that documents spell out, {counts['special']} in all, are encoded as text; "
+            "data.special_tokens=true encodes them as special tokens"
+        )
+
+
+def _check_blocks(name: str, split: SplitWriter, data: DataConfig) -> None:
+    if not split.shards:
+        counts, left = split.counts, sum(len(tokens) for tokens, _ in split.left)
         raise ConfigError(
-            f"the {split} split of {data.source} has {count} documents and not one block of {data.block} tokens; use a "
+            f"the {name} split of {data.source} has {counts['documents']} documents ({counts['null']} rows without a text "
+            f"and {counts['blank']} blank ones left out) with {left} tokens, not one block of {data.block} tokens; use a "
             "larger corpus, a smaller data.block, or another data.heldout_fraction"
         )
-    seconds = time.monotonic() - started
-    log.info(f"corpus  {split}  {count} documents  {tokens:,} tokens  {tokens / seconds:,.0f} tokens/s, done")
-    write_manifest(folder, entries, tokens=tokens, documents=count, seconds=round(seconds, 2))

@@ -16,7 +16,7 @@ from typing import Any
 from pipelines.config.schema import Config, EvalConfig, TrainConfig
 from pipelines.config.section import ConfigError, node_selector
 from pipelines.config.stages import StageSpec, TeacherSpec, resolve, teacher_spec
-from pipelines.data.corpus import SELF
+from pipelines.data.listing import SELF
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS_ROOT = Path.home() / "kforcing"

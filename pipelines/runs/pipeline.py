@@ -16,7 +16,8 @@ from kforcing.loading import load_tokenizer
 from pipelines.config.saved import save_config
 from pipelines.config.schema import Config
 from pipelines.config.stages import StageSpec, evaluation_fingerprint, resolve_run
-from pipelines.data.tokenise import Prepared, eos_id, prepare
+from pipelines.data.encoding import eos_id
+from pipelines.data.tokenise import Prepared, prepare
 from pipelines.evaluation.heldout import EvalJob, SampleJob, evaluate_student, write_samples
 from pipelines.log import log
 from pipelines.rollouts.cache import cache_rollouts

@@ -1,8 +1,10 @@
+import hashlib
 import json
 import os
 
 import pytest
 
+from pipelines import files
 from pipelines.files import added_files, atomic_file, atomic_folder, atomic_write, strict_json, write_json
 
 
@@ -78,3 +80,26 @@ def test_numbers_that_json_has_no_word_for_become_null(tmp_path):
     )
     write_json(tmp_path / "a.json", {"a": nan})
     assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {"a": None}
+
+
+def test_the_digest_of_a_large_file_is_kept_by_its_size_and_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_KEPT_FROM", 4)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "weights"
+    file.write_bytes(b"large")
+    first = files.content_digest(file)
+    (kept,) = (tmp_path / "cache").rglob("*/digests/*")
+    assert kept.read_text() == first
+    kept.write_text("kept")
+    assert files.content_digest(file) == "kept"
+    os.utime(file, (1, 1))
+    assert files.content_digest(file) == first
+    file.write_bytes(b"other")
+    assert files.content_digest(file) != first
+
+
+def test_a_digest_needs_no_folder_to_be_kept_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_KEPT_FROM", 0)
+    (tmp_path / "no folder").write_bytes(b"x")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no folder"))
+    assert files.content_digest(tmp_path / "no folder") == hashlib.blake2b(b"x", digest_size=16).hexdigest()

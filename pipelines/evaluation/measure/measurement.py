@@ -12,7 +12,7 @@ from torch import Tensor
 from kforcing.baselines.base import Decoder
 from kforcing.loading import load_tokenizer
 from kforcing.metrics.intervals import over_clusters
-from pipelines.data.tokenise import eos_id
+from pipelines.data.encoding import eos_id
 from pipelines.evaluation.baseline_training import noise_of
 from pipelines.evaluation.baselines import decoder_of
 from pipelines.evaluation.config import EvaluationConfig

@@ -1,6 +1,9 @@
+import os
+import shutil
+
 from pipelines.config.overrides import apply
 from pipelines.config.recipes import recipe
-from pipelines.config.stages import corpus_spec, evaluation_fingerprint, resolve, stage_spec, teacher_spec
+from pipelines.config.stages import corpus_spec, evaluation_fingerprint, model_digest, resolve, stage_spec, teacher_spec
 from pipelines.training.job import stage_job
 
 
@@ -66,7 +69,26 @@ def test_a_given_teacher_is_named_by_its_files_and_not_by_training_settings(tmp_
     before = given.fingerprint("c")
     (tmp_path / "config.json").write_text('{"hidden_size": 1}')
     assert given.fingerprint("c") != before
+    for name in ("model.safetensors", "pytorch_model.bin", "generation_config.json"):
+        before = given.fingerprint("c")
+        (tmp_path / name).write_bytes(b"one")
+        changed = given.fingerprint("c")
+        (tmp_path / name).write_bytes(b"two")
+        assert len({before, changed, given.fingerprint("c")}) == 3
     assert teacher_spec(config("teacher.train.lr=1")).fingerprint("c") != teacher_spec(config()).fingerprint("c")
+
+
+def test_a_teacher_that_is_touched_or_copied_keeps_its_name(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("config.json", "model.safetensors", "model.gguf"):
+        (tmp_path / "a" / name).write_text("{}")
+    first, gguf = model_digest(str(tmp_path / "a")), model_digest(str(tmp_path / "a"), "model.gguf")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    os.utime(tmp_path / "a" / "model.safetensors", (1, 1))
+    assert model_digest(str(tmp_path / "a")) == model_digest(str(tmp_path / "b")) == first
+    assert model_digest(str(tmp_path / "b"), "model.gguf") == gguf
+    (tmp_path / "b" / "model.gguf").write_text("[]")  # as many bytes
+    assert model_digest(str(tmp_path / "b"), "model.gguf") != gguf
 
 
 def test_the_evaluation_is_named_by_the_stage_and_by_what_is_measured():

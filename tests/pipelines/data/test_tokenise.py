@@ -1,34 +1,23 @@
+import json
+import os
+import shutil
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from kforcing.loading import load_tokenizer
 from pipelines.config.overrides import apply
 from pipelines.config.recipes import recipe
-from pipelines.config.schema import DataConfig
 from pipelines.config.section import ConfigError
 from pipelines.config.stages import corpus_spec
-from pipelines.data.corpus import document_id, is_heldout, source_digest
+from pipelines.data.corpus import is_heldout
+from pipelines.data.encoding import eos_id
+from pipelines.data.reading import document_id
 from pipelines.data.rows import to_numpy
-from pipelines.data.token_store import TokenStore
-from pipelines.data.tokenise import eos_id, pack, prepare, sequence_ids
-
-
-def test_packing_ends_documents_with_eos_and_drops_the_tail():
-    blocks, owners = pack([[5, 6, 7], [8], [9, 10]], np.array([100, 200, 300]), block=4, eos=1)
-    assert blocks.tolist() == [[5, 6, 7, 1], [8, 1, 9, 10]]
-    assert owners.tolist() == [100, 200]
-    assert blocks.dtype == np.int32
-
-
-def test_a_block_belongs_to_the_document_of_its_first_token():
-    _, owners = pack([[5, 6], [7, 8, 9, 10]], np.array([100, 200]), block=2, eos=1)
-    assert owners.tolist() == [100, 100, 200, 200]  # the second block begins with the first document's EOS
-
-
-def test_sequence_ids_are_hashes_of_content():
-    ids = sequence_ids(np.array([[1, 2], [3, 4], [1, 2]], np.int32))
-    assert ids[0] == ids[2] != ids[1]
-    assert (ids >= 0).all()
+from pipelines.data.token_store import MANIFEST, TokenStore
+from pipelines.data.tokenise import _names, prepare
 
 
 def test_the_split_is_a_function_of_the_id():
@@ -39,13 +28,65 @@ def test_the_split_is_a_function_of_the_id():
     assert (is_heldout(docs, 0.2) >= held).all()
 
 
-def test_the_digest_follows_content(tmp_path):
+def name_of(tmp_path, *words):
+    """The name of a new corpus."""
+    return _names(corpus_spec(apply(recipe("smoke"), {}, [f"output_dir={tmp_path}/run", *words])))[-1]
+
+
+def test_a_corpus_is_named_by_the_contents_of_its_files(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("one\n")
-    first = source_digest(DataConfig(source=str(file)))
-    assert source_digest(DataConfig(source=str(file))) == first
+    first = name_of(tmp_path, f"data.source={file}")
+    os.utime(file, (1, 1))
+    shutil.copy(file, tmp_path / "b.txt")
+    assert name_of(tmp_path, f"data.source={file}") == name_of(tmp_path, f"data.source={tmp_path}/b.txt") == first
     file.write_text("two\n")
-    assert source_digest(DataConfig(source=str(file))) != first
+    assert name_of(tmp_path, f"data.source={file}") != first
+    file.write_text("one\n")
+    assert name_of(tmp_path, f"data.source={file}", "data.special_tokens=true") != first
+    assert name_of(tmp_path, f"data.source={file.rename(tmp_path / 'a.jsonl')}") != first
+
+
+def test_a_local_folder_of_datasets_is_named_by_its_contents(tmp_path):
+    file = tmp_path / "data" / "train.parquet"
+    file.parent.mkdir()
+    file.write_bytes(b"one")
+    first = name_of(tmp_path, f"data.source=hf:{file.parent}")
+    file.write_bytes(b"two")
+    assert name_of(tmp_path, f"data.source=hf:{file.parent}") != first
+
+
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "merges.txt", "vocab.json", "special_tokens_map.json"]
+TOKENIZER_FILES += ["added_tokens.json", "chat_template.jinja", "additional_chat_templates/tool.jinja", "spiece.model"]
+
+
+@pytest.mark.parametrize("name", TOKENIZER_FILES)
+def test_every_file_of_a_tokenizer_names_the_corpus(tmp_path, name):
+    folder = tmp_path / "tokenizer"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "README.md").write_text("one")
+    first = name_of(tmp_path, f"tokenizer.path={folder}")
+    (folder / "README.md").write_text("two")
+    shutil.copytree(folder, tmp_path / "copy")
+    os.utime(folder / "tokenizer.json", (1, 1))
+    assert (
+        name_of(tmp_path, f"tokenizer.path={folder}") == name_of(tmp_path, f"tokenizer.path={tmp_path}/copy") == first
+    )
+    (folder / name).write_text("other")
+    assert name_of(tmp_path, f"tokenizer.path={folder}") != first
+
+
+def test_corpora_of_earlier_releases_are_looked_for_where_nothing_could_differ(tmp_path):
+    def names(*words):
+        return _names(corpus_spec(apply(recipe("smoke"), {}, [f"output_dir={tmp_path}/run", *words])))
+
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "tokenizer.json").write_text("{}")
+    tiny = ["data.max_docs=12", "data.docs_per_shard=4", "data.heldout_fraction=0.3", "tokenizer.vocab_size=260"]
+    assert len(names(*tiny)) == 2
+    assert names(*tiny)[0] == "60bc6653e1fbea1d"  # its folder in tests/data/finished_run.tar.gz
+    assert len(names(f"data.source={tmp_path}/a.jsonl")) == len(names(f"tokenizer.path={tmp_path}")) == 1
 
 
 TEXTS = [f"Document number {i} tells of {i % 7} things and of nothing else at all." for i in range(120)]
@@ -126,3 +167,38 @@ def test_a_source_that_turns_out_unreadable_during_reading_gives_a_clear_error(r
     words = [w.replace("{folder}", str(tmp_path / "corpus")) for w in words]
     with pytest.raises(ConfigError, match=message):
         prepare(corpus_for(tmp_path, source, *words))
+
+
+@pytest.mark.cluster
+def test_a_wrong_line_met_by_a_task_is_one_line_and_no_traceback(ray_here, tmp_path, capfd):
+    source = write_corpus(tmp_path / "corpus", "json")
+    (tmp_path / "corpus" / "more.jsonl").write_text('{"text": "a"}\n{"text": 12}\n')
+    with pytest.raises(ConfigError) as error:
+        prepare(corpus_for(tmp_path, source))
+    what = "line 2: data.text_column=text is 12, not a string; write it as a string"
+    assert str(error.value) == f"{tmp_path}/corpus/more.jsonl, {what}"
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.cluster
+def test_every_row_is_a_document_or_left_out_and_counted(ray_here, tmp_path, caplog):
+    texts = [text for i, line in enumerate(TEXTS) for text in (line, ["", " \n", None][i % 3], "see <|endoftext|>")]
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": texts, "id": range(360)}), folder / "a.parquet")
+    (folder / "_SUCCESS").touch()
+    caplog.set_level("INFO", "kforcing")
+    prepared = prepare(corpus_for(tmp_path, folder, "data.id_column=id"))
+    manifests = [json.loads((prepared.split(name) / MANIFEST).read_text()) for name in ("train", "heldout")]
+    counts = {name: sum(manifest[name] for manifest in manifests) for name in ("documents", "null", "blank", "special")}
+    assert counts == {"documents": 240, "null": 40, "blank": 80, "special": 120}
+    assert f"{folder}: 1 parquet files, " in caplog.text
+    assert f"1 files skipped: 1 hidden or temporary ({folder}/_SUCCESS)" in caplog.text
+    assert "left out: 40 rows without a text, 80 blank documents" in caplog.text
+    assert "120 in all, are encoded as text" in caplog.text
+    store = TokenStore(prepared.split("train"), 0)
+    tokens = to_numpy(store.read(np.arange(store.rows_per_epoch))["tokens"])
+    eos = tokens == eos_id(load_tokenizer(prepared.tokenizer))
+    assert not (eos[:, 1:] & eos[:, :-1]).any()
+    with_tokens = prepare(corpus_for(tmp_path, folder, "data.id_column=id", "data.special_tokens=true"))
+    assert with_tokens.facts()["train"]["tokens"] < prepared.facts()["train"]["tokens"]
