@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -63,9 +66,7 @@ def load_model(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype}: choose one of {', '.join(DTYPES)}")
-    config = Path(path) / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"no config.json in {path}; expected a student's or a transformers model's directory")
+    config = _config_file(path)
     model: Any
     if json.loads(config.read_text()).get("model_type") == "kforcing":
         model = PushForwardLM.from_pretrained(path)
@@ -107,6 +108,35 @@ def _logits(model: PreTrainedModel) -> torch.Tensor:
         logits = model(input_ids=ids, use_cache=False).logits
     model.train(training)
     return logits.float()
+
+
+def model_without_weights(path: str | Path) -> Any:
+    """The model of a directory on torch's meta device: everything but its weights, which must be there and be whole.
+
+    Raises:
+        FileNotFoundError: when the directory holds no model or no weights.
+        ValueError: when a file of weights is damaged.
+    """
+    config = AutoConfig.from_pretrained(_config_file(path).parent)
+    files = [*Path(path).glob("*.safetensors"), *Path(path).glob("pytorch_model*.bin")]
+    if not files:
+        raise FileNotFoundError(f"no weights in {path}; expected model.safetensors")
+    for file in files:
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(f"{file} is damaged: {error}") from None
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _config_file(path: str | Path) -> Path:
+    config = Path(path) / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"no config.json in {path}; expected a student's or a transformers model's directory")
+    return config
 
 
 def load_tokenizer(path: str | Path, gguf_file: str | None = None) -> Any:

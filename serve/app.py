@@ -23,12 +23,14 @@ from starlette.types import ASGIApp
 
 from serve.api import create_app
 from serve.metrics_hub import MetricsHub, merge
-from serve.models import pinned
+from serve.models import check_deployment, pinned
 from serve.service import Service
 from serve.settings import Settings, read_settings
 
 PUSH_S = 2.0
 """Seconds between two messages to the metrics hub."""
+HUB_LIFE_S = 60.0
+"""Seconds after which the hub ends when no replica is left. A replica that replaces another one comes sooner."""
 
 
 @serve.ingress()
@@ -40,8 +42,8 @@ class Endpoint:
         context = serve.get_replica_context()
         self.service = Service(context.replica_id.unique_id)
         self.hub = ray.remote(num_cpus=0)(MetricsHub).options(
-            name=f"kforcing-metrics-{context.app_name}", namespace="serve", get_if_exists=True
-        )  # it ends with the replica that made it, and the next `_scrape` of another replica makes a new one
+            name=f"kforcing-metrics-{context.app_name}", namespace="serve", get_if_exists=True, lifetime="detached"
+        )
         self._hub: Any = None
         self._pusher: asyncio.Task[None] | None = None
 
@@ -50,8 +52,10 @@ class Endpoint:
         return create_app(self.service, self.api_keys, self.max_body, self._scrape, self.origins)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Apply settings, the first ones included."""
-        await self.service.configure(read_settings(user_config))
+        """Apply settings, the first ones included. Where they cannot be loaded, what was served before is served on."""
+        self._hub = self._hub or self.hub.remote(HUB_LIFE_S)
+        served = await self._hub.last_served.remote()
+        await self.service.configure(read_settings(user_config), before=served and read_settings(served))
         if self._pusher is None:
             self._pusher = asyncio.create_task(self._push())
 
@@ -62,8 +66,9 @@ class Endpoint:
     async def _scrape(self) -> str:
         own = self.service.metrics.text()
         try:
-            self._hub = self._hub or self.hub.remote()
-            return merge(await self._hub.put.remote(self.service.replica, own))
+            self._hub = self._hub or self.hub.remote(HUB_LIFE_S)
+            served = self.service.settings.model_dump(exclude={"api_key"}) if self.service.settings else None
+            return merge(await self._hub.put.remote(self.service.replica, own, served))
         except ray.exceptions.RayError:
             self._hub = None
             return own
@@ -79,11 +84,14 @@ class Endpoint:
 def build(given: dict[str, Any]) -> serve.Application:
     """The application of `serve run serve.app:build name=value …`; `Settings` lists the names.
 
-    Raises ValueError that names a wrong or missing setting.
+    Whatever can be checked is checked here, so that a bad deployment does not end a good one: Serve then keeps what it has.
+
+    Raises ValueError or FileNotFoundError that names a wrong or missing setting.
     """
     if (key := os.environ.get("KFORCING_API_KEY")) is not None:
         given = {"api_key": key, **given}
     settings = read_settings(given)
+    check_deployment(settings)
     models = {"model": pinned(settings.model), "teacher": pinned(settings.teacher)}
     deployment: Any = serve.deployment(Endpoint, name="kforcing")
     return deployment.options(

@@ -50,6 +50,12 @@ class Metrics:
         self.engine_time = counter("engine_time_seconds_total", "Seconds for which the engine computed.")
         self.framework_time = counter("framework_time_seconds_total", "Seconds between steps while there was work.")
         self.success = counter("request_success_total", "Finished requests.", "finished_reason")
+        self.failed = Gauge(
+            f"{PREFIX}_deployment_failed",
+            "1 while the newest deployment could not be loaded and the one before is served.",
+            ("replica",),
+            registry=self.registry,
+        )
         self.rejected = counter("requests_rejected_total", "Requests refused because the waiting queue was full.")
 
     def text(self) -> str:
@@ -65,6 +71,7 @@ class EngineMetrics:
         self._counted, self._returned, self._probes = EngineStats(), 0, 0
         for gauge in (metrics.running, metrics.waiting, metrics.cache):
             gauge.labels(**self._labels).set(0)
+        metrics.failed.labels(replica).set(0)
         metrics.per_forward.labels(**self._labels).set_function(self._tokens_per_forward)
         counters = (metrics.prompt, metrics.generated, metrics.discarded, metrics.steps, metrics.rejected)
         times = (metrics.engine_time, metrics.framework_time)

@@ -1,22 +1,47 @@
-"""The metrics of all replicas in one place. This module runs in its own process, so it imports nothing heavy."""
+"""What the replicas of an application share. This module runs in its own process, so it imports nothing heavy."""
 
 from __future__ import annotations
 
+import threading
 import time
+from typing import Any
+
+import ray
 
 
 class MetricsHub:
-    """An actor that keeps the latest metrics of each replica, so that one scrape returns those of all replicas."""
+    """An actor that outlives single replicas. It keeps the latest metrics of each, so that one scrape returns those of all,
+    and the settings that were served last, so that a new replica can serve those when it cannot load newer ones.
 
-    def __init__(self) -> None:
+    Args:
+        life_s: seconds without a message from any replica after which the actor ends itself: the application has been shut
+            down.
+    """
+
+    def __init__(self, life_s: float):
         self.latest: dict[str, tuple[float, str]] = {}
+        self.served: dict[str, Any] | None = None
+        self.life_s, self.last_message = life_s, time.monotonic()
+        own = ray.get_runtime_context().current_actor
+        threading.Thread(target=self._end_when_alone, args=(own,), daemon=True).start()
 
-    def put(self, replica: str, text: str) -> list[str]:
-        """Store a replica's metrics; return those of all replicas that sent some within the last minute."""
-        now = time.monotonic()
+    def put(self, replica: str, text: str, served: dict[str, Any] | None) -> list[str]:
+        """Store a replica's metrics and settings; return the metrics of all replicas that sent some in the last minute."""
+        self.last_message = now = time.monotonic()
+        self.served = served or self.served
         self.latest[replica] = (now, text)
         self.latest = {name: (at, kept) for name, (at, kept) in self.latest.items() if now - at < 60}
         return [kept for _, kept in self.latest.values()]
+
+    def last_served(self) -> dict[str, Any] | None:
+        """The settings that were served last."""
+        self.last_message = time.monotonic()
+        return self.served
+
+    def _end_when_alone(self, own: Any) -> None:
+        while time.monotonic() - self.last_message < self.life_s:
+            time.sleep(self.life_s / 10)
+        ray.kill(own)
 
 
 def merge(texts: list[str]) -> str:

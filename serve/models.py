@@ -8,8 +8,14 @@ from typing import Any
 
 from kforcing import PushForwardLM
 from kforcing.detokenizer import Detokenizer
-from kforcing.engine import Engine, EngineConfig, EngineStats, Request
-from kforcing.loading import eos_token_ids, load_model, load_tokenizer, saved_generation_config
+from kforcing.engine import Engine, EngineConfig, EngineStats, Request, checked_sizes
+from kforcing.loading import (
+    eos_token_ids,
+    load_model,
+    load_tokenizer,
+    model_without_weights,
+    saved_generation_config,
+)
 from kforcing.model_uri import PREFIX, parse_model_uri
 from serve.engine_thread import AsyncEngine, EngineThread
 from serve.metrics import EngineMetrics, Metrics
@@ -38,6 +44,8 @@ class ServedModel:
         self.async_engine = AsyncEngine(self.engine, metrics, max_waiting, thread)
 
 
+REMOTE = (PREFIX, "runs:/")
+"""How models begin that are not on this node."""
 LOADING = {
     *("model", "name", "teacher", "k", "acceptance", "coupling", "device", "dtype"),
     *("row_kernel", "quantization", "batch_invariant"),
@@ -54,28 +62,57 @@ def loading_settings(settings: Settings) -> dict[str, Any]:
 def load_models(settings: Settings, metrics: Metrics, replica: str, thread: EngineThread) -> dict[str, ServedModel]:
     """The models of a replica by name. Raises FileNotFoundError or ValueError for a setting that cannot be served."""
     path = resolve(settings.model)
-    model = load_model(path, settings.device, settings.dtype)
+    model: Any = load_model(path, settings.device, settings.dtype)
     name = settings.name or default_name(settings.model)
+    _check_name(settings, name, model)
     models = [ServedModel(name, Engine(model, engine_config(settings, model, settings.k)), path)]
     if settings.teacher not in ("auto", "none"):
         folder = resolve(settings.teacher)
         teacher: Any = load_model(folder, settings.device, settings.dtype)
         models.append(ServedModel("teacher", Engine(teacher, engine_config(settings, teacher, 1)), folder))
-    elif settings.teacher == "auto" and isinstance(model, PushForwardLM) and model.design.exact_trunk:
+    elif settings.teacher == "auto" and _holds_ar_model(model):
         config = engine_config(settings, model.backbone, 1, model.design.coupling)
         models.append(ServedModel("teacher", Engine(model.backbone, config), path))
-    if len({served.name for served in models}) < len(models):
-        raise ValueError(
-            f"name={name}: the AR model beside the student has this name; choose another name=…, or teacher=none"
-        )
     for served in models:  # only when all of them have been loaded
         served.open(EngineMetrics(metrics, served.name, replica), settings.max_waiting, thread)
     return {served.name: served for served in models}
 
 
+def check_deployment(settings: Settings) -> None:
+    """Check what can be checked of a deployment without loading weights: `build` refuses it before a replica changes.
+
+    Registered models are checked by the replicas, which download them.
+
+    Raises:
+        FileNotFoundError: for a directory without a model, weights or tokenizer.
+        ValueError: for settings that do not fit the model, and for damaged weights.
+    """
+    for name, folder, k in (("model", settings.model, settings.k), ("teacher", settings.teacher, 1)):
+        if folder in ("auto", "none") or folder.startswith(REMOTE):
+            continue
+        path = resolve(folder, name)
+        model = model_without_weights(path)
+        checked_sizes(model, engine_config(settings, model, k))
+        load_tokenizer(path)
+        if name == "model":
+            _check_name(settings, settings.name or default_name(folder), model)
+
+
+def _check_name(settings: Settings, name: str, model: Any) -> None:
+    beside = settings.teacher != "none" and (settings.teacher != "auto" or _holds_ar_model(model))
+    if name == "teacher" and beside:
+        raise ValueError(
+            f"name={name}: the AR model beside the student has this name; choose another name=…, or teacher=none"
+        )
+
+
+def _holds_ar_model(model: Any) -> bool:
+    return isinstance(model, PushForwardLM) and model.design.exact_trunk
+
+
 def engine_config(settings: Settings, model: Any, k: int | None, coupling: str | None = None) -> EngineConfig:
     """The engine's configuration for a model under these settings."""
-    verifies = not isinstance(model, PushForwardLM) or model.design.exact_trunk
+    verifies = not isinstance(model, PushForwardLM) or _holds_ar_model(model)
     automatic = "exact" if verifies else "fixed"
     return EngineConfig(
         max_num_seqs=settings.max_num_seqs,
@@ -105,12 +142,12 @@ def pinned(model: str) -> str:
     return f"{PREFIX}{uri.name}/{MlflowClient().get_model_version_by_alias(uri.name, uri.alias).version}"
 
 
-def resolve(model: str) -> Path:
+def resolve(model: str, setting: str = "model") -> Path:
     """A local directory for a directory, a registered model, or a path `runs:/…` below a run of MLflow.
 
     Raises FileNotFoundError if there is none, and ValueError for a malformed URI.
     """
-    if model.startswith((PREFIX, "runs:/")):
+    if model.startswith(REMOTE):
         if model.startswith(PREFIX):
             parse_model_uri(model)
         from mlflow.artifacts import download_artifacts
@@ -123,7 +160,7 @@ def resolve(model: str) -> Path:
     path = Path(model)
     if not path.is_dir():
         raise FileNotFoundError(
-            f"model={model}: there is no such directory on this node; give an absolute path that every node sees, or a "
+            f"{setting}={model}: there is no such directory on this node; give an absolute path that every node sees, or a "
             "registered model as models:/NAME@ALIAS or models:/NAME/VERSION"
         )
     return path

@@ -82,7 +82,8 @@ def operations_routes(service: Service, scrape: Callable[[], Awaitable[str]]) ->
             await service.check_ready()
         except RuntimeError as error:
             return ApiError(503, str(error), code="not_ready").response()
-        return AsciiJSON({"status": "ok"})
+        failed = {} if service.failed_deployment is None else {"failed_deployment": service.failed_deployment}
+        return AsciiJSON({"status": "ok", **failed})
 
     @router.get("/live")
     async def live() -> Response:

@@ -75,25 +75,47 @@ class Service:
         self.thread = EngineThread()
         self.settings: Settings | None = None
         self.models: dict[str, ServedModel] = {}
+        self.failed_deployment: str | None = None
+        """Why the newest settings are not served, if they are not."""
         self._swap = asyncio.Lock()
         self._tokenising = ThreadPoolExecutor(1, "tokenise")
 
-    async def configure(self, settings: Settings) -> None:
-        """Serve the models that the settings name. Requests to the former models run to their end. Safe to repeat."""
+    async def configure(self, settings: Settings, before: Settings | None = None) -> None:
+        """Serve the models that the settings name. Requests to the former models run to their end. Safe to repeat.
+
+        Where they cannot be loaded, the models that are served already stay, or those of the settings `before` are loaded,
+        and `failed_deployment` says why. Without either the error is raised.
+        """
         async with self._swap:
             if self.settings is not None and loading_settings(settings) == loading_settings(self.settings):
                 self.settings = settings
                 for model in self.models.values():
                     model.async_engine.max_waiting = settings.max_waiting
                 return
-            # A thread of its own, whose OpenMP team ends with it (`engine_thread.py` says why).
-            with ThreadPoolExecutor(1, "load") as once:
-                future = once.submit(load_models, settings, self.metrics, self.replica, self.thread)
-                models = await asyncio.wrap_future(future)
+            failure = None
+            try:
+                models = await self._load(settings)
+            except Exception as error:
+                if not self.models and before is None:
+                    raise
+                failure = f"model={settings.model} cannot be served: {type(error).__name__}: {error}"
+                logger.error("%s; what was served before is served on", failure)
+                settings = before or settings
+                models = self.models or await self._load(settings)
+            self.failed_deployment = failure
+            self.metrics.failed.labels(self.replica).set(failure is not None)
+            if models is self.models:
+                return
             former, self.models, self.settings = self.models, models, settings
             for model in former.values():
                 model.async_engine.close()
             logger.info("serving %s", ", ".join(f"{n} (k={m.engine.k})" for n, m in models.items()))
+
+    async def _load(self, settings: Settings) -> dict[str, ServedModel]:
+        # A thread of its own, whose OpenMP team ends with it (`engine_thread.py` says why).
+        with ThreadPoolExecutor(1, "load") as once:
+            future = once.submit(load_models, settings, self.metrics, self.replica, self.thread)
+            return await asyncio.wrap_future(future)
 
     def check_alive(self) -> None:
         """Raise RuntimeError if an engine has died or hangs."""

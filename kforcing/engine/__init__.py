@@ -12,7 +12,7 @@ engine.py      Engine: submit, step, cancel, stream, generate
 """
 
 from kforcing.engine.config import EngineConfig, EngineStats
-from kforcing.engine.engine import Engine
+from kforcing.engine.engine import Engine, checked_sizes
 from kforcing.engine.request import Completion, DraftCounts, Output, Request, SamplingParams, TokenLogprobs
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "Request",
     "SamplingParams",
     "TokenLogprobs",
+    "checked_sizes",
 ]

@@ -144,12 +144,12 @@ def check_acceptance(acceptance: str, student: Student | None) -> None:
         )
 
 
-def check_config(config: EngineConfig, check_every: int, student: Student | None) -> None:
+def check_config(config: EngineConfig, student: Student | None) -> None:
     """Raise ValueError for sizes below 1 and unknown choices."""
     sizes = {
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens,
-        "check_every": check_every,
+        "check_every": 1 if config.check_every is None else config.check_every,
     }
     for name, value in sizes.items():
         if value < 1:

@@ -52,15 +52,11 @@ class Engine:
 
     def __init__(self, model: nn.Module, config: EngineConfig | None = None):
         config = config or EngineConfig()
-        student = as_student(model.eval())
+        self.k, self.max_model_len = checked_sizes(model.eval(), config)
+        student = as_student(model)
         backbone: Any = student.backbone if student else model
-        if not student:
-            check_backbone(backbone)
         cuda = backbone.device.type == "cuda"
-        self.k = checked_k(config.k, student.k) if student else checked_ar_k(config)
-        self.max_model_len = checked_length(config.max_model_len, context_limit(backbone.config), self.k)
         self.check_every = (8 if cuda else 1) if config.check_every is None else config.check_every
-        check_config(config, self.check_every, student)
         model = _prepared(model, config)
         self.model, self.config, self.student = model, config, as_student(model)
         self.runner = ModelRunner(
@@ -345,6 +341,21 @@ class Engine:
         return Output(
             sequence.id, kept, reason, stop, sequence.steps, entries, sequence.counts, scored if first else None
         )
+
+
+def checked_sizes(model: nn.Module, config: EngineConfig) -> tuple[int, int]:
+    """The k and the longest sequence of an engine; raises ValueError for a config that the model cannot serve.
+
+    It reads no weights, so the model may be on torch's meta device.
+    """
+    student = as_student(model)
+    backbone: Any = student.backbone if student else model
+    if not student:
+        check_backbone(backbone)
+    k = checked_k(config.k, student.k) if student else checked_ar_k(config)
+    max_model_len = checked_length(config.max_model_len, context_limit(backbone.config), k)
+    check_config(config, student)
+    return k, max_model_len
 
 
 def _prepared(model: nn.Module, config: EngineConfig) -> nn.Module:

@@ -1,12 +1,17 @@
 """Where a replica's models come from."""
 
+import shutil
+
 import pytest
 
+from kforcing import PushForwardLM
+from serve.app import build
 from serve.engine_thread import EngineThread
 from serve.metrics import Metrics
 from serve.models import default_name, load_models, pinned, resolve
 from serve.settings import Settings
 from tests.endpoint import endpoint, save_model
+from tests.models import make_backbone
 
 pytestmark = pytest.mark.cluster
 
@@ -61,3 +66,35 @@ def serve_alone(folder, **settings):
         return load_models(Settings(model=str(folder), max_model_len=40, **settings), Metrics(), "test", thread)
     finally:
         thread.close()
+
+
+def broken(folder, **settings):
+    return {"model": str(folder), "max_model_len": 40, **settings}
+
+
+def test_build_refuses_what_no_replica_could_serve(tmp_path):
+    """Serve then keeps what it has."""
+    good = save_model(tmp_path / "good")
+    argmax = save_model(tmp_path / "argmax", PushForwardLM.from_backbone(make_backbone(), 4))
+    cut, empty, words = (shutil.copytree(good, tmp_path / name) for name in ("cut", "empty", "words"))
+    weights = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    (empty / "model.safetensors").unlink()
+    for file in words.glob("tokenizer*"):
+        file.unlink()
+    for given, kind, message in (
+        (broken(tmp_path / "none"), FileNotFoundError, "model=.*none: there is no such directory"),
+        (broken(good, teacher=str(tmp_path / "none")), FileNotFoundError, "teacher=.*none: there is no such"),
+        (broken(tmp_path), FileNotFoundError, "no config.json in"),
+        (broken(empty), FileNotFoundError, "no weights in .*empty"),
+        (broken(words), FileNotFoundError, "no tokenizer in .*words"),
+        (broken(cut), ValueError, "model.safetensors is damaged"),
+        (broken(good, k=9), ValueError, "k=9 tokens a step asked where 1 to 4 can be made"),
+        (broken(good, max_model_len=1000), ValueError, "max_model_len=1000"),
+        (broken(good, coupling="x"), ValueError, "coupling=x"),
+        (broken(argmax, acceptance="exact"), ValueError, "acceptance=exact needs the AR model"),
+        (broken(good, name="teacher"), ValueError, "name=teacher"),
+    ):
+        with pytest.raises(kind, match=message):
+            build(given)
+    build(broken(good))

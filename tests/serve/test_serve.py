@@ -19,6 +19,7 @@ from ray import serve
 
 from kforcing.reference import decode
 from serve.app import build
+from serve.metrics_hub import MetricsHub
 from serve.overhead import replicas
 from tests.endpoint import EOS, ids_of, save_model, text_of
 from tests.models import make_backbone, make_sequential
@@ -45,13 +46,15 @@ def folder(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("serve") / "tiny", chat=True)
 
 
-def deploy(folder, **settings):
-    serve.run(
-        build(
-            {"model": str(folder), "name": "tiny", "acceptance": "fixed"}
-            | {"max_num_seqs": 8, "max_model_len": 56, "drain_s": 30, **settings}
-        )
+def application(folder, **settings):
+    return build(
+        {"model": str(folder), "name": "tiny", "acceptance": "fixed"}
+        | {"max_num_seqs": 8, "max_model_len": 56, "drain_s": 30, **settings}
     )
+
+
+def deploy(folder, **settings):
+    serve.run(application(folder, **settings))
 
 
 def complete(**body):
@@ -128,6 +131,13 @@ def test_a_redeployment_changes_the_weights_and_drops_no_request(cluster, folder
         text_of(decode(m, ids_of("abc"), 40, seed=1, k=4)) for m in (make_sequential(make_backbone()), new)
     )
     assert set(texts) == {of_old, of_new}
+    assert complete(max_tokens=40, ignore_eos=True) == of_new
+    with pytest.raises(ValueError, match="k=9"):
+        deploy(folder, k=9)
+    bad = application(save_model(tmp_path / "bad"))
+    (tmp_path / "bad" / "model.safetensors").unlink()  # what `build` has checked is gone when the replica loads it
+    serve.run(bad)
+    assert f"model={tmp_path / 'bad'} cannot be served" in httpx.get(f"{URL}/health").json()["failed_deployment"]
     assert complete(max_tokens=40, ignore_eos=True) == of_new
 
 
@@ -215,3 +225,9 @@ def test_200_concurrent_streams_end_with_a_whole_answer_or_a_refusal(cluster, fo
     assert {code for code, _ in answers} <= {200, 429, 503}
     assert all(lines[-1] == "data: [DONE]" for code, lines in answers if code == 200)
     assert sum(code == 200 for code, _ in answers) >= 100
+
+
+def test_the_actor_that_gathers_metrics_ends_when_no_replica_is_left(cluster):
+    hub = ray.remote(num_cpus=0)(MetricsHub).options(name="hub-of-the-test", lifetime="detached").remote(1.0)
+    assert ray.get(hub.put.remote("replica", "text", None)) == ["text"]
+    wait_until(lambda: "hub-of-the-test" not in ray.util.list_named_actors(), "the actor never ended", 60)

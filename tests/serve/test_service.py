@@ -7,7 +7,9 @@ import threading
 import httpx
 import pytest
 
-from tests.endpoint import HeldSteps, endpoint, expected, metrics, save_model, text_of
+from serve.service import Service
+from serve.settings import Settings
+from tests.endpoint import HeldSteps, complete, endpoint, expected, metrics, save_model, text_of
 from tests.models import make_backbone, make_sequential
 from tests.waiting import wait_until
 
@@ -159,3 +161,35 @@ def test_prompts_are_tokenised_one_by_one_while_the_endpoint_answers_others(tmp_
         permits.release(4)
         assert [answer.result().status_code for answer in (many, one)] == [200, 200]
     assert seen == ["a", "d", "b", "c"]
+
+
+def test_a_deployment_that_cannot_be_loaded_leaves_the_one_before(tmp_path):
+    old, bad = save_model(tmp_path / "old"), save_model(tmp_path / "bad", make_sequential(make_backbone(seed=3)))
+    (bad / "model.safetensors").unlink()
+    with endpoint(old, max_model_len=40) as (url, service), httpx.Client(base_url=url, timeout=60) as http:
+        before = complete(http)["choices"]
+        failed = 'kforcing_deployment_failed{replica="test"}'
+        assert metrics(http)[failed] == 0
+        good = service.settings
+        for _ in range(2):
+            asyncio.run(service.configure(good.model_copy(update={"model": str(bad)})))
+            assert complete(http)["choices"] == before
+            assert metrics(http)[failed] == 1
+            health = http.get("/health")
+            assert health.status_code == 200
+            assert f"model={bad} cannot be served: OSError" in health.json()["failed_deployment"]
+        asyncio.run(service.configure(good.model_copy(update={"max_num_seqs": 2})))
+        assert (metrics(http)[failed], http.get("/health").json()) == (0, {"status": "ok"})
+        assert complete(http)["choices"] == before
+
+
+def test_a_new_replica_that_cannot_load_its_deployment_serves_the_one_before_or_none(tmp_path):
+    good, bad = save_model(tmp_path / "good"), Settings(model=str(tmp_path / "none"))
+    service = Service("test")
+    with pytest.raises(FileNotFoundError, match="there is no such directory"):
+        asyncio.run(service.configure(bad))
+    before = Settings(model=str(good), max_model_len=40)
+    asyncio.run(service.configure(bad, before))
+    assert list(service.models) == ["good", "teacher"]
+    assert (service.settings, service.metrics.failed.labels("test")._value.get()) == (before, 1)
+    assert "model=" in service.failed_deployment
