@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
@@ -107,8 +109,25 @@ def _find(source: str) -> tuple[fs.FileSystem, str, list[fs.FileInfo]]:
             return system, re.split(r"[*?[]", root)[0].rpartition("/")[0], _not_folders(system.get_file_info(matches))
     info = system.get_file_info(root)
     if info.type == fs.FileType.Directory:
-        return system, root, _not_folders(system.get_file_info(fs.FileSelector(root, recursive=True)))
+        below = fs.FileSelector(root, recursive=True) if is_remote(source) else list(_local_files(root))
+        return system, root, _not_folders(system.get_file_info(below))
     return system, root.rpartition("/")[0], [] if info.type == fs.FileType.NotFound else [info]
+
+
+def _local_files(root: str) -> Iterator[str]:
+    """Paths of all files below a folder and below links to folders, once, with links that lead nowhere."""
+    seen = set()
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (os.path.join(folder, name) for name in names)
 
 
 def _not_folders(found: list[fs.FileInfo]) -> list[fs.FileInfo]:
@@ -122,7 +141,7 @@ def _reason_to_skip(info: fs.FileInfo, root: str) -> str | None:
     if kind_of(info.path) is None:
         return _NOT_A_CORPUS
     if info.type != fs.FileType.File:
-        return "no regular file"
+        return "no regular file, or a link that leads nowhere"
     return None if info.size else "empty"
 
 

@@ -79,12 +79,12 @@ class Prepared:
 def prepare(spec: CorpusSpec) -> Prepared:
     """Make the token blocks of a run, unless they exist already."""
     spec = _with_source(spec)
-    for name in _names(spec):
-        prepared = Prepared(spec.cache / name)
+    places = [Prepared(spec.cache / name) for name in _names(spec)]
+    for prepared in places:
         if (prepared.split("heldout") / MANIFEST).is_file():
             log.info(f"corpus  {prepared.folder} is up to date")
             return prepared
-    prepared = Prepared(spec.cache / _names(spec)[-1])
+    prepared = places[-1]
     prepared.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(prepared.folder / ".lock"), plain_errors():
         _make(spec, prepared)
@@ -185,23 +185,19 @@ def _worker_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 def _pack_shard(table: pa.Table, data: DataConfig, prepared: Prepared) -> pa.Table:
     """Tokenise and pack some documents; one row for each split, as in `PACKED`."""
     tokenizer = _worker_tokenizer(str(prepared.tokenizer))
+    eos, spellings = eos_id(tokenizer), special_spellings(tokenizer)
     texts, docs = np.array(table["text"].to_pylist(), object), table["doc"].to_numpy()
     heldout = is_heldout(docs, data.heldout_fraction)
     written = np.array([bool(text) and not text.isspace() for text in texts], bool)
     rows = []
     for split in SPLITS:
         chosen = heldout == (split == "heldout")
-        kept, null = list(texts[chosen & written]), [text is None for text in texts[chosen]]
-        tokens, owners = pack(
-            token_ids(tokenizer, kept, _special_tokens(data)), docs[chosen & written], eos_id(tokenizer)
-        )
-        spelled = sum(len(special_spellings(tokenizer).findall(text)) for text in kept)
-        counts = {
-            "documents": len(kept),
-            "null": sum(null),
-            "blank": len(null) - sum(null) - len(kept),
-            "special": spelled,
-        }
+        kept = chosen & written
+        found, null = texts[kept].tolist(), sum(text is None for text in texts[chosen])
+        special = sum(len(spellings.findall(text)) for text in found)
+        blank = int(chosen.sum()) - len(found) - null
+        counts = {"documents": len(found), "null": null, "blank": blank, "special": special}
+        tokens, owners = pack(token_ids(tokenizer, found, _special_tokens(data)), docs[kept], eos)
         rows.append({"split": split, **counts, **write_blocks(prepared.split(split), tokens, owners, data.block)})
     return pa.Table.from_pylist(rows, schema=PACKED)
 

@@ -1,5 +1,6 @@
 import bz2
 import gzip
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,14 +43,16 @@ def test_every_file_is_read_or_skipped_with_a_reason(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("b\n")
     (tmp_path / "zero.txt").touch()
+    (tmp_path / "link.txt").symlink_to(tmp_path / "nowhere")
     listing = list_files(str(tmp_path))
     reasons = {path.removeprefix(f"{tmp_path}/"): reason for path, reason in listing.skipped.items()}
     assert names(listing) == ["a.txt"]
     assert {name for name, reason in reasons.items() if reason == "hidden or temporary"} == set(hidden)
     assert reasons["zero.txt"] == "empty"
     assert all(reasons[name].startswith("no .parquet") for name in ("README.md", "b.txt.xz", "c.parquet.gz"))
-    assert len(reasons) == 8
-    assert "1 text files, 2 bytes; 8 files skipped: 4 hidden or temporary (" in str(listing)
+    assert reasons["link.txt"] == "no regular file, or a link that leads nowhere"
+    assert len(reasons) == 9
+    assert "1 text files, 2 bytes; 9 files skipped: 4 hidden or temporary (" in str(listing)
 
 
 def test_a_folder_whose_own_path_is_hidden_is_read(tmp_path):
@@ -72,6 +75,23 @@ def test_a_file_uri_is_the_same_as_its_path(tmp_path):
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(LINE % b"a")
     assert texts_of(folder.as_uri()) == texts_of(f"{folder.as_uri()}/a.jsonl") == texts_of(folder) == ["a"]
+
+
+def test_links_are_followed_and_each_folder_is_read_once(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.txt").write_text("a\n")
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "below").symlink_to(tmp_path / "real")
+    (folder / "again").symlink_to(folder)
+    (folder / "file.txt").symlink_to(tmp_path / "real" / "a.txt")
+    assert names(list_files(str(folder))) == ["a.txt", "file.txt"]
+
+
+def test_a_name_that_is_no_utf8_is_refused(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("a\n")
+    with pytest.raises(ConfigError, match=r"cannot be listed .*utf-8"):
+        list_files(str(tmp_path))
 
 
 def test_a_glob_selects_in_folders_below_too(tmp_path):
