@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from kforcing.cpu.race import can_race, may_win
 from kforcing.noise import race_words
 
 _SMALLEST = 5e-324
 ENTRIES = {"cpu": 2**17}
 """Logits at a time, 2²² elsewhere. What is made of them is larger, and on a CPU stays in the caches."""
+RACE_ENTRIES = 2**25
+"""The same where the kernel leaves few of them."""
 BLOCK = 256
 """Scores of which the largest is sought at a time."""
 
@@ -83,9 +85,9 @@ def gumbel_max(logits: Tensor, z: Tensor, temperature: Tensor | float = 1.0, ids
     Returns:
         (...) int64 token ids; of equal scores the lowest.
     """
-    tokens = torch.arange(logits.shape[-1], device=z.device) if ids is None else ids
-    place = _by_rows(partial(_gumbel_max, tokens), logits, z, temperature)
-    return place if ids is None else ids[place]
+    if ids is None:
+        return _by_rows(_gumbel_max, logits, z, temperature, RACE_ENTRIES if can_race(logits) else None)
+    return ids[first_largest(_perturbed(ids, logits, z, temperature))]
 
 
 def gumbel_candidates(logits: Tensor, z: Tensor, temperature: Tensor | float, m: int) -> Tensor:
@@ -99,12 +101,29 @@ def gumbel_candidates(logits: Tensor, z: Tensor, temperature: Tensor | float, m:
     Returns:
         (..., m) int64 token ids, in no order.
     """
-    tokens = torch.arange(logits.shape[-1], device=z.device)
-    return _perturbed(tokens, logits, z, temperature).topk(m, dim=-1, sorted=False).indices
+    ids, scores = _scores(logits, z, temperature, best=m)
+    places = scores.topk(m, dim=-1, sorted=False).indices
+    return places if ids is None else ids.gather(-1, places)
 
 
-def _gumbel_max(ids: Tensor, logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
-    return first_largest(_perturbed(ids, logits, z, temperature))
+def _gumbel_max(logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
+    ids, scores = _scores(logits, z, temperature, best=1)
+    place = first_largest(scores)
+    return place if ids is None else ids.gather(-1, place[..., None]).squeeze(-1)
+
+
+def _scores(logits: Tensor, z: Tensor, temperature: Tensor | float, best: int) -> tuple[Tensor | None, Tensor]:
+    """The perturbed scores of all tokens (and None), or the ids and scores of those that may be among the `best`."""
+    V, shape = logits.shape[-1], logits.shape[:-1]
+    if can_race(logits, best):
+        temperature_R = torch.as_tensor(temperature, dtype=torch.float64).expand(shape).reshape(-1)
+        logits_RV, z_R = logits.reshape(-1, V), z.to(torch.float64).expand(shape).reshape(-1)
+        if found := may_win(logits_RV, z_R, temperature_R, best):
+            ids_Rn, counts_Rn = found
+            scores_Rn = _perturbed(ids_Rn, logits_RV.gather(-1, ids_Rn), z_R, temperature_R)
+            scores_Rn.masked_fill_(~counts_Rn, -torch.inf)
+            return ids_Rn.view(*shape, -1), scores_Rn.view(*shape, -1)
+    return None, _perturbed(torch.arange(V, device=z.device), logits, z, temperature)
 
 
 def _perturbed(ids: Tensor, logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
@@ -130,10 +149,10 @@ def first_largest(scores: Tensor) -> Tensor:
     return ids.gather(-1, inside).squeeze(-1)
 
 
-def _by_rows(draw: Draw, logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
+def _by_rows(draw: Draw, logits: Tensor, z: Tensor, temperature: Tensor | float, entries: int | None = None) -> Tensor:
     """`draw` of a few rows at a time."""
     shape, V = logits.shape[:-1], logits.shape[-1]
-    size = max(1, ENTRIES.get(logits.device.type, 2**22) // V)
+    size = max(1, (entries or ENTRIES.get(logits.device.type, 2**22)) // V)
     if shape.numel() <= size:
         return draw(logits, z, temperature)
     temperatures: Iterable[Tensor | float] = itertools.repeat(temperature)

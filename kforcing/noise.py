@@ -78,20 +78,33 @@ def race_words(z: Tensor, ids: Tensor) -> Tensor:
     one z are independent of each other and of those of other z for every practical purpose. int32 products wrap, and the
     shifts are made logical by a mask, so CPU and GPU give the same bits.
     """
-    bits = (z * 2.0**52).to(torch.int64)[..., None]
-    x = ids.to(torch.int32) * _signed(_WEYL[0]) + bits.to(torch.int32)
-    for shift, multiplier in ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB)):
+    low, high = race_key(z)
+    x = ids.to(torch.int32) * RACE_STRIDE + low[..., None]
+    for i, (shift, multiplier) in enumerate(RACE_ROUNDS):
         x ^= (x >> shift).bitwise_and_(_LOW >> shift)
-        x *= _signed(multiplier)
-        if shift == 17:
-            x += (bits >> 32).to(torch.int32)
-    x ^= (x >> 14).bitwise_and_(_LOW >> 14)
+        x *= multiplier
+        if i == 0:
+            x += high[..., None]
+    x ^= (x >> RACE_LAST_SHIFT).bitwise_and_(_LOW >> RACE_LAST_SHIFT)
     return x.bitwise_and_(_LOW >> 1)
+
+
+def race_key(z: Tensor) -> tuple[Tensor, Tensor]:
+    """(...) float64 noise in [0, 1) → (...) int32 tensors, the low 32 bits of its 52 and the others."""
+    bits = (z * 2.0**52).to(torch.int64)
+    return bits.to(torch.int32), (bits >> 32).to(torch.int32)
 
 
 def _signed(word: int) -> int:
     """The int32 of the same 32 bits."""
     return word - ((word >> 31) << 32)
+
+
+RACE_STRIDE = _signed(_WEYL[0])
+"""What an id is multiplied by."""
+RACE_ROUNDS = ((17, _signed(0xED5AD4BB)), (11, _signed(0xAC4C1B51)), (15, _signed(0x31848BAB)))
+"""Shift and multiplier of each round of `triple32`."""
+RACE_LAST_SHIFT = 14
 
 
 def window_noise(key: Tensor | int, sequence_B: Tensor, anchors_BW: Tensor, k: int) -> Tensor:

@@ -21,7 +21,9 @@ LOWEST = {  # modules of `kforcing` that others build on may import these module
     "kforcing.device": set(),
     "kforcing.noise": set(),
     "kforcing.backbone": set(),
-    "kforcing.coupling": {"kforcing.noise"},
+    "kforcing.cpu.compiler": set(),
+    "kforcing.cpu.race": {"kforcing.cpu.compiler", "kforcing.noise"},
+    "kforcing.coupling": {"kforcing.noise", "kforcing.cpu.race"},
     "kforcing.design": {"kforcing.coupling"},
 }
 

@@ -18,7 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = {  # path → the extras that its users install; the longest path that fits counts
     "kforcing/": (),
     "kforcing/metrics/mauve.py": ("eval",),  # imports scikit-learn when it is called, for evaluations alone
-    "kforcing/engine/row_kernel.py": ("cpu",),  # does without llvmlite where it is not installed
+    "kforcing/cpu/": ("cpu",),  # does without llvmlite where it is not installed
     "pipelines/": ("train",),
     "pipelines/evaluation/": ("eval",),
     "serve/": ("serve",),

@@ -7,7 +7,7 @@ runner.py      one step for all slots; fixed and exact mode
 drafts.py      exact mode: drafts from a request's own prompt and answer
 width.py       exact mode: how many tokens the next block has
 sampler.py     tokens from logits, each slot by its request's options
-layers.py      transformer layers over cache.py; linear.py, row_kernel.py and graphs.py make them fast on CPUs and GPUs
+layers.py      transformer layers over cache.py; linear.py and graphs.py make them fast on CPUs and GPUs
 engine.py      Engine: submit, step, cancel, stream, generate
 """
 

@@ -46,7 +46,7 @@ class EngineConfig:
     compiled: bool = False
     """Run the layers through torch.compile. On a CPU it needs a C++ compiler and excludes `row_kernel`, which gains more."""
     row_kernel: bool | None = None
-    """Multiply up to about 20 rows by the weights with our own kernel (see `row_kernel.py`), which takes little longer for 8
+    """Multiply up to about 20 rows by the weights with our own kernel (`cpu/products.py`), which takes little longer for 8
     rows than for one. None means yes where it can run: on a CPU under Linux with llvmlite."""
     quantization: str | None = None
     """`int8` holds the weights of all linear maps as 8-bit numbers with a scale for each output, which makes steps on a CPU

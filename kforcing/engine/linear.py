@@ -1,4 +1,4 @@
-"""Linear maps for decoding on a CPU: few rows go through `row_kernel.py`, many through torch.
+"""Linear maps for decoding on a CPU: few rows go through `cpu/products.py`, many through torch.
 
 `row_copy` gives a model such maps. They share the weights of the model, or hold them as int8 with one scale an output:
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from kforcing.engine.row_kernel import can_multiply, machine, multiply
+from kforcing.cpu.compiler import machine
+from kforcing.cpu.products import can_multiply, multiply
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from kforcing.backbone import random_llama
+from kforcing.cpu.compiler import machine
+from kforcing.cpu.products import can_multiply, multiply
 from kforcing.engine.config import EngineConfig
 from kforcing.engine.engine import Engine
 from kforcing.engine.linear import Joined, RowLinear, quantise, row_copy
 from kforcing.engine.request import Request, SamplingParams
-from kforcing.engine.row_kernel import can_multiply, machine, multiply
 
 found = machine()
 pytestmark = pytest.mark.skipif(found is None, reason="the kernel needs llvmlite and torch with OpenMP of GNU")

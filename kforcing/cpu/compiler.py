@@ -1,0 +1,122 @@
+"""Text in LLVM's language → a function of this process, compiled for this machine by `llvmlite`, in torch's own threads."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+try:
+    import llvmlite.binding as llvm
+except ImportError:  # pragma: no cover
+    llvm = None
+
+
+class Machine(NamedTuple):
+    """What the code is made for."""
+
+    target: Any
+    lanes: int
+    """Numbers of 32 bits in a vector."""
+    sums: int
+    """Vectors of sums that fit into the registers beside what is added to them."""
+    most_rows: int
+    """Rows up to which our products are faster than torch's."""
+
+
+@cache
+def machine() -> Machine | None:
+    """What this computer's code is made for; None without llvmlite, or where torch has no threads of GNU's OpenMP."""
+    if llvm is None or not _find_openmp():
+        return None
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    features = llvm.get_host_cpu_features()
+    target = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=features.flatten(), opt=3
+    )
+    lanes, sums, most_rows = (16, 24, 20) if features.get("avx512f") else (8, 10, 8)
+    return Machine(target, lanes, sums, most_rows)
+
+
+def _find_openmp() -> bool:
+    """Tell LLVM where the functions of the OpenMP library are that torch was linked with; whether there is one."""
+    try:
+        libraries = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads"):
+            llvm.add_symbol(name, ctypes.cast(getattr(libraries, name), ctypes.c_void_p).value)
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+_engines: list[Any] = []  # compiled code lives as long as its engine
+
+
+def compiled(body: list[str], arguments: dict[str, str], share: str, work: str) -> Callable[..., None]:
+    """A function of the arguments and a number of threads, in which each thread does its share of some work.
+
+    Args:
+        body: LLVM code of the work of a thread, from the label `work` on. It ends with a jump to the label `done`, knows
+            the arguments, and does the units from `%first` to before `%last`, of which there is at least one.
+        arguments: name → LLVM type, `ptr`, `i64` or `i32`.
+        share: LLVM code that sets `%units`, the number of units of work.
+        work: declarations of functions that the body calls.
+    """
+    found = machine()
+    assert found is not None
+    module = llvm.parse_assembly(
+        "\n".join([_in_threads(arguments), work, _share(found, arguments, share), *body, _END])
+    )
+    module.verify()
+    engine = llvm.create_mcjit_compiler(module, found.target)
+    engine.finalize_object()
+    _engines.append(engine)
+    types = {"ptr": ctypes.c_void_p, "i64": ctypes.c_int64, "i32": ctypes.c_int32}
+    signature = [types[type_] for type_ in arguments.values()] + [ctypes.c_int32]
+    return ctypes.CFUNCTYPE(None, *signature)(engine.get_function_address("run"))
+
+
+def _in_threads(arguments: dict[str, str]) -> str:
+    """`run`, which puts its arguments into memory and lets all threads run `share`."""
+    code = [
+        "declare void @GOMP_parallel(ptr, ptr, i32, i32)",
+        "declare i32 @omp_get_thread_num()",
+        "declare i32 @omp_get_num_threads()",
+        f"define void @run({', '.join(f'{type_} %{name}' for name, type_ in arguments.items())}, i32 %threads) {{",
+        f"%a = alloca [{len(arguments)} x i64]",
+    ]
+    for i, (name, type_) in enumerate(arguments.items()):
+        code += [f"%p{name} = getelementptr i64, ptr %a, i64 {i}", f"store {type_} %{name}, ptr %p{name}"]
+    return "\n".join([*code, "call void @GOMP_parallel(ptr @share, ptr %a, i32 %threads, i32 0)", "ret void", "}"])
+
+
+def _share(found: Machine, arguments: dict[str, str], share: str) -> str:
+    """The beginning of `share`: the arguments, and the first and the last unit of this thread."""
+    code = [f'define void @share(ptr %a) "prefer-vector-width"="{32 * found.lanes}" {{', "entry:"]
+    for i, (name, type_) in enumerate(arguments.items()):
+        code += [f"%p{name} = getelementptr i64, ptr %a, i64 {i}", f"%{name} = load {type_}, ptr %p{name}"]
+    return "\n".join(
+        [
+            *code,
+            share,
+            "%thread32 = call i32 @omp_get_thread_num()",
+            "%threads32 = call i32 @omp_get_num_threads()",
+            "%thread = zext i32 %thread32 to i64",
+            "%threads = zext i32 %threads32 to i64",
+            "%share.low = mul i64 %units, %thread",
+            "%first = udiv i64 %share.low, %threads",
+            "%thread.next = add i64 %thread, 1",
+            "%share.high = mul i64 %units, %thread.next",
+            "%last = udiv i64 %share.high, %threads",
+            "%any = icmp ult i64 %first, %last",
+            "br i1 %any, label %work, label %done",
+        ]
+    )
+
+
+_END = "done:\nret void\n}"

@@ -1,0 +1,229 @@
+"""The tokens of each row that may win a Gumbel-max draw, or be among its best: the others need no logarithms.
+
+A token's score is l/T − log(e), e = −log1p(−w), with w the token's noise in (0, 1) (see `kforcing.coupling.gumbel_max`). One
+pass over the logits computes an upper bound of each score from the bits of w as a float, which approximate log2(w):
+
+    bits(w) / 2²³ − 127 ≤ log2(w) ≤ bits(w) / 2²³ − 127 + 0.0861,   and   w ≤ e ≤ 1.387 w  for w ≤ 1/2
+
+so a score is at most U = l/T − ln 2 · (bits(w) / 2²³ − 127), and at least U − 0.387 where w ≤ 1/2. A second pass keeps the
+tokens with U ≥ best − 0.45. For the winner, `best` is the largest U with w ≤ 1/2. For the best 64, it is the smallest among
+the largest U of 64 groups of tokens (by id modulo 64), since 64 tokens have at least that. One or two tokens are left for
+the winner, about 500 for the best 64.
+
+Shapes: R rows, V vocabulary, n tokens left of a row at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kforcing.cpu.compiler import compiled, machine
+from kforcing.noise import RACE_LAST_SHIFT, RACE_ROUNDS, RACE_STRIDE, race_key
+
+GROUPS = 64
+"""The tokens that a pass looks at in one turn."""
+LEAST_VOCABULARY = 1024
+"""Below this, nothing is gained."""
+
+
+def can_race(logits: Tensor, best: int = 1) -> bool:
+    """Whether the kernel can run for these (..., V) logits and is worth while."""
+    few = best <= GROUPS and logits.shape[-1] >= LEAST_VOCABULARY
+    return few and logits.device.type == "cpu" and machine() is not None
+
+
+def may_win(logits_RV: Tensor, z_R: Tensor, temperature_R: Tensor, best: int = 1) -> tuple[Tensor, Tensor] | None:
+    """The tokens whose scores may be among the `best` largest of a row.
+
+    Args:
+        logits_RV: floating point, for which `can_race` is true.
+        z_R: (R,) float64 noise.
+        temperature_R: (R,) float64, above 0.
+        best: 1 to `GROUPS`.
+    Returns:
+        (R, n) int64 ids, ascending, and (R, n) bool, which of them count; None where a row has none, because its logits
+        are not numbers.
+    """
+    R, V = logits_RV.shape
+    logits_RV = logits_RV.float().contiguous()
+    low_R, high_R = race_key(z_R)
+    inverse_R = (1 / temperature_R).float()
+    whole = V - V % GROUPS
+    bounds_RV = torch.empty(torch.get_num_threads(), whole)
+    ids_RV, count_R = torch.empty(R, whole + GROUPS, dtype=torch.int32), torch.empty(R, dtype=torch.int64)
+    tensors = (logits_RV, low_R.contiguous(), high_R.contiguous(), inverse_R, bounds_RV, ids_RV, count_R)
+    _kernel(best > 1)(*(t.data_ptr() for t in tensors), R, V, whole, torch.get_num_threads())
+    most = int(count_R.max())
+    if not count_R.all():
+        return None
+    counts_Rn = torch.arange(most) < count_R[:, None]
+    ids_Rn = ids_RV[:, :most].long().where(counts_Rn, 0)
+    if whole == V:
+        return ids_Rn, counts_Rn
+    rest = torch.arange(whole, V).expand(R, -1)  # the tokens behind the last whole group are kept
+    return torch.cat([ids_Rn, rest], dim=1), torch.cat([counts_Rn, torch.ones_like(rest, dtype=torch.bool)], dim=1)
+
+
+@cache
+def _kernel(several: bool) -> Callable[..., None]:
+    """The kernel for the winner, or for several best. A unit of work is a row."""
+    found = machine()
+    assert found is not None
+    n = found.lanes
+    f, i = f"<{n} x float>", f"<{n} x i32>"
+    arguments = dict.fromkeys(("logits", "low", "high", "inverse", "bounds", "ids", "count"), "ptr")
+    arguments |= {"units": "i64", "V": "i64", "whole": "i64"}
+    functions = [
+        f"declare {f} @llvm.maxnum.v{n}f32({f}, {f})",
+        f"declare float @llvm.vector.reduce.fmax.v{n}f32({f})",
+        f"declare float @llvm.vector.reduce.fmin.v{n}f32({f})",
+        "declare float @llvm.fabs.f32(float)",
+        f"declare void @llvm.masked.compressstore.v{n}i32({i}, ptr, <{n} x i1>)",
+        f"declare i{n} @llvm.ctpop.i{n}(i{n})",
+    ]
+    body = [*_row(n), *_bounds(n), *_threshold(n, "fmin" if several else "fmax"), *_kept(n)]
+    return compiled(body, arguments, "", "\n".join(functions))
+
+
+def _splat(type_: str, value: object) -> str:
+    return f"splat ({type_} {value})"
+
+
+def _row(n: int) -> list[str]:
+    """The loop over rows begins: the row's logits, noise and inverse temperature, each in all lanes of a vector."""
+    code = ["work:", "%r = phi i64 [%first, %entry], [%r.next, %row.done]"]
+    code += ["%rV = mul i64 %r, %V", "%l = getelementptr float, ptr %logits, i64 %rV"]
+    code += ["%tw = mul i64 %thread, %whole", "%u = getelementptr float, ptr %bounds, i64 %tw"]
+    code += [f"%row.length = add i64 %whole, {GROUPS}", "%ri = mul i64 %r, %row.length"]
+    code += ["%kept = getelementptr i32, ptr %ids, i64 %ri"]
+    for name, type_ in (("low", "i32"), ("high", "i32"), ("inverse", "float")):
+        vector = f"<{n} x {type_}>"
+        code += [
+            f"%{name}.p = getelementptr {type_}, ptr %{name}, i64 %r",
+            f"%{name}.1 = load {type_}, ptr %{name}.p",
+            f"%{name}.i = insertelement {vector} poison, {type_} %{name}.1, i64 0",
+            f"%{name}.v = shufflevector {vector} %{name}.i, {vector} poison, <{n} x i32> zeroinitializer",
+        ]
+    return [*code, "br label %bound"]
+
+
+def _bounds(n: int) -> list[str]:
+    """The first pass: U of each token into memory, and the largest of each group where w ≤ 1/2."""
+    f, i = f"<{n} x float>", f"<{n} x i32>"
+    minus = "0xFFF0000000000000"  # −∞
+    lanes = ", ".join(f"i32 {lane}" for lane in range(n))
+    parts = range(GROUPS // n)
+    code = ["bound:", "%v = phi i64 [0, %work], [%v.next, %bound]"]
+    code += [f"%top{p} = phi {f} [{_splat('float', minus)}, %work], [%top{p}.next, %bound]" for p in parts]
+    for p in parts:
+        code += [
+            f"%v{p} = add i64 %v, {p * n}",
+            f"%v32.{p} = trunc i64 %v{p} to i32",
+            f"%vi{p} = insertelement {i} poison, i32 %v32.{p}, i64 0",
+            f"%vs{p} = shufflevector {i} %vi{p}, {i} poison, {i} zeroinitializer",
+            f"%id{p} = add {i} %vs{p}, <{lanes}>",
+            f"%x{p}.m = mul {i} %id{p}, {_splat('i32', RACE_STRIDE)}",
+            f"%x{p}.0 = add {i} %x{p}.m, %low.v",
+        ]
+        x = f"%x{p}.0"
+        for turn, (shift, multiplier) in enumerate(RACE_ROUNDS):
+            name = f"%x{p}.{turn + 1}"
+            code += [f"{name}.s = lshr {i} {x}, {_splat('i32', shift)}", f"{name}.x = xor {i} {x}, {name}.s"]
+            code.append(f"{name}{'.p' if turn == 0 else ''} = mul {i} {name}.x, {_splat('i32', multiplier)}")
+            if turn == 0:
+                code.append(f"{name} = add {i} {name}.p, %high.v")
+            x = name
+        code += [
+            f"%s{p} = lshr {i} {x}, {_splat('i32', RACE_LAST_SHIFT)}",
+            f"%y{p} = xor {i} {x}, %s{p}",
+            f"%word{p} = and {i} %y{p}, {_splat('i32', 0x7FFFFFFF)}",
+            f"%wf{p} = sitofp {i} %word{p} to {f}",
+            f"%wm{p} = fmul {f} %wf{p}, {_splat('float', _hex(2.0**-31))}",
+            f"%w{p} = fadd {f} %wm{p}, {_splat('float', _hex(2.0**-32))}",
+            f"%bits{p} = bitcast {f} %w{p} to {i}",
+            f"%bf{p} = sitofp {i} %bits{p} to {f}",
+            f"%bl{p} = fmul {f} %bf{p}, {_splat('float', _hex(0.6931471805599453 * 2.0**-23))}",
+            f"%log{p} = fsub {f} %bl{p}, {_splat('float', _hex(127 * 0.6931471805599453))}",
+            f"%lp{p} = getelementptr float, ptr %l, i64 %v{p}",
+            f"%lv{p} = load {f}, ptr %lp{p}, align 4",
+            f"%lt{p} = fmul {f} %lv{p}, %inverse.v",
+            f"%u{p} = fsub {f} %lt{p}, %log{p}",
+            f"%up{p} = getelementptr float, ptr %u, i64 %v{p}",
+            f"store {f} %u{p}, ptr %up{p}, align 4",
+            f"%half{p} = fcmp ole {f} %w{p}, {_splat('float', _hex(0.5))}",
+            f"%um{p} = select <{n} x i1> %half{p}, {f} %u{p}, {f} {_splat('float', minus)}",
+            f"%top{p}.next = call {f} @llvm.maxnum.v{n}f32({f} %top{p}, {f} %um{p})",
+        ]
+    return [
+        *code,
+        f"%v.next = add i64 %v, {GROUPS}",
+        "%v.more = icmp ult i64 %v.next, %whole",
+        "br i1 %v.more, label %bound, label %threshold",
+    ]
+
+
+def _threshold(n: int, reduction: str) -> list[str]:
+    """best − 0.45, with room for the rounding of large numbers."""
+    f, code = f"<{n} x float>", ["threshold:"]
+    parts = range(GROUPS // n)
+    code += [f"%b{p} = call float @llvm.vector.reduce.{reduction}.v{n}f32({f} %top{p}.next)" for p in parts]
+    best = "%b0"
+    for p in parts[1:]:
+        code += [
+            f"%c{p} = fcmp {'olt' if reduction == 'fmin' else 'ogt'} float %b{p}, {best}",
+            f"%best{p} = select i1 %c{p}, float %b{p}, float {best}",
+        ]
+        best = f"%best{p}"
+    return [
+        *code,
+        f"%size = call float @llvm.fabs.f32(float {best})",
+        f"%room.r = fmul float %size, {_hex(2.0**-18)}",
+        f"%room = fadd float %room.r, {_hex(0.45)}",
+        f"%least = fsub float {best}, %room",
+        f"%least.i = insertelement {f} poison, float %least, i64 0",
+        f"%least.v = shufflevector {f} %least.i, {f} poison, <{n} x i32> zeroinitializer",
+        "br label %keep",
+    ]
+
+
+def _kept(n: int) -> list[str]:
+    """The second pass: the ids of the tokens that reach the threshold, and their number."""
+    f, i = f"<{n} x float>", f"<{n} x i32>"
+    lanes = ", ".join(f"i32 {lane}" for lane in range(n))
+    return [
+        "keep:",
+        "%k = phi i64 [0, %threshold], [%k.next, %keep]",
+        "%n = phi i64 [0, %threshold], [%n.next, %keep]",
+        "%kp = getelementptr float, ptr %u, i64 %k",
+        f"%ku = load {f}, ptr %kp, align 4",
+        f"%reach = fcmp oge {f} %ku, %least.v",
+        "%k32 = trunc i64 %k to i32",
+        f"%ki = insertelement {i} poison, i32 %k32, i64 0",
+        f"%ks = shufflevector {i} %ki, {i} poison, {i} zeroinitializer",
+        f"%kid = add {i} %ks, <{lanes}>",
+        "%np = getelementptr i32, ptr %kept, i64 %n",
+        f"call void @llvm.masked.compressstore.v{n}i32({i} %kid, ptr %np, <{n} x i1> %reach)",
+        f"%mask = bitcast <{n} x i1> %reach to i{n}",
+        f"%ones = call i{n} @llvm.ctpop.i{n}(i{n} %mask)",
+        f"%ones64 = zext i{n} %ones to i64",
+        "%n.next = add i64 %n, %ones64",
+        f"%k.next = add i64 %k, {n}",
+        "%k.more = icmp ult i64 %k.next, %whole",
+        "br i1 %k.more, label %keep, label %row.done",
+        "row.done:",
+        "%cp = getelementptr i64, ptr %count, i64 %r",
+        "store i64 %n.next, ptr %cp",
+        "%r.next = add i64 %r, 1",
+        "%r.more = icmp ult i64 %r.next, %last",
+        "br i1 %r.more, label %work, label %done",
+    ]
+
+
+def _hex(value: float) -> str:
+    """A float32 constant as LLVM writes it: the bits of the double of the same value."""
+    rounded = torch.tensor(value, dtype=torch.float32).double()
+    return f"0x{int(rounded.view(torch.int64)):016X}"
