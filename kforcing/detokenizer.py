@@ -23,17 +23,21 @@ INCOMPLETE = "\ufffd"
 
 
 class Detokenizer:
-    """A tokenizer of transformers as what turns ids into text. Special tokens, such as EOS, have no text."""
+    """A tokenizer of transformers as what turns ids into text. Special tokens, such as EOS, have none unless kept."""
 
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, keep_special: bool = False):
+        self.tokenizer, self.keep_special = tokenizer, keep_special
         added = tokenizer.added_tokens_decoder.items()
         self.special_ids = frozenset(i for i, token in added if token.special) | set(tokenizer.all_special_ids)
         self._tokens: dict[int, tuple[str, bytes]] = {}
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def visible(self, ids: Sequence[int]) -> list[int]:
+        """The ids that have a text."""
+        return [id for id in ids if self.keep_special or id not in self.special_ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids alone."""
-        options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+        options = {"skip_special_tokens": not self.keep_special, "clean_up_tokenization_spaces": False}
         return str(self.tokenizer.decode(list(ids), **options))
 
     def continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
@@ -66,6 +70,8 @@ class Detokenizer:
         Raises:
             ValueError: when a special token is only a part of a stop string: it would never occur in the text.
         """
+        if self.keep_special:
+            return list(stops), {}
         special = {i: str(self.tokenizer.convert_ids_to_tokens(i)) for i in self.special_ids}
         ids = {i: text for i, text in special.items() if text in stops}
         texts = [stop for stop in stops if stop not in ids.values()]
@@ -98,10 +104,20 @@ class TextStream:
         detokenizer: of the model.
         stops: stop strings. The text ends before the first that is completed.
         prompt: the ids that the continuation follows.
+        min_tokens: no stop string is looked for in the text of so many tokens.
+        include_stop: the text ends behind the stop string.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str] = (), prompt: Sequence[int] = ()):
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        stops: Sequence[str] = (),
+        prompt: Sequence[int] = (),
+        min_tokens: int = 0,
+        include_stop: bool = False,
+    ):
         self.detokenizer, self.stops = detokenizer, tuple(stops)
+        self.early, self.include_stop = min_tokens, include_stop
         self.held = ""
         self.stop: str | None = None
         """The stop string that was found."""
@@ -117,6 +133,10 @@ class TextStream:
         # One token at a time, because the piece must say which token completed the stop string.
         for count, id in enumerate(ids, start=1):
             self.held += self._add([id])
+            if self.early > 0:
+                self.early -= 1
+                text += self._release(0)
+                continue
             if self._find_stop():
                 return Piece(text + self._release(0), count, True)
             text += self._release(self._may_begin_a_stop())
@@ -129,10 +149,11 @@ class TextStream:
         return Piece(self._release(0), 0, stopped)
 
     def _find_stop(self) -> bool:
-        """Whether the held text contains a stop string; the text then ends before it."""
+        """Whether the held text contains a stop string; the text then ends there."""
         found = min(((i, stop) for stop in self.stops if (i := self.held.find(stop)) >= 0), default=None)
         if found is not None:
-            self.held, self.stop = self.held[: found[0]], found[1]
+            at, self.stop = found
+            self.held = self.held[: at + len(self.stop) if self.include_stop else at]
         return found is not None
 
     def _release(self, keep: int) -> str:
@@ -143,7 +164,7 @@ class TextStream:
 
     def _add(self, ids: Sequence[int], final: bool = False) -> str:
         """The text that tokens add, as long as it is not `final` without a character whose bytes are incomplete."""
-        self._new += [id for id in ids if id not in self.detokenizer.special_ids]
+        self._new += self.detokenizer.visible(ids)
         if not self._new:
             return ""
         decode, wait = self.detokenizer.decode, not final and len(self._new) < WAITING
@@ -168,7 +189,7 @@ class TextStream:
 
     def _end_of(self, prompt: Sequence[int]) -> tuple[list[int], str]:
         """The last tokens of the prompt that have a text, from the beginning of a character on, and that text."""
-        ids = [id for id in prompt[-8 * CONTEXT :] if id not in self.detokenizer.special_ids][-CONTEXT:]
+        ids = self.detokenizer.visible(prompt[-8 * CONTEXT :])[-CONTEXT:]
         texts = [self.detokenizer.decode(ids[start:]) for start in range(min(4, len(ids)))]
         start = next((i for i, text in enumerate(texts) if not text.startswith(INCOMPLETE)), 0)
         return ids[start:], texts[start] if texts else ""

@@ -161,7 +161,9 @@ class LLM:
                 except ValueError as error:
                     raise ValueError(f"prompt {number}: {error}") from None
                 answer.outputs.append(CompletionOutput(len(answer.outputs)))
-                requests.append((request, answer.outputs[-1], TextStream(self.detokenizer, stops, ids)))
+                requests.append(
+                    (request, answer.outputs[-1], TextStream(self.detokenizer, stops, ids, chosen.min_tokens))
+                )
         self._run(requests)
         return answers
 

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from serve.middleware import AuthAndSizeMiddleware
 from serve.protocol.errors import install_error_handlers
-from serve.routes import generation_routes, model_routes, operations_routes
+from serve.routes import generation_routes, model_routes, operations_routes, tokenizer_routes
 from serve.service import Service
 
 
@@ -32,7 +32,12 @@ def create_app(
         origins: web pages of these origins may use the endpoint; `*` stands for all of them.
     """
     app = FastAPI(title="kforcing", version="1")
-    for router in (generation_routes(service), model_routes(service), operations_routes(service, scrape)):
+    for router in (
+        generation_routes(service),
+        model_routes(service),
+        tokenizer_routes(service),
+        operations_routes(service, scrape),
+    ):
         app.include_router(router)
     install_error_handlers(app)
     _remove_422_from_document(app)

@@ -10,6 +10,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
+from kforcing.detokenizer import Detokenizer
 from kforcing.engine import Request, SamplingParams
 from kforcing.noise import choice_seed
 from kforcing.prompts import prompt_ids
@@ -29,12 +30,17 @@ class Choices:
 
     requests: list[Request]
     """One for each choice: `n` for each prompt, in order."""
+    detokenizer: Detokenizer
     stops: list[str]
     """Stop strings to look for in the text."""
     special_stops: dict[int, str]
     """Stop strings that are special tokens, by their ids, which end the engine's requests."""
     echo: list[str] | None
     """The prompt of each choice, which comes before its text."""
+    min_tokens: int
+    """No stop string is looked for in the text of so many tokens."""
+    include_stop: bool
+    """The text ends behind the stop string."""
     silent: bool
     """Return no token: the prompt alone is of interest."""
 
@@ -46,20 +52,23 @@ async def read_choices(model: ServedModel, body: CompletionRequest | ChatRequest
     strings that cannot occur, or too many choices.
     """
     chat = isinstance(body, ChatRequest)
-    given = [body] if isinstance(body, ChatRequest) else _given_prompts(body)
+    given: list[Any] = _given_prompts(body)
     copies = body.n or 1
     if len(given) * copies > MAX_CHOICES:
         message = f"{len(given)} prompts × n={copies} exceed {MAX_CHOICES} choices; send several requests"
         raise ApiError(400, message, "n")
+    detokenizer = model.literal if body.skip_special_tokens is False else model.detokenizer
     try:
-        stops, special = model.detokenizer.split_stops(body.stop_strings)
+        stops, special = detokenizer.split_stops(body.stop_strings)
     except ValueError as error:
         raise ApiError(400, str(error), "stop") from None
     stop_ids = frozenset([*(body.stop_token_ids or ()), *special, *(() if body.ignore_eos else model.eos)])
     sampling, loop = _sampling(body), asyncio.get_running_loop()
     requests: list[Request] = []
     for each in given:
-        prompt = each if isinstance(each, list) else await loop.run_in_executor(worker, _prompt, model, each)
+        is_ids = not chat and isinstance(each, list)
+        prompt = each if is_ids else await loop.run_in_executor(worker, tokens_of, model, each)
+        prompt = prompt[-(body.truncate_prompt_tokens or len(prompt)) :]
         _check_length(model.engine.max_model_len, len(prompt), body)
         room = max(model.engine.max_model_len - len(prompt), 1)
         limit = None if chat else min(DEFAULT_MAX_TOKENS, room)
@@ -72,13 +81,15 @@ async def read_choices(model: ServedModel, body: CompletionRequest | ChatRequest
         ]
     echo = None
     if isinstance(body, CompletionRequest) and body.echo:
-        echo = [text for text in _prompt_texts(model, body) for _ in range(copies)]
-    return Choices(requests, stops, special, echo, silent=body.token_limit == 0)
+        as_given = [each if isinstance(each, str) and not body.truncate_prompt_tokens else None for each in given]
+        echo = [as_given[i // copies] or detokenizer.decode(request.prompt) for i, request in enumerate(requests)]
+    include_stop, silent = bool(body.include_stop_str_in_output), body.token_limit == 0
+    return Choices(requests, detokenizer, stops, special, echo, sampling.min_tokens, include_stop, silent)
 
 
 def field_of(error: ValueError, body: CompletionRequest | ChatRequest) -> str | None:
     """The field that an error of the engine names first, as in `k=9 tokens …` or `prompt token 7 …`."""
-    word = re.match(r"(\w+)[= ]", str(error))
+    word = re.match(r"(\w+)[=\[ ]", str(error))
     return word[1] if word and word[1] in type(body).model_fields else None
 
 
@@ -104,31 +115,34 @@ def _sampling(body: CompletionRequest | ChatRequest) -> SamplingParams:
         top_p=1.0 if body.top_p is None else body.top_p,
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        min_p=body.min_p or 0.0,
+        logit_bias={int(id): bias for id, bias in (body.logit_bias or {}).items() if bias},
+        min_tokens=body.min_tokens or 0,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
 
 
-def _given_prompts(body: CompletionRequest) -> list[Any]:
-    """Each prompt, as text or token ids."""
+def _given_prompts(body: CompletionRequest | ChatRequest) -> list[Any]:
+    """Each prompt: text, token ids, or the messages of a conversation."""
+    if isinstance(body, ChatRequest):
+        return [body.messages]
     given: Any = body.prompt
     return [given] if isinstance(given, str) or isinstance(given[0], int) else given
 
 
-def _prompt_texts(model: ServedModel, body: CompletionRequest) -> list[str]:
-    """The text of each prompt."""
-    return [given if isinstance(given, str) else model.detokenizer.decode(given) for given in _given_prompts(body)]
-
-
-def _prompt(model: ServedModel, given: str | ChatRequest) -> list[int]:
-    """The token ids of a text or of a conversation."""
+def tokens_of(model: ServedModel, given: str | list[Message], add_special_tokens: bool = True) -> list[int]:
+    """The token ids of a text to continue, or of a conversation. Raises ApiError with status 400."""
     if isinstance(given, str):
         _check_characters(model, len(given), "prompt")
-        return _tokenised("prompt", lambda: prompt_ids(model.tokenizer, given))
+        if add_special_tokens:
+            return _tokenised("prompt", lambda: prompt_ids(model.tokenizer, given))
+        return _tokenised("prompt", lambda: model.tokenizer(given, add_special_tokens=False).input_ids)
     if not getattr(model.tokenizer, "chat_template", None):
         raise ApiError(400, f"{model.name} has no chat template; use /v1/completions", "messages", "no_chat_template")
-    _check_characters(model, sum(len(message.text) for message in given.messages), "messages")
-    text = _rendered(model.tokenizer, given.messages)  # templates write the special tokens themselves
+    _check_characters(model, sum(len(message.text) for message in given), "messages")
+    text = _rendered(model.tokenizer, given)  # templates write the special tokens themselves
     return _tokenised("messages", lambda: model.tokenizer(text, add_special_tokens=False).input_ids)
 
 

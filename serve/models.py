@@ -29,6 +29,7 @@ class ServedModel:
         self.name, self.engine = name, engine
         self.tokenizer = load_tokenizer(path)
         self.detokenizer = Detokenizer(self.tokenizer)
+        self.literal = Detokenizer(self.tokenizer, keep_special=True)
         self.eos = eos_token_ids(saved_generation_config(path), self.tokenizer, engine.vocabulary)
         # Warm-up: this request packs the weights, chooses kernels and captures graphs before the first client comes.
         engine.generate([Request([0], 2 * engine.k)])

@@ -9,9 +9,19 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
+from kforcing.version import __version__
 from serve.protocol.errors import ERROR_RESPONSES, ApiError, AsciiJSON
-from serve.protocol.requests import ChatRequest, CompletionRequest
-from serve.protocol.responses import ChatResponse, CompletionResponse, ModelCard, ModelList, ResponseBuilder
+from serve.protocol.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from serve.protocol.responses import (
+    ChatResponse,
+    CompletionResponse,
+    Detokenized,
+    ModelCard,
+    ModelList,
+    ResponseBuilder,
+    Tokens,
+    Version,
+)
 from serve.service import Service
 from serve.streaming import EventStream, events, unless_disconnected, whole_answer
 
@@ -71,8 +81,32 @@ def model_routes(service: Service) -> APIRouter:
     return router
 
 
+def tokenizer_routes(service: Service) -> APIRouter:
+    """/tokenize and /detokenize, as vLLM has them."""
+    router = APIRouter(responses={code: ERROR_RESPONSES[code] for code in (400, 401, 404, 413)})
+
+    @router.post("/tokenize", response_model=Tokens)
+    async def tokenize(body: TokenizeRequest) -> Response:
+        """Return the tokens that a prompt or a conversation has in a request."""
+        model, ids = await service.tokenise(body)
+        texts = [model.detokenizer.token(id)[0] for id in ids]
+        counts = {"count": len(ids), "max_model_len": model.engine.max_model_len}
+        return AsciiJSON({**counts, "tokens": ids, "token_strs": texts})
+
+    @router.post("/detokenize", response_model=Detokenized)
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        """Return the text of tokens, special tokens included."""
+        model = service.model(body.model)
+        if len(body.tokens) > model.engine.max_model_len:
+            message = f"{len(body.tokens)} tokens exceed the context of {model.engine.max_model_len} tokens"
+            raise ApiError(400, message, "tokens")
+        return AsciiJSON({"prompt": model.literal.decode(body.tokens)})
+
+    return router
+
+
 def operations_routes(service: Service, scrape: Callable[[], Awaitable[str]]) -> APIRouter:
-    """/health, /live and /metrics."""
+    """/health, /live, /version and /metrics."""
     router = APIRouter()
 
     @router.get("/health", responses={503: ERROR_RESPONSES[503]})
@@ -89,6 +123,11 @@ def operations_routes(service: Service, scrape: Callable[[], Awaitable[str]]) ->
     async def live() -> Response:
         """Liveness: 200 if this process answers. The state of the models has no influence."""
         return AsciiJSON({"status": "ok"})
+
+    @router.get("/version", response_model=Version, responses=UNAUTHORIZED)
+    async def version() -> Response:
+        """Return the version of this software."""
+        return AsciiJSON({"version": __version__})
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from kforcing.detokenizer import Piece, TextStream
 from kforcing.engine import Output, Request
-from serve.engine_requests import Choices, field_of, read_choices
+from serve.engine_requests import Choices, field_of, read_choices, tokens_of
 from serve.engine_thread import EngineFailed, EngineThread, Overloaded, PendingRequest
 from serve.metrics import Metrics
 from serve.models import ServedModel, load_models, loading_settings
 from serve.protocol.errors import ApiError
 from serve.protocol.logprobs import Scored
-from serve.protocol.requests import ChatRequest, CompletionRequest
+from serve.protocol.requests import ChatRequest, CompletionRequest, TokenizeRequest
 from serve.protocol.responses import Progress
 from serve.settings import Settings
 
@@ -151,6 +151,13 @@ class Service:
             raise ApiError(404, f"model {name!r} is not served here; there are: {known}", "model", "model_not_found")
         return self.models[name]
 
+    async def tokenise(self, body: TokenizeRequest) -> tuple[ServedModel, list[int]]:
+        """The tokens of a prompt or of a conversation, as a request with it would have them. Raises ApiError."""
+        model, given = self.model(body.model), body.prompt or body.messages or []
+        add = body.add_special_tokens is not False
+        ids = await asyncio.get_running_loop().run_in_executor(self._tokenising, tokens_of, model, given, add)
+        return model, ids
+
     async def accept(self, body: CompletionRequest | ChatRequest, client: str = "") -> AcceptedRequest:
         """Check a whole request and queue its choices. Raises ApiError or EngineFailed.
 
@@ -182,7 +189,7 @@ async def _deltas(
     model: ServedModel, index: int, pending: PendingRequest, asked: Choices
 ) -> AsyncGenerator[ChoiceDelta, None]:
     """The deltas of one choice. Closing the iterator before its end cancels the choice."""
-    text = TextStream(model.detokenizer, asked.stops, pending.request.prompt)
+    text = TextStream(asked.detokenizer, asked.stops, pending.request.prompt, asked.min_tokens, asked.include_stop)
     tokens, first, reason, first_output = 0, None, "abort", True
     try:
         async with aclosing(model.async_engine.outputs(pending)) as outputs:
@@ -200,6 +207,8 @@ async def _deltas(
                     piece = piece._replace(text=piece.text + last.text, stopped=last.stopped)
                 finish, stop = _end(piece, text, output, asked, model.eos)
                 reason = finish or reason
+                if asked.include_stop and output.stop_id in asked.special_stops and not piece.stopped:
+                    piece = piece._replace(text=piece.text + str(stop))
                 echo = asked.echo[index] if asked.echo and first_output else ""
                 scored = _scored(pending.request, output, piece.tokens)
                 yield ChoiceDelta(index, echo + piece.text, progress, finish, stop, stamp, scored)

@@ -77,7 +77,7 @@ async def whole_answer(request: AcceptedRequest, builder: ResponseBuilder) -> di
 def _writer(request: AcceptedRequest, builder: ResponseBuilder, index: int) -> LogprobsWriter:
     """What writes the log-probabilities of a choice, with those of its prompt if that is echoed."""
     prompt = [] if request.asked.echo else request.asked.requests[index].prompt
-    return LogprobsWriter(request.model.detokenizer, builder.chat, prompt)
+    return LogprobsWriter(request.asked.detokenizer, builder.chat, prompt)
 
 
 async def events(

@@ -118,6 +118,9 @@ class Engine:
         k = checked_k(request.k, self.k if self.student or acceptance == "exact" else 1)
         request.sampling.check()
         self._check_sampling(request.sampling)
+        wrong = next((id for id in request.sampling.logit_bias if not 0 <= id < self.vocabulary), None)
+        if wrong is not None:
+            raise ValueError(f"logit_bias of token {wrong}, which is outside the vocabulary of {self.vocabulary}")
         return k, new or self.max_model_len - N
 
     def _check_sampling(self, sampling: SamplingParams) -> None:
@@ -131,8 +134,9 @@ class Engine:
                 )
         if sampling.filters:
             raise ValueError(
-                f"top_k={sampling.top_k}, top_p={sampling.top_p}: this student's noise picks tokens inside the network, so "
-                "there is no distribution to cut; leave them at their defaults or use a sequential student or the AR model"
+                f"top_k={sampling.top_k}, top_p={sampling.top_p}, min_p={sampling.min_p}: this student's noise picks tokens "
+                "inside the network, so there is no distribution to cut; leave them at their defaults or use a sequential "
+                "student or the AR model"
             )
         noise = self.student.design.noise
         if not noise.temperature_min <= sampling.temperature <= noise.temperature_max:
@@ -235,7 +239,13 @@ class Engine:
             self._score_tail(sequence)
             request = sequence.request
             self.runner.start(
-                sequence.slot, len(request.prompt), request.seed, sequence.k, sequence.exact, request.sampling
+                sequence.slot,
+                len(request.prompt),
+                request.seed,
+                sequence.k,
+                sequence.exact,
+                request.sampling,
+                request.stop_ids,
             )
             self._apply(self.scheduler.drop_cancelled())
 

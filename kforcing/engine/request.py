@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,6 +26,15 @@ class SamplingParams:
     hints of the same block have not seen the change."""
     presence_penalty: float = 0.0
     """Subtracted once from the logits of tokens that the request has made before; the same holds."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens that the prompt or the answer has, and multiplies the negative ones; the same
+    holds."""
+    min_p: float = 0.0
+    """Leave out tokens that are less likely than this share of the likeliest one. Needs the same as `top_k`."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these tokens."""
+    min_tokens: int = 0
+    """Make no stop id before so many tokens."""
     logprobs: int | None = None
     """Return the log-probability of each token and of so many likeliest tokens at its place; 0 for the token's alone, None
     for nothing. They are those of the model itself: before temperature, filters and penalties. Exact mode and AR give the AR
@@ -39,6 +49,9 @@ class SamplingParams:
             ("top_p", self.top_p, 0.0, 1.0),
             ("frequency_penalty", self.frequency_penalty, -100.0, 100.0),
             ("presence_penalty", self.presence_penalty, -100.0, 100.0),
+            ("repetition_penalty", self.repetition_penalty, 0.01, 100.0),
+            ("min_p", self.min_p, 0.0, 1.0),
+            *((f"logit_bias[{token}]", bias, -100.0, 100.0) for token, bias in self.logit_bias.items()),
         ):
             if not (math.isfinite(value) and low <= value <= high):
                 raise ValueError(f"{name}={value} must be a number from {low:g} to {high:g}")
@@ -46,6 +59,8 @@ class SamplingParams:
             raise ValueError(f"temperature={self.temperature} is too small to divide by; use 0 for the likeliest token")
         if self.top_p == 0:
             raise ValueError("top_p=0 leaves no token to draw; use temperature=0 for the likeliest")
+        if self.min_tokens < 0:
+            raise ValueError(f"min_tokens={self.min_tokens} must be at least 0")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be at least 0 (0 for all tokens)")
         for name, n in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
@@ -55,17 +70,18 @@ class SamplingParams:
     @property
     def plain(self) -> bool:
         """Whether tokens are drawn from the distributions as they are, but for temperature."""
-        return self.temperature > 0 and not self.filters and not self.penalises
+        return self.temperature > 0 and not self.filters and not self.changes_logits
 
     @property
     def filters(self) -> bool:
         """Whether some tokens are left out."""
-        return self.top_k > 0 or self.top_p < 1
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @property
-    def penalises(self) -> bool:
-        """Whether tokens made before weigh less."""
-        return self.frequency_penalty != 0 or self.presence_penalty != 0
+    def changes_logits(self) -> bool:
+        """Whether the logits are changed before anything else."""
+        penalises = self.frequency_penalty != 0 or self.presence_penalty != 0 or self.repetition_penalty != 1
+        return penalises or bool(self.logit_bias) or self.min_tokens > 0
 
 
 ACCEPTANCES = ("exact", "fixed")

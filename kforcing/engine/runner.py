@@ -24,7 +24,7 @@ Shapes: S slots, R the slots of a step, P tokens read, K tokens made, C columns,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -168,7 +168,16 @@ class ModelRunner:
         self.exact_S[slot] = False
         self.drafted_S[slot] = 0
 
-    def start(self, slot: int, length: int, seed: int, k: int, exact: bool, sampling: SamplingParams) -> None:
+    def start(
+        self,
+        slot: int,
+        length: int,
+        seed: int,
+        k: int,
+        exact: bool,
+        sampling: SamplingParams,
+        stop_ids: Iterable[int] = (),
+    ) -> None:
         """Let the request whose prompt of this length was read run, with at most k tokens a step."""
         columns_C = torch.arange(self.cache.columns, device=self.tokens_SC.device)
         zero = torch.zeros(1, dtype=torch.int64, device=columns_C.device)
@@ -178,7 +187,7 @@ class ModelRunner:
         self.exact_S[slot] = exact
         self.drafted_S[slot] = 0
         self.sources.join(slot)
-        self.sampler.join(slot, sampling)
+        self.sampler.join(slot, sampling, self.tokens_SC[slot, :length], stop_ids)
 
     def move(self, source: int, target: int, columns: int) -> None:
         """Copy a request to another slot, whose first `columns` columns it needs."""

@@ -6,6 +6,7 @@ Shapes: S slots, R the slots of a step, P tokens that a step verifies, V vocabul
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -39,6 +40,12 @@ class Sampler:
         self.top_p_S = torch.ones(slots, dtype=torch.float64, device=device)
         self.frequency_S = torch.zeros(slots, device=device)
         self.presence_S = torch.zeros(slots, device=device)
+        self.repetition_S = torch.ones(slots, device=device)
+        self.min_p_S = torch.zeros(slots, dtype=torch.float64, device=device)
+        self.min_tokens_S = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.stops_SV = torch.zeros(slots, vocabulary, dtype=torch.bool, device=device)
+        self.prompt_SV = torch.zeros(slots, vocabulary, dtype=torch.bool, device=device)
+        self.bias_SV = torch.zeros(slots, vocabulary, device=device)
         self.counts_SV = torch.zeros(slots, vocabulary, device=device)
         self.vocabulary = vocabulary
         self.options = [SamplingParams()] * slots
@@ -46,8 +53,10 @@ class Sampler:
         """Each row takes only the way that its options need. On a GPU all rows go one way, which a graph can capture. The
         tokens are the same."""
 
-    def join(self, slot: int, sampling: SamplingParams) -> None:
-        """Take over the options of a request that begins in a slot."""
+    def join(
+        self, slot: int, sampling: SamplingParams, prompt: Tensor | None = None, stop_ids: Iterable[int] = ()
+    ) -> None:
+        """Take over the options of a request that begins in a slot, with the ids of its prompt and those that may end it."""
         self.options[slot] = sampling
         self.temperature_S[slot] = sampling.temperature or 1e-3  # drafts of a greedy request are as good as greedy
         self.greedy_S[slot] = sampling.temperature == 0
@@ -55,7 +64,17 @@ class Sampler:
         self.top_p_S[slot] = sampling.top_p
         self.frequency_S[slot] = sampling.frequency_penalty
         self.presence_S[slot] = sampling.presence_penalty
-        self.counts_SV[slot] = 0
+        self.repetition_S[slot] = sampling.repetition_penalty
+        self.min_p_S[slot] = sampling.min_p
+        self.min_tokens_S[slot] = sampling.min_tokens
+        for state_SV in (self.counts_SV, self.stops_SV, self.prompt_SV, self.bias_SV):
+            state_SV[slot] = 0
+        self.stops_SV[slot, [id for id in stop_ids if 0 <= id < self.vocabulary]] = True
+        self.bias_SV[slot, list(sampling.logit_bias)] = torch.tensor(
+            list(sampling.logit_bias.values()), dtype=torch.float32, device=self.bias_SV.device
+        )
+        if prompt is not None:
+            self.prompt_SV[slot, prompt] = True
 
     def move(self, source: int, target: int) -> None:
         """Copy the state of a slot to another slot."""
@@ -77,8 +96,7 @@ class Sampler:
             return self.draw(logits_RV, z_R, temperature_R)
         if self.one_by_one:
             return self._each(logits_RV, z_R, counts_RV)
-        penalty_RV = self.frequency_S[:R, None] * counts_RV + self.presence_S[:R, None] * (counts_RV > 0)
-        logits_RV = logits_RV.float() - penalty_RV
+        logits_RV = self._changed(slice(0, R), logits_RV, counts_RV)
         drawn_R = self.draw(self._filtered(logits_RV, temperature_R), z_R, temperature_R)
         return torch.where(self.greedy_S[:R], logits_RV.argmax(dim=-1), drawn_R)
 
@@ -107,13 +125,24 @@ class Sampler:
         """Count those of (R, L) tokens that `final_RL` (bool) marks."""
         self.counts_SV[: len(tokens_RL)].scatter_add_(1, tokens_RL, final_RL.float())
 
+    def _changed(self, slots: slice, logits_RV: Tensor, counts_RV: Tensor) -> Tensor:
+        """The float32 logits of some slots with bias and penalties, and without stop ids where it is too early for them."""
+        logits_RV = logits_RV.float() + self.bias_SV[slots]
+        early_R1 = counts_RV.sum(dim=-1, keepdim=True) < self.min_tokens_S[slots, None]
+        logits_RV = logits_RV.masked_fill(self.stops_SV[slots] & early_R1, -torch.inf)
+        made_RV, repetition_R1 = counts_RV > 0, self.repetition_S[slots, None]
+        repeated_RV = torch.where(logits_RV > 0, logits_RV / repetition_R1, logits_RV * repetition_R1)
+        logits_RV = torch.where(made_RV | self.prompt_SV[slots], repeated_RV, logits_RV)
+        return logits_RV - (self.frequency_S[slots, None] * counts_RV + self.presence_S[slots, None] * made_RV)
+
     def _filtered(self, logits_RV: Tensor, temperature_R: Tensor) -> Tensor:
-        """The logits, with −inf for tokens beyond top-k and top-p."""
+        """The logits, with −inf for tokens beyond top-k, top-p and min-p."""
         order = logits_RV.argsort(dim=-1, descending=True, stable=True)
         p = _probabilities(logits_RV, temperature_R[:, None]).gather(-1, order).double()
         before = p.cumsum(dim=-1) - p
-        top_p, top_k = (option_S[: len(p), None] for option_S in (self.top_p_S, self.top_k_S))
+        top_p, top_k, min_p = (option_S[: len(p), None] for option_S in (self.top_p_S, self.top_k_S, self.min_p_S))
         keep = ((before < top_p) | (top_p >= 1)) & (torch.arange(p.shape[-1], device=p.device) < top_k)
+        keep &= p >= min_p * p[:, :1]
         return logits_RV.masked_fill(~torch.zeros_like(keep).scatter(1, order, keep), -torch.inf)
 
     def _each(self, logits_RV: Tensor, z_R: Tensor, counts_RV: Tensor) -> Tensor:
@@ -121,11 +150,9 @@ class Sampler:
         token_R = torch.empty(len(z_R), dtype=torch.int64)
         drawn, rows = [], []
         for i, options in enumerate(self.options[: len(z_R)]):
-            logits_V = logits_RV[i].float()
-            if options.penalises:
-                counts_V = counts_RV[i]
-                penalty_V = options.frequency_penalty * counts_V + options.presence_penalty * (counts_V > 0)
-                logits_V = logits_V - penalty_V
+            logits_V, own = logits_RV[i].float(), slice(i, i + 1)
+            if options.changes_logits:
+                logits_V = self._changed(own, logits_RV[own], counts_RV[own])[0]
             if options.temperature == 0:
                 token_R[i] = first_largest(logits_V)
             elif options.filters:
@@ -148,8 +175,8 @@ def _kept(logits_V: Tensor, temperature: Tensor, options: SamplingParams) -> Ten
 
     It sorts only those that are likely enough, and more of them where these are too few.
     """
-    top_k, top_p = options.top_k or len(logits_V), options.top_p
-    p_V = _probabilities(logits_V, temperature) if top_p < 1 else None
+    top_k, top_p, min_p = options.top_k or len(logits_V), options.top_p, options.min_p
+    p_V = _probabilities(logits_V, temperature) if top_p < 1 or min_p > 0 else None
     largest, scale = logits_V.amax().item(), temperature.item()
     for least in (1e-3, 1e-4, 1e-5, 0.0):
         threshold = largest + scale * math.log(least) if least else -math.inf
@@ -159,8 +186,10 @@ def _kept(logits_V: Tensor, temperature: Tensor, options: SamplingParams) -> Ten
         if p_V is not None:
             p = p_V[ids[order]].double()
             total = p.cumsum(dim=-1)
-            n = min(n, int((total - p < top_p).sum()))
-            enough = enough or total[-1].item() >= top_p
+            n = min(n, int((p >= min_p * p[0]).sum()))
+            if top_p < 1:
+                n = min(n, int((total - p < top_p).sum()))
+            enough = enough or (total[-1].item() >= top_p and top_p < 1) or least < 0.9 * min_p
         if enough:
             break
     return ids[order[:n]].sort().values

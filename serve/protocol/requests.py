@@ -38,16 +38,11 @@ CHANGES_NOTHING: Values = {
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "modalities": (["text"],),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "top_logprobs": (0,),
     "use_beam_search": (False,),
     "early_stopping": (False,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
     "return_token_ids": (False,),
@@ -107,6 +102,7 @@ def _kind_of_prompt(value: Any) -> str:
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=1_000_000)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Ids = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Prompt = Annotated[
@@ -150,8 +146,13 @@ class RequestFields(Accepting):
     """Draw from this many of the likeliest tokens; 0 or −1 means all."""
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, float] | None = None
-    """Refused unless all its numbers are 0."""
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    min_p: float | None = Field(None, ge=0, le=1)
+    """Leave out tokens that are less likely than this share of the likeliest one."""
+    logit_bias: dict[Annotated[str, StringConstraints(pattern=r"^\d{1,9}$")], Bias] | None = None
+    """Added to the logits of token ids."""
+    min_tokens: int | None = Field(None, ge=0)
+    """No EOS, stop token or stop string ends the answer before so many tokens."""
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stop: Stop | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
@@ -163,6 +164,12 @@ class RequestFields(Accepting):
     """`exact`: the text is the AR model's own, at 1 to k tokens per forward pass. `fixed`: always k tokens, none of them
     verified. The deployment has a default."""
     ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    """The text ends behind the stop string, and not before it."""
+    skip_special_tokens: bool | None = None
+    """Special tokens have no text, which is the default."""
+    truncate_prompt_tokens: int | None = Field(None, ge=1)
+    """Keep so many of a prompt's last tokens."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -176,8 +183,9 @@ class RequestFields(Accepting):
 
     @model_validator(mode="after")
     def _check_together(self) -> RequestFields:
-        if any((self.logit_bias or {}).values()):
-            raise ApiError(400, "logit_bias is not supported; leave it out", "logit_bias")
+        if self.token_limit is not None and (self.min_tokens or 0) > self.token_limit:
+            message = f"min_tokens={self.min_tokens} is more than max_tokens={self.token_limit}"
+            raise ApiError(400, message, "min_tokens")
         if None not in (given := (self.max_tokens, self.max_completion_tokens)) and given[0] != given[1]:
             message = (
                 f"max_tokens={self.max_tokens} and max_completion_tokens={self.max_completion_tokens} differ; send one "
@@ -286,3 +294,27 @@ class ChatRequest(RequestFields):
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, f"top_logprobs={self.top_logprobs} needs logprobs=true", "top_logprobs")
         return self
+
+
+class TokenizeRequest(Accepting):
+    """The body of POST /tokenize: a prompt or a conversation."""
+
+    changes_nothing = {"add_generation_prompt": (True,)}
+    model: str | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None
+    add_special_tokens: bool | None = None
+    """Of a prompt: with what the tokenizer puts before a text, which is the default. Chat templates write their own."""
+
+    @model_validator(mode="after")
+    def _check_one_of_both(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ApiError(400, "give either prompt or messages", "prompt")
+        return self
+
+
+class DetokenizeRequest(Accepting):
+    """The body of POST /detokenize."""
+
+    model: str | None = None
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]

@@ -117,6 +117,28 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+class Tokens(BaseModel):
+    """The answer of /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str]
+    """The text of each token alone, as in `logprobs`."""
+
+
+class Detokenized(BaseModel):
+    """The answer of /detokenize."""
+
+    prompt: str
+
+
+class Version(BaseModel):
+    """The answer of /version."""
+
+    version: str
+
+
 class ResponseBuilder:
     """Builds the answer of one request, whole or in chunks, for completions or for chat completions."""
 

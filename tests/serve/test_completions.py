@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kforcing import PushForwardLM
-from kforcing.engine import Engine, EngineConfig, Request
+from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
 from tests.endpoint import (
     EOS,
     LETTERS,
@@ -134,3 +134,54 @@ def test_all_eos_ids_of_the_generation_config_end_the_text_of_student_and_teache
                 ids = expected(m, n=40, seed=seed, k=1 if model == "teacher" else 4, stop=frozenset([EOS, *letters]))
                 assert (choice["text"], choice["stop_reason"]) == (text_of(ids), None)
                 assert (choice["finish_reason"] == "stop") == (len(ids) < 40)
+
+
+def test_sampling_options_reach_the_engine(http, student):
+    on, eos = {"ignore_eos": True}, frozenset([EOS])
+    for fields, stops, sampling in (
+        (on | {"logit_bias": {"3": 4.5, "0": -100}}, frozenset(), SamplingParams(logit_bias={3: 4.5, 0: -100.0})),
+        (on | {"repetition_penalty": 9}, frozenset(), SamplingParams(repetition_penalty=9.0)),
+        (on | {"min_p": 0.4, "temperature": 1.5}, frozenset(), SamplingParams(1.5, min_p=0.4)),
+        ({"min_tokens": 9}, eos, SamplingParams(min_tokens=9)),
+    ):
+        requests = [Request(ids_of("abc"), 30, seed, stops, sampling=sampling) for seed in range(4)]
+        done = Engine(student, EngineConfig(max_num_seqs=4, max_model_len=56)).generate(requests)
+        got = [complete(http, seed=seed, max_tokens=30, **fields)["choices"][0]["text"] for seed in range(4)]
+        assert got == [text_of(completion.tokens) for completion in done]
+        assert got != [text_of(expected(student, n=30, seed=seed, stop=stops)) for seed in range(4)], fields
+
+
+def test_no_stop_string_counts_in_the_text_of_the_first_min_tokens(http, student):
+    seed, whole = without_eos(student, 11)
+    for n in range(8):
+        choice = complete(http, seed=seed, max_tokens=11, stop=[*whole], min_tokens=n, ignore_eos=True)["choices"][0]
+        assert (choice["text"], choice["stop_reason"]) == (whole[:n], whole[n])
+
+
+def test_the_stop_string_is_part_of_the_text_if_asked_for(http, student):
+    seed, whole = without_eos(student, 11)
+    stop, options = whole[4:6], {"max_tokens": 11, "ignore_eos": True, "include_stop_str_in_output": True}
+    choice = complete(http, seed=seed, stop=stop, **options)["choices"][0]
+    assert choice["text"] == whole[: whole.index(stop) + 2]
+    seed = next(s for s in range(100) if EOS in expected(student, seed=s, n=11, stop=frozenset()))
+    ended = complete(http, seed=seed, stop="|", **options)["choices"][0]["text"]
+    assert ended == text_of(expected(student, seed=seed, n=11)) + "|"
+
+
+def test_special_tokens_have_a_text_if_asked_for(http, student):
+    seed = next(s for s in range(100) if EOS in expected(student, seed=s, n=11, stop=frozenset()))
+    ids = expected(student, seed=seed, n=11, stop=frozenset())
+    options = {"seed": seed, "max_tokens": 11, "ignore_eos": True}
+    assert complete(http, **options)["choices"][0]["text"] == text_of(ids)
+    literal = complete(http, skip_special_tokens=False, **options)["choices"][0]["text"]
+    assert literal == "".join(LETTERS[i] for i in ids)
+    stopped = complete(http, skip_special_tokens=False, stop="|", **options)["choices"][0]
+    assert (stopped["text"], stopped["stop_reason"]) == (literal[: literal.index("|")], "|")
+
+
+def test_a_prompt_may_be_cut_to_its_last_tokens(http):
+    short = complete(http, prompt="cdefgh")
+    cut = complete(http, prompt="ab" * 200 + "cdefgh", truncate_prompt_tokens=6)
+    assert (cut["choices"], cut["usage"]) == (short["choices"], short["usage"])
+    echoed = complete(http, prompt="abcdefgh", truncate_prompt_tokens=6, echo=True)["choices"][0]["text"]
+    assert echoed == "cdefgh" + short["choices"][0]["text"]

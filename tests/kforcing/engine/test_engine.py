@@ -191,6 +191,37 @@ def test_an_overwhelming_penalty_never_repeats_a_token(kind, name):
         assert len(set(done[0].tokens)) == 16
 
 
+@pytest.mark.parametrize("kind", ["ar", "argmax", "sequential"])
+def test_no_stop_id_is_made_before_the_tokens_that_a_request_asks_for(kind):
+    m, all_but_two = model(kind), frozenset(range(2, VOCAB))
+    for k in range(1, getattr(m, "k", 1) + 1):
+        requests = [
+            Request(prompt(5), 16, seed, all_but_two, k, SamplingParams(min_tokens=n))
+            for seed in range(3)
+            for n in (0, 7)
+        ]
+        for request, done in zip(requests, engine_of(m).generate(requests), strict=True):
+            n = request.sampling.min_tokens
+            assert set(done.tokens) <= {0, 1}
+            assert len(done.tokens) >= n
+    for bias, n in (({3: 100.0}, 0), ({3: 100.0, 4: 50.0}, 5)):
+        request = Request(prompt(5), 16, 1, frozenset([3]), sampling=SamplingParams(logit_bias=bias, min_tokens=n))
+        assert engine_of(m).generate([request])[0].tokens == [4] * n
+
+
+def engine_of(m):
+    return Engine(m, EngineConfig(max_num_seqs=3, max_model_len=40))
+
+
+def test_a_repetition_penalty_counts_the_prompt_too(backbone):
+    request = Request(list(range(VOCAB - 4)), 1, sampling=SamplingParams(repetition_penalty=100.0, temperature=0.0))
+    (made,) = engine_of(backbone).generate([request])[0].tokens
+    with torch.no_grad():
+        logits = backbone(input_ids=torch.tensor([request.prompt])).logits[0, -1]
+    logits[: VOCAB - 4] = torch.where(logits > 0, logits / 100, logits * 100)[: VOCAB - 4]
+    assert made == logits.argmax()
+
+
 def test_a_penalty_counts_what_was_returned_and_nothing_else():
     """k' < k leaves tokens out; they must not be counted: AR and a sequential student at k'=1 agree."""
     student = model("few hints")
@@ -213,6 +244,11 @@ def test_a_penalty_counts_what_was_returned_and_nothing_else():
         ("ar", Request([1], 2, sampling=SamplingParams(temperature=float("nan"))), "temperature=nan"),
         ("ar", Request([1], 2, sampling=SamplingParams(top_p=0)), "top_p=0 leaves no token"),
         ("ar", Request([1], 2, sampling=SamplingParams(top_k=-1)), "top_k=-1"),
+        ("ar", Request([1], 2, sampling=SamplingParams(min_tokens=-1)), "min_tokens=-1"),
+        ("ar", Request([1], 2, sampling=SamplingParams(min_p=2)), "min_p=2"),
+        ("ar", Request([1], 2, sampling=SamplingParams(repetition_penalty=0)), "repetition_penalty=0"),
+        ("ar", Request([1], 2, sampling=SamplingParams(logit_bias={VOCAB: 1.0})), f"logit_bias of token {VOCAB}"),
+        ("ar", Request([1], 2, sampling=SamplingParams(logit_bias={1: 1e9})), r"logit_bias.1.=10+"),
         ("argmax", Request([1], 2, sampling=SamplingParams(top_p=0.9)), "no distribution to cut"),
         ("argmax", Request([1], 2, sampling=SamplingParams(temperature=0)), "trained for 1.0 to 1.0"),
     ],

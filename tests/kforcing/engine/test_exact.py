@@ -43,6 +43,10 @@ samplings = st.one_of(
         top_k=st.sampled_from([0, 3]),
         frequency_penalty=st.sampled_from([0.0, 1.5]),
         presence_penalty=st.sampled_from([0.0, -1.0]),
+        repetition_penalty=st.sampled_from([1.0, 1.3]),
+        min_p=st.sampled_from([0.0, 0.3]),
+        logit_bias=st.sampled_from([{}, {1: 5.0, 3: -100.0}]),
+        min_tokens=st.sampled_from([0, 7]),
     ),
 )
 

@@ -17,6 +17,10 @@ options = st.builds(
     top_p=st.sampled_from([1e-9, 0.3, 0.9, 0.999999, 1.0]),
     frequency_penalty=st.sampled_from([0.0, 0.5]),
     presence_penalty=st.sampled_from([0.0, -1.0]),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+    min_p=st.sampled_from([0.0, 0.0, 0.05, 0.7, 1.0]),
+    logit_bias=st.sampled_from([{}, {0: 3.0, 1: -100.0}]),
+    min_tokens=st.sampled_from([0, 2, 10_000]),
 )
 
 
@@ -24,7 +28,7 @@ def sampler_of(samplings, V, coupling, one_by_one):
     sampler = Sampler(len(samplings), V, ARReadout(COUPLINGS[coupling]), torch.device("cpu"))
     sampler.one_by_one = one_by_one
     for slot, sampling in enumerate(samplings):
-        sampler.join(slot, sampling)
+        sampler.join(slot, sampling, torch.tensor([0, V - 1]), [1])
     return sampler
 
 
@@ -62,6 +66,39 @@ def test_filters_keep_the_tokens_that_their_definition_names():
         drawn = set(sampler(logits.expand(2000, V), z, torch.zeros(2000, V)).tolist())
         assert drawn <= kept
         assert len(drawn) > 0.8 * len(kept)
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_bias_penalties_and_early_stops_change_the_logits_as_their_definitions_say(one_by_one):
+    V, S = 6, SamplingParams
+    logits = torch.tensor([[2.0, 1.9, 1.8, -1.0, -1.1, 0.0]])
+    z, none = torch.tensor([0.5], dtype=torch.float64), torch.zeros(1, V)
+    made = torch.tensor([[0.0, 0.0, 3.0, 0.0, 0.0, 0.0]])
+    for options, counts, expected in (  # the prompt has the tokens 0 and 5, and token 1 is a stop id
+        (S(0.0), none, 0),
+        (S(0.0, logit_bias={3: 3.1}), none, 3),
+        (S(0.0, logit_bias={0: -100.0}), none, 1),
+        (S(0.0, logit_bias={0: -100.0}, min_tokens=1), none, 2),
+        (S(0.0, logit_bias={0: -100.0}, min_tokens=3), made, 1),
+        (S(0.0, repetition_penalty=1.2), none, 1),
+        (S(0.0, repetition_penalty=1.2, min_tokens=4), made, 0),
+        (S(0.0, logit_bias={0: -100.0, 1: -100.0, 2: -100.0, 5: -1.01}, repetition_penalty=1.2), none, 3),
+        (S(1.0, min_p=0.95), none, 0),
+    ):
+        assert sampler_of([options], V, "gumbel", one_by_one)(logits, z, counts).tolist() == [expected], options
+
+
+def test_min_p_keeps_the_tokens_that_its_definition_names():
+    V, g = 300, torch.Generator().manual_seed(0)
+    logits = torch.randn(V, generator=g) * 2
+    for min_p, temperature in ((0.2, 1.0), (0.001, 0.7)):
+        p = (logits.double() / temperature).softmax(-1)
+        sampler = sampler_of([SamplingParams(temperature, min_p=min_p)] * 2000, V, "gumbel", True)
+        z = torch.rand(2000, dtype=torch.float64, generator=g)
+        drawn = set(sampler(logits.expand(2000, V), z, torch.zeros(2000, V)).tolist())
+        kept = set((p >= min_p * p.max()).nonzero().flatten().tolist())
+        assert drawn <= kept
+        assert len(drawn) > 0.4 * len(kept)
 
 
 @pytest.mark.parametrize("one_by_one", [True, False])
