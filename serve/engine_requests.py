@@ -51,9 +51,7 @@ async def read_choices(model: ServedModel, body: CompletionRequest | ChatRequest
     Without a seed, each prompt gets a random one. Raises ApiError with status 400 for a prompt that cannot be tokenised, stop
     strings that cannot occur, or too many choices.
     """
-    chat = isinstance(body, ChatRequest)
-    given: list[Any] = _given_prompts(body)
-    copies = body.n or 1
+    given, copies = _given_prompts(body), body.n or 1
     if len(given) * copies > MAX_CHOICES:
         message = f"{len(given)} prompts × n={copies} exceed {MAX_CHOICES} choices; send several requests"
         raise ApiError(400, message, "n")
@@ -63,17 +61,11 @@ async def read_choices(model: ServedModel, body: CompletionRequest | ChatRequest
     except ValueError as error:
         raise ApiError(400, str(error), "stop") from None
     stop_ids = frozenset([*(body.stop_token_ids or ()), *special, *(() if body.ignore_eos else model.eos)])
-    sampling, loop = _sampling(body), asyncio.get_running_loop()
+    sampling = _sampling(body)
     requests: list[Request] = []
     for each in given:
-        is_ids = not chat and isinstance(each, list)
-        prompt = each if is_ids else await loop.run_in_executor(worker, tokens_of, model, each)
-        prompt = prompt[-(body.truncate_prompt_tokens or len(prompt)) :]
-        _check_length(model.engine.max_model_len, len(prompt), body)
-        room = max(model.engine.max_model_len - len(prompt), 1)
-        limit = None if chat else min(DEFAULT_MAX_TOKENS, room)
-        if body.token_limit is not None:
-            limit = max(body.token_limit, 1)  # the engine makes at least one token
+        prompt = await _token_ids(model, body, each, worker)
+        limit = _token_limit(model.engine.max_model_len - len(prompt), body)
         seed = secrets.randbits(62) if body.seed is None else body.seed
         requests += [
             Request(prompt, limit, choice_seed(seed, i), stop_ids, body.k, sampling, body.acceptance)
@@ -85,6 +77,26 @@ async def read_choices(model: ServedModel, body: CompletionRequest | ChatRequest
         echo = [as_given[i // copies] or detokenizer.decode(request.prompt) for i, request in enumerate(requests)]
     include_stop, silent = bool(body.include_stop_str_in_output), body.token_limit == 0
     return Choices(requests, detokenizer, stops, special, echo, sampling.min_tokens, include_stop, silent)
+
+
+async def _token_ids(
+    model: ServedModel, body: CompletionRequest | ChatRequest, given: Any, worker: Executor
+) -> list[int]:
+    """The ids of a prompt, which fit the context."""
+    if isinstance(given, list) and isinstance(given[0], int):
+        ids = given
+    else:
+        ids = await asyncio.get_running_loop().run_in_executor(worker, tokens_of, model, given)
+    ids = ids[-(body.truncate_prompt_tokens or len(ids)) :]
+    _check_length(model.engine.max_model_len, len(ids), body)
+    return ids
+
+
+def _token_limit(room: int, body: CompletionRequest | ChatRequest) -> int | None:
+    """How many tokens the engine makes at most, and at least one; None for all that there is room for."""
+    if body.token_limit is not None:
+        return max(body.token_limit, 1)
+    return None if isinstance(body, ChatRequest) else min(DEFAULT_MAX_TOKENS, room)
 
 
 def field_of(error: ValueError, body: CompletionRequest | ChatRequest) -> str | None:

@@ -10,16 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from kforcing.detokenizer import Piece, TextStream
-from kforcing.engine import Output, Request
+from kforcing.engine import Request
+from serve.choice import ChoiceDelta, ChoiceReader
 from serve.engine_requests import Choices, field_of, read_choices, tokens_of
 from serve.engine_thread import EngineFailed, EngineThread, Overloaded, PendingRequest
 from serve.metrics import Metrics
 from serve.models import ServedModel, load_models, loading_settings
 from serve.protocol.errors import ApiError
-from serve.protocol.logprobs import Scored
 from serve.protocol.requests import ChatRequest, CompletionRequest, TokenizeRequest
-from serve.protocol.responses import Progress
 from serve.settings import Settings
 
 STUCK_S = 120.0
@@ -28,26 +26,6 @@ PROOF_S = 10.0
 """Seconds for which a forward pass proves that a model is ready."""
 
 logger = logging.getLogger("ray.serve")
-
-
-@dataclass(frozen=True)
-class ChoiceDelta:
-    """What one step added to one choice of a request."""
-
-    index: int
-    """Of the choice."""
-    text: str
-    """May be empty while the detokenizer holds text back."""
-    progress: Progress
-    """Of the choice so far."""
-    finish: str | None
-    """`stop` or `length` for the last one."""
-    stop: str | int | None
-    """The stop string or stop token id that ended it."""
-    stamp: float
-    """`time.perf_counter` at the end of the step."""
-    scored: list[Scored] | None
-    """The tokens with their log-probabilities, if they were asked for; first those of a prompt that is echoed."""
 
 
 @dataclass
@@ -189,60 +167,27 @@ async def _deltas(
     model: ServedModel, index: int, pending: PendingRequest, asked: Choices
 ) -> AsyncGenerator[ChoiceDelta, None]:
     """The deltas of one choice. Closing the iterator before its end cancels the choice."""
-    text = TextStream(asked.detokenizer, asked.stops, pending.request.prompt, asked.min_tokens, asked.include_stop)
-    tokens, first, reason, first_output = 0, None, "abort", True
+    reader = ChoiceReader(index, asked, model.eos)
+    first, reason = None, "abort"
     try:
         async with aclosing(model.async_engine.outputs(pending)) as outputs:
             async for output, stamp in outputs:
-                piece = Piece("", 0, False) if asked.silent else text.push(output.tokens)
-                tokens += piece.tokens
-                drafts = output.drafts
-                progress = Progress(tokens, output.steps, sum(drafts.drafted), sum(drafts.accepted))
-                if first is None and piece.tokens:
+                before = reader.tokens
+                delta = reader.read(output, stamp)
+                made = reader.tokens - before
+                if first is None and made:
                     first = time.perf_counter()
                     model.metrics.first_token(first - pending.submitted)
-                model.metrics.returned(piece.tokens, len(output.tokens) - piece.tokens)
-                if output.finish_reason and not piece.stopped:  # what was held back may contain a stop string too
-                    last = text.flush()
-                    piece = piece._replace(text=piece.text + last.text, stopped=last.stopped)
-                finish, stop = _end(piece, text, output, asked, model.eos)
-                reason = finish or reason
-                if asked.include_stop and output.stop_id in asked.special_stops and not piece.stopped:
-                    piece = piece._replace(text=piece.text + str(stop))
-                echo = asked.echo[index] if asked.echo and first_output else ""
-                scored = _scored(pending.request, output, piece.tokens)
-                yield ChoiceDelta(index, echo + piece.text, progress, finish, stop, stamp, scored)
-                first_output = False
-                if finish:
+                model.metrics.returned(made, len(output.tokens) - made)
+                reason = delta.finish or reason
+                yield delta
+                if delta.finish:
                     return
     finally:
         model.async_engine.cancel(pending)
         end = time.perf_counter()
         seconds, after_first = end - pending.submitted, end - (first or end)
-        model.metrics.finished(reason, seconds, after_first, len(pending.request.prompt), tokens)
-
-
-def _scored(request: Request, output: Output, tokens: int) -> list[Scored] | None:
-    """The tokens of an output that count, with their log-probabilities; before them those of a prompt that was scored."""
-    if output.logprobs is None:
-        return None
-    made = list(zip(output.tokens, output.logprobs, strict=True))[:tokens]
-    if output.prompt_logprobs is None:
-        return [*made]
-    return [*zip(request.prompt, [None, *output.prompt_logprobs], strict=True), *made]
-
-
-def _end(
-    piece: Piece, text: TextStream, output: Output, asked: Choices, eos: frozenset[int]
-) -> tuple[str | None, str | int | None]:
-    """The finish reason of a choice, and what stopped it: a stop string or the id of a stop token that is not EOS."""
-    if asked.silent:
-        return "length", None
-    if piece.stopped:
-        return "stop", text.stop
-    if output.stop_id in asked.special_stops:
-        return "stop", asked.special_stops[output.stop_id]
-    return output.finish_reason, None if output.stop_id in eos else output.stop_id
+        model.metrics.finished(reason, seconds, after_first, len(pending.request.prompt), reader.tokens)
 
 
 async def merged(choices: list[AsyncGenerator[ChoiceDelta, None]]) -> AsyncGenerator[ChoiceDelta, None]:

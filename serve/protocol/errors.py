@@ -117,7 +117,8 @@ def _invalid(error: RequestValidationError, content_type: str) -> ApiError:
 
 def _path(loc: Sequence[str | int]) -> str:
     """`messages[1].content[0].text` for ("body", "messages", 1, "content", "<list>", 0, "text")."""
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc[1:] if str(part)[:1] != "<"]
+    named = [part for part in loc[1:] if str(part)[:1] not in ("<", "[")]  # without pydantic's own marks
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in named]
     return "".join(parts).removeprefix(".")
 
 

@@ -43,7 +43,7 @@ pytestmark = pytest.mark.cluster
         ({"best_of": 3}, "best_of", "best_of=3"),
         ({"logit_bias": {"99": 2.0}}, "logit_bias", "logit_bias of token 99, which is outside the vocabulary"),
         ({"logit_bias": {"1": 200}}, "logit_bias.1", "less than or equal to 100"),
-        ({"logit_bias": {"a": 2}}, "logit_bias.a.[key]", "match pattern"),
+        ({"logit_bias": {"a": 2}}, "logit_bias.a", "match pattern"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "min_tokens=9 is more than max_tokens=8"),
         ({"min_p": 2}, "min_p", "less than or equal to 1"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "greater than or equal to 1"),
