@@ -1,5 +1,6 @@
-# make distill      corpus → AR teacher → k=1 → k=2 → k=4 → report, on this machine
-# make evaluate     its models against the AR model and the baselines: fidelity, text, speed, cost → report
+# make distill      a k=4 student of SmolLM2-135M-Instruct and its report, on this machine, in half an hour
+# make toy          every stage on a tiny model: corpus → AR teacher → k=1 → k=2 → k=4 → report
+# make evaluate     the toy's models against the AR model and the baselines: fidelity, text, speed, cost → report
 # make test         everything CI runs, in less than 15 minutes on two cores
 # make test-fast    what needs no cluster, no server and no other process, in less than a minute
 # make test-slow    what takes minutes, some of it with a real pretrained model
@@ -9,17 +10,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL ?= runs/quickstart/k4
-RUN ?= runs/quickstart
+RUN ?= runs/toy
 
-.PHONY: setup distill evaluate smoke ui benchmark compare serve check format test test-fast test-slow
+.PHONY: setup distill toy evaluate smoke ui benchmark compare serve check format test test-fast test-slow
 
 setup: .venv/.installed
-distill: setup ; $(BIN)/python pipelines/distill.py $(ARGS)
+distill: .venv/.gguf ; $(BIN)/python pipelines/distill.py $(ARGS)
+toy: setup ; $(BIN)/python pipelines/distill.py --recipe toy $(ARGS)
 evaluate: .venv/.gguf ; $(BIN)/python pipelines/evaluate.py $(RUN) $(ARGS)
 smoke: setup ; $(BIN)/python pipelines/distill.py --recipe smoke $(ARGS)
 benchmark: setup ; $(BIN)/python pipelines/benchmark.py $(ARGS)
 compare: setup ; $(BIN)/python -m pipelines.benchmarks.compare $(ARGS)
-serve: setup ; RAY_SERVE_THROUGHPUT_OPTIMIZED=1 RAY_SERVE_ENABLE_DIRECT_INGRESS=0 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/serve run serve.app:build model=$(MODEL) $(ARGS)
+serve: .venv/.gguf ; RAY_SERVE_THROUGHPUT_OPTIMIZED=1 RAY_SERVE_ENABLE_DIRECT_INGRESS=0 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/serve run serve.app:build model=$(MODEL) $(ARGS)
 ui: setup ; $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
 check: .venv/.dev ; $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 format: .venv/.dev ; $(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -5,8 +5,8 @@
 
     python pipelines/distill.py [--recipe NAME | --config FILE] [section.field=value …]
 
-Without arguments: recipe `quickstart` on an embedded Ray. Run the same command again to continue an interrupted run;
-finished stages are skipped. `--help` lists every field.
+Without arguments: recipe `quickstart` (a student of SmolLM2-135M-Instruct) on an embedded Ray. Run the same command again to
+continue an interrupted run; finished stages are skipped. `--help` lists every field.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 
     python pipelines/evaluate.py [RUN | models:/NAME@ALIAS] [section.field=value …]
 
-Without arguments: `runs/quickstart`. Run the same command again to continue an interrupted evaluation; finished parts are
+Without arguments: `runs/toy`. Run the same command again to continue an interrupted evaluation; finished parts are
 kept, and a changed setting reruns what depends on it. The last line is one JSON object. `--help` lists every field.
 """
 
@@ -110,7 +110,7 @@ def main() -> None:
         if len(targets) > 1:
             raise ConfigError(f"one run at a time, found {' and '.join(targets)}")
         config = evaluation_config([word for word in words if "=" in word])
-        record = evaluate(targets[0] if targets else "runs/quickstart", config)
+        record = evaluate(targets[0] if targets else "runs/toy", config)
     except (ConfigError, StageError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

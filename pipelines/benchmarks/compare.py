@@ -3,7 +3,7 @@
     python -m pipelines.benchmarks.compare [--only "NAME;NAME"] [--seeds N] [--share X] [section.field=value …]
     python -m pipelines.benchmarks.compare --cost        # parameters, FLOPs and bytes of a decoding step; trains nothing
 
-The corpus and the AR teacher are the quickstart recipe's (trained once, kept in output_dir). Then every variant trains
+The corpus and the AR teacher are the toy recipe's (trained once, kept in output_dir). Then every variant trains
 its stages in a process of one core, rollouts included, until it has spent what the paper's recipe spends up to the
 same k, counted by torch's FLOP counter on a real step. Finished (variant, seed) pairs are kept and skipped. Figures are
 measured on held-out documents:

@@ -18,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from pipelines.config.recipes import FORMER_NAMES
 from pipelines.config.section import ConfigError
 from pipelines.files import write_json
 
@@ -72,7 +73,7 @@ def claim(root: Path, recipe: str) -> None:
     marker = root / "run.json"
     if marker.is_file():
         owner = json.loads(marker.read_text())["recipe"]
-        if owner != recipe:
+        if owner not in (recipe, FORMER_NAMES.get(recipe)):
             raise ConfigError(
                 f"output_dir={root} belongs to a run of recipe {owner!r}, not {recipe!r}; its stages would be "
                 "archived one by one. Choose another output_dir"

@@ -12,7 +12,7 @@ from kforcing.metrics.flops import measured_step, predicted_step
 from kforcing.modeling import PushForwardLM
 
 COST_SHAPES = {
-    "quickstart (3 × 128, vocabulary 512)": (512, 128, 3, 4, 512),
+    "toy (3 × 128, vocabulary 512)": (512, 128, 3, 4, 512),
     "12 × 768, vocabulary 32,000": (32_000, 768, 12, 12, 3072),
 }
 

@@ -52,11 +52,11 @@ def variants() -> list[Variant]:
     return [
         Variant("paper", "paper"),
         Variant("paper, AR targets", "paper", {"targets": "ar"}),
-        Variant("sequential, k = 2", "quickstart", {"student.k": 2}, (2,)),
-        Variant("sequential", "quickstart", ks=(4,), early=EARLY),
-        *(Variant(name, "quickstart", words, (4,), EARLY) for name, words in changes.items()),
-        Variant("long k = 2", "quickstart", ks=(4,)),
-        Variant("k = 8", "quickstart", {"student.k": 8}, (8,), EARLY),
+        Variant("sequential, k = 2", "toy", {"student.k": 2}, (2,)),
+        Variant("sequential", "toy", ks=(4,), early=EARLY),
+        *(Variant(name, "toy", words, (4,), EARLY) for name, words in changes.items()),
+        Variant("long k = 2", "toy", ks=(4,)),
+        Variant("k = 8", "toy", {"student.k": 8}, (8,), EARLY),
     ]
 
 

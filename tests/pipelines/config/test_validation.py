@@ -13,6 +13,7 @@ from pipelines.config.overrides import apply
 from pipelines.config.recipes import recipe
 from pipelines.config.section import ConfigError
 from pipelines.runs.cluster import check_labels, preflight, work_of_run
+from pipelines.runs.stages import claim
 from tests.models import CONFIGS, make_backbone
 
 
@@ -166,6 +167,13 @@ def test_a_run_directory_of_another_recipe_is_refused(tmp_path):
     (run / "run.json").write_text('{"recipe": "quickstart"}')
     with pytest.raises(ConfigError, match="belongs to a run of recipe 'quickstart', not 'smoke'"):
         read(tmp_path)
+
+
+def test_a_run_under_the_former_name_of_its_recipe_goes_on(tmp_path):
+    (tmp_path / "run.json").write_text('{"recipe": "quickstart"}')
+    claim(tmp_path, "toy")
+    with pytest.raises(ConfigError, match="belongs to a run of recipe 'quickstart', not 'paper'"):
+        claim(tmp_path, "paper")
 
 
 def test_a_backbone_with_a_sliding_window_shorter_than_the_blocks_is_refused(tmp_path):
