@@ -195,9 +195,9 @@ class AsyncEngine:
     def cancel(self, pending: PendingRequest) -> None:
         """Cancel a request; nothing happens if it has ended.
 
-        This only marks the request and wakes the engine thread. Before its next step the thread calls `Engine.cancel`, which
-        frees the request's slot (`_drop_cancelled`). Handlers come here when a client disconnects, when a stop string was
-        found, and after every normal end.
+        This only marks the request and wakes the engine thread. Before its next step the thread calls `Engine.cancel`
+        (`_drop_cancelled`), and the step's `Scheduler.drop_cancelled` frees the slot. Handlers come here when a client
+        disconnects, when a stop string was found, and after every normal end.
         """
         if not pending.ended:
             with self._wake:

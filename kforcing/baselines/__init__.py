@@ -13,7 +13,7 @@ How to add a baseline:
    * `…Step(nn.Module)`, whose `forward(batch: TextWindows) -> LossSums` is the training loss on real text;
    * `…Decoder`, whose `decode(prompts_RN, new_tokens, seeds) -> Decoded` continues prompts (see `base.Decoder`).
 2. Add an entry to METHODS in `pipelines/evaluation/baselines.py`. It names the untrained model, the step, the decoder
-   and the rows of the table.
+   and the rows of the table, and `batch`, where the step reads other text than `sampled_windows` gives.
 
 `pipelines/evaluate.py` then trains the baseline for the same FLOPs as the others and puts it in the table.
 """

@@ -16,6 +16,7 @@ def finish_stage(stage: Stage, prepared: Prepared) -> None:
 
     The tokenizer is written beside the model, so that the folder can be loaded alone. What only a resumed stage needs (the
     checkpoints, and Ray Train's record of them) is deleted. `manifest.json` comes last: it makes the stage finished.
+    Before it, `training.worker.write_model` has written the model; after it, `Pipeline.student` evaluates and registers it.
     """
     load_tokenizer(prepared.tokenizer).save_pretrained(stage.folder)
     for leftover in ("checkpoints", "ray_train"):

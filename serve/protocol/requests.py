@@ -2,7 +2,8 @@
 
 A field that would change the answer is honoured or refused by its path with status 400. A field or a value that changes
 nothing is accepted, so that ordinary clients need not know which those are: null, and what `CHANGES_NOTHING` lists. Unknown
-fields are refused. Limits that depend on the model (context length, k, sampling) are checked later, by `Engine.check`.
+fields are refused. Limits that depend on the model (context length, k, sampling) are checked later, by `read_choices` and
+`Engine.check`.
 """
 
 from __future__ import annotations
