@@ -122,10 +122,15 @@ def content_digest(path: Path) -> str:
 
 def _digest(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
+    hash_file(digest, path)
+    return digest.hexdigest()
+
+
+def hash_file(digest: hashlib.blake2b, path: Path) -> None:
+    """Add a file's content to a hash."""
     with open(path, "rb") as stream:
         while piece := stream.read(1 << 20):
             digest.update(piece)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

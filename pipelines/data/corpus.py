@@ -23,13 +23,13 @@ from pipelines.config.schema import DataConfig
 from pipelines.config.section import ConfigError
 from pipelines.data.listing import Listing, cut, is_remote, list_files
 from pipelines.data.reading import as_documents, check_columns, check_file, read_documents
-from pipelines.files import content_digest
+from pipelines.files import content_digest, hash_file
 
 if TYPE_CHECKING:
     import ray.data
 
 _ARROW_ROWS = 10_000
-_MOST_READ_TASKS = 1000
+_MOST_READ_TASKS = 256
 _RAY_LOGGER = "ray.data._internal.execution.streaming_executor_state"
 """It prints the traceback of a task that failed."""
 _HASH_FROM = 1 << 28
@@ -65,7 +65,7 @@ def source_digest(config: DataConfig) -> str:
         if file.size > _HASH_FROM:
             digest.update(content_digest(Path(file.path)).encode())
         else:
-            digest.update(Path(file.path).read_bytes())
+            hash_file(digest, Path(file.path))
     return digest.hexdigest()
 
 
@@ -78,7 +78,7 @@ def documents(config: DataConfig) -> ray.data.Dataset:
 
     if config.source.startswith("hf:"):
         dataset = _hugging_face(config).map_batches(
-            lambda table: as_documents(table, config, config.source), batch_format="pyarrow", batch_size=None
+            _rename, fn_kwargs={"config": config}, batch_format="pyarrow", batch_size=None
         )
     else:
         listing = list_files(config.source)
@@ -92,6 +92,10 @@ def documents(config: DataConfig) -> ray.data.Dataset:
 def _read(files: dict[str, np.ndarray], system: fs.FileSystem, config: DataConfig) -> Iterator[pa.Table]:
     for path in files["path"]:
         yield from read_documents(system, path, config)
+
+
+def _rename(table: pa.Table, config: DataConfig) -> Iterator[pa.Table]:
+    yield from as_documents(table, f"{config.source} (a piece of it)", config)
 
 
 @contextmanager

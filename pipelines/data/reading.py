@@ -40,8 +40,13 @@ def document_id(name: str) -> int:
 
 def read_documents(system: fs.FileSystem, path: str, config: DataConfig) -> Iterator[pa.Table]:
     """The documents of a file, in pieces of a few MB. Raises ConfigError with file and row."""
-    read = {"parquet": _read_parquet, "json": _read_json, "text": _read_text}[kind_of(path) or ""]
-    yield from read(system, path, config)
+    rows = {"parquet": _parquet_rows, "json": _json_rows, "text": _text_rows}[kind_of(path) or ""]
+    return _tables(rows(system, path, config), path, config)
+
+
+def as_documents(table: pa.Table, where: str, config: DataConfig) -> Iterator[pa.Table]:
+    """The documents of a table, which `where` names in errors."""
+    return _tables(_table_rows(table, where, config), where, config)
 
 
 def check_file(system: fs.FileSystem, path: str, config: DataConfig) -> bool:
@@ -81,21 +86,11 @@ def check_columns(schema: pa.Schema, where: str, config: DataConfig) -> None:
             )
 
 
-def as_documents(table: pa.Table, config: DataConfig, where: str, first_row: int = 0) -> pa.Table:
-    """Rows with the columns of the config → DOCUMENTS. `where` and the number of the first row are for errors."""
-    check_columns(table.schema, where, config)
-    try:
-        columns = {name: table[column].cast(pa.string()) for name, column in _columns(config).items()}
-        for column in columns.values():
-            column.validate(full=True)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise _fault(where, f"rows {first_row} to {first_row + len(table) - 1}", cut(error)) from None
-    texts = columns["text_column"].to_pylist()
-    names = columns["id_column"].to_pylist() if config.id_column else None
-    return _table(texts, names, [f"row {i}" for i in range(first_row, first_row + len(table))], where, config)
+_Row = tuple[str, Any, Any]
+"""Its place in the file, text and id, as they are in the file."""
 
 
-def _read_parquet(system: fs.FileSystem, path: str, config: DataConfig) -> Iterator[pa.Table]:
+def _parquet_rows(system: fs.FileSystem, path: str, config: DataConfig) -> Iterator[_Row]:
     with _named(path):
         parquet = pq.ParquetFile(system.open_input_file(path))
     check_columns(parquet.schema_arrow, path, config)
@@ -109,47 +104,46 @@ def _read_parquet(system: fs.FileSystem, path: str, config: DataConfig) -> Itera
             batch = next(batches, None)
         if batch is None:
             return
-        yield as_documents(pa.Table.from_batches([batch]), config, path, row)
+        yield from _table_rows(pa.Table.from_batches([batch]), path, config, row)
         row += len(batch)
 
 
-def _read_json(system: fs.FileSystem, path: str, config: DataConfig) -> Iterator[pa.Table]:
-    def values() -> Iterator[tuple[str, Any, Any]]:
-        for number, record in _records(system, path):
-            yield f"line {number}", record.get(config.text_column), record.get(config.id_column or "")
+def _table_rows(table: pa.Table, where: str, config: DataConfig, first: int = 0) -> Iterator[_Row]:
+    check_columns(table.schema, where, config)
+    try:
+        columns = [table[column].cast(pa.string()) for column in _columns(config).values()]
+        for column in columns:
+            column.validate(full=True)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise _fault(where, f"rows {first} to {first + len(table) - 1}", cut(error)) from None
+    texts, names = columns[0].to_pylist(), columns[-1].to_pylist()
+    for row, (text, name) in enumerate(zip(texts, names, strict=True), first):
+        yield f"row {row}", text, name
 
-    yield from _tables(values(), path, config)
+
+def _json_rows(system: fs.FileSystem, path: str, config: DataConfig) -> Iterator[_Row]:
+    for number, record in _records(system, path):
+        yield f"line {number}", record.get(config.text_column), record.get(config.id_column or "")
 
 
-def _read_text(system: fs.FileSystem, path: str, config: DataConfig) -> Iterator[pa.Table]:
-    yield from _tables(((f"line {number}", line, None) for number, line in _lines(system, path)), path, config)
+def _text_rows(system: fs.FileSystem, path: str, config: DataConfig) -> Iterator[_Row]:
+    for number, line in _lines(system, path):
+        yield f"line {number}", line, None
 
 
-def _tables(values: Iterator[tuple[str, Any, Any]], path: str, config: DataConfig) -> Iterator[pa.Table]:
-    """(place, text, id) → tables of a few MB."""
-    places, texts, names, size = list[str](), [], [], 0
-    for place, text, name in values:
-        places.append(place)
-        texts.append(_string(text, f"data.text_column={config.text_column}", path, place))
-        names.append(_name(name, config, path, place))
+def _tables(rows: Iterator[_Row], where: str, config: DataConfig) -> Iterator[pa.Table]:
+    """Rows → tables of a few MB."""
+    ids, texts, size = list[int](), list[str | None](), 0
+    for place, value, name in rows:
+        text = _string(value, f"data.text_column={config.text_column}", where, place)
+        ids.append(document_id(_name(name, text, config, where, place)))
+        texts.append(text)
         size += len(text or "")
         if size > _TABLE_BYTES or len(texts) == _TABLE_ROWS:
-            yield _table(texts, names if config.id_column else None, places, path, config)
-            places, texts, names, size = [], [], [], 0
+            yield pa.table([ids, texts], schema=DOCUMENTS)
+            ids, texts, size = [], [], 0
     if texts:
-        yield _table(texts, names if config.id_column else None, places, path, config)
-
-
-def _table(
-    texts: list[str | None], names: list[str | None] | None, places: list[str], where: str, config: DataConfig
-) -> pa.Table:
-    if names is None:
-        names = texts
-    elif any(missing := [name is None and text is not None for name, text in zip(names, texts, strict=True)]):
-        remedy = "give every row one, or leave data.id_column out: then the text names the document"
-        raise _fault(where, places[missing.index(True)], f"no {config.id_column}; {remedy}")
-    ids = [document_id(name or "") for name in names]
-    return pa.table([pa.array(ids, pa.int64()), pa.array(texts, pa.string())], schema=DOCUMENTS)
+        yield pa.table([ids, texts], schema=DOCUMENTS)
 
 
 def _string(value: Any, setting: str, path: str, place: str) -> str | None:
@@ -164,10 +158,16 @@ def _string(value: Any, setting: str, path: str, place: str) -> str | None:
     return value
 
 
-def _name(value: Any, config: DataConfig, path: str, place: str) -> str | None:
+def _name(value: Any, text: str | None, config: DataConfig, path: str, place: str) -> str:
+    """What names a document: its id, or its text where the corpus has no ids."""
+    if config.id_column is None:
+        return text or ""
+    if value is None and text is not None:
+        remedy = "give every row one, or leave data.id_column out: then the text names the document"
+        raise _fault(path, place, f"no {config.id_column}; {remedy}")
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return _string(value, f"data.id_column={config.id_column}", path, place)
+    return _string(value, f"data.id_column={config.id_column}", path, place) or ""
 
 
 def _records(system: fs.FileSystem, path: str) -> Iterator[tuple[int, dict[str, Any]]]:

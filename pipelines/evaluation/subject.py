@@ -23,7 +23,7 @@ from pipelines.config.section import ConfigError
 from pipelines.config.stages import RunSpec, resolve_run
 from pipelines.data.tokenise import prepare
 from pipelines.evaluation.config import EvaluationConfig
-from pipelines.files import write_json
+from pipelines.files import content_digest, write_json
 from pipelines.runs.cluster import with_lasting_root
 from pipelines.tracking.pipeline_runs import made_by
 from pipelines.tracking.registry import Registered, registered_student
@@ -82,13 +82,12 @@ def block_sizes(k: int) -> list[int]:
 
 
 def _mark(folder: Path) -> Any:
-    """What tells the contents of a folder: the fingerprint of its stage, else size and time of its weights."""
+    """What tells the contents of a folder: the fingerprint of its stage, else its weights."""
     manifest = folder / "manifest.json"
     if manifest.is_file():
         record = json.loads(manifest.read_text())
         return record.get("fingerprint") or folder.parent.name
-    weights = [f.stat() for f in sorted(folder.glob("*.safetensors"))]
-    return [(str(folder), s.st_size, s.st_mtime_ns) for s in weights]
+    return [content_digest(file) for file in sorted(folder.glob("*.safetensors"))]
 
 
 def open_subject(target: str, options: EvaluationConfig) -> tuple[RunSpec, Path]:

@@ -24,7 +24,7 @@ from pipelines.config.schema import DataConfig
 from pipelines.config.section import ConfigError
 from pipelines.data.corpus import check_source
 from pipelines.data.listing import compression_of, kind_of
-from pipelines.data.reading import read_documents
+from pipelines.data.reading import document_id, read_documents
 
 COMPRESS = {
     "": lambda data: data,
@@ -57,11 +57,11 @@ ANY: list = []
 
 @dataclass
 class File:
-    """What is written, and the texts that must come back: None where it must be refused, ANY where either may happen."""
+    """What is written, and the (id, text) that must come back: None where it must be refused, ANY where either may happen."""
 
     name: str
     content: bytes
-    texts: list | None
+    rows: list | None
 
 
 def texts(kind):
@@ -72,103 +72,116 @@ def texts(kind):
 
 
 @st.composite
-def files(draw, kind):
-    written = draw(st.lists(texts(kind), max_size=6))
-    fault = draw(st.sampled_from([None, None, None, "value", "column", "encoding", "cut", "flip"]))
-    content, expected = {"text": text_file, "json": json_file, "parquet": parquet_file}[kind](draw, written, fault)
+def files(draw, kind, ids):
+    names = st.integers(-5, 2**60) if ids == "numbers" else texts("text")
+    written = draw(st.lists(st.tuples(names, texts(kind)), max_size=6))
+    fault = draw(st.sampled_from([*[None] * 8, "value", "column", "encoding", "id", "cut", "flip"]))
+    content, wrong = {"text": text_file, "json": json_file, "parquet": parquet_file}[kind](draw, written, ids, fault)
     ending = draw(st.sampled_from([""] if kind == "parquet" else list(COMPRESS)))
     content = COMPRESS[ending](content)
+    rows = None if wrong else [(name if ids else None, text) for name, text in written]
     if fault in ("cut", "flip") and len(content) > 1:
-        place, expected = draw(st.integers(1, len(content) - 1)), ANY
+        place, rows = draw(st.integers(1, len(content) - 1)), ANY
         flipped = content[:place] + bytes([content[place] ^ draw(st.integers(1, 255))]) + content[place + 1 :]
         content = content[:place] if fault == "cut" else flipped
     suffix = draw(
         st.sampled_from({"text": [".txt", ".TXT"], "json": [".jsonl", ".json"], "parquet": [".parquet"]}[kind])
     )
-    return File(draw(st.sampled_from(NAMES)) + suffix + ending, content, [] if content == b"" else expected)
+    return File(draw(st.sampled_from(NAMES)) + suffix + ending, content, rows)
 
 
-def text_file(draw, written, fault):
-    data = draw(st.sampled_from(["\n", "\r\n", "\r"])).join([*written, ""] if draw(st.booleans()) else written)
-    lines = [line.removesuffix("\n") for line in io.StringIO(data, newline=None)]
-    if fault == "encoding":
-        return b"caf\xe9\n" + data.encode(), None
-    return draw(st.sampled_from([b"", b"\xef\xbb\xbf"])) + data.encode(), lines
+def text_file(draw, written, ids, fault):
+    lines, line_break = [text for _, text in written], draw(st.sampled_from(["\n", "\r\n", "\r"]))
+    last = line_break if lines and (not lines[-1] or draw(st.booleans())) else ""
+    mark = draw(st.sampled_from([b"", b"\xef\xbb\xbf"])) if lines else b""
+    wrong = fault == "encoding"
+    return mark + b"caf\xe9\n" * wrong + (line_break.join(lines) + last).encode(), wrong
 
 
-def json_file(draw, written, fault):
-    records = [
-        {"id": "7", "text": text} if text is not None or draw(st.booleans()) else {"id": "8", "text": None}
-        for text in written
-    ]
+def json_file(draw, written, ids, fault):
+    records = [{"text": text} | ({"id": name} if ids else {}) for name, text in written]
+    for record in records[1:]:
+        if record["text"] is None and draw(st.booleans()):
+            del record["text"]
     lines = [json.dumps(record, ensure_ascii=draw(st.booleans())).encode() for record in records]
     wrong = {
-        "value": json.dumps({"text": draw(st.sampled_from(NOT_TEXT))}).encode(),
-        "column": b'{"body": "a"}' if not lines else b'"text"',
+        "value": json.dumps({"id": "7", "text": draw(st.sampled_from(NOT_TEXT))}).encode(),
+        "column": b'"text"' if lines else b'{"body": "a"}',
         "encoding": draw(
-            st.sampled_from([b'{"text": "caf\xe9"}', '{"text": "a"}'.encode("utf-16"), b'{"text": "\\udc00"}'])
+            st.sampled_from([b'{"text": "caf\xe9"}', '{"text": ""}'.encode("utf-16"), b'{"text": "\\udc00"}'])
         ),
     }
-    if fault in wrong:
-        lines.append(wrong[fault])
-    blanks = draw(st.sampled_from([b"\n", b"\r\n", b"\n\n", b" \n"]))
-    return blanks.join([*lines, b""]), None if fault in wrong else written
+    if ids:
+        wrong["id"] = json.dumps({"text": "a", "id": draw(st.sampled_from([None, 1.5, True, ["a"]]))}).encode()
+    lines += [wrong[fault]] if fault in wrong else []
+    return draw(st.sampled_from([b"\n", b"\r\n", b"\n\n", b" \n"])).join([*lines, b""]), fault in wrong
 
 
-def parquet_file(draw, written, fault):
-    column = pa.array(written, draw(st.sampled_from(TYPES)))
+def parquet_file(draw, written, ids, fault):
+    columns = {"text": pa.array([text for _, text in written], draw(st.sampled_from(TYPES)))}
+    if ids:
+        columns["id"] = pa.array([name for name, _ in written], pa.int64() if ids == "numbers" else pa.string())
     if fault == "value":
-        column = pa.array([draw(st.sampled_from(NOT_TEXT))])
+        columns["text"] = pa.array([draw(st.sampled_from(NOT_TEXT))] * len(written) or [1])
+        columns = columns if written else {"text": columns["text"]}
+    elif fault == "column":
+        columns["body"] = columns.pop("text")
+    elif fault == "id" and ids:
+        columns = {
+            "text": pa.array(["a", "b"]),
+            "id": draw(st.sampled_from([pa.array(["x", None]), pa.array([1.5, 2.5])])),
+        }
     stream = io.BytesIO()
-    pq.write_table(pa.table({"body" if fault == "column" else "text": column}), stream, row_group_size=2)
-    return stream.getvalue(), None if fault in ("value", "column") else written
+    pq.write_table(pa.table(columns), stream, row_group_size=2)
+    return stream.getvalue(), fault in ("value", "column") or (fault == "id" and bool(ids))
 
 
 @st.composite
 def corpora(draw):
     kind = draw(st.sampled_from(["text", "json", "parquet"]))
-    made = draw(st.lists(files(kind), min_size=1, max_size=3, unique_by=lambda file: file.name.lower()))
-    return made, draw(st.lists(st.sampled_from(BESIDE), max_size=3, unique=True))
+    ids = draw(st.sampled_from(["", "numbers", "names"])) if kind != "text" else ""
+    made = draw(st.lists(files(kind, ids), min_size=1, max_size=3, unique_by=lambda file: file.name.lower()))
+    return made, draw(st.lists(st.sampled_from(BESIDE), max_size=3, unique=True)), "id" if ids else None
 
 
-def read(folder):
-    """Texts of each file, in the order of paths, after the checks that a run makes."""
-    config = DataConfig(source=str(folder))
+def read(config):
+    """Rows of each file, after the checks that a run makes."""
     listing = check_source(config)
     tables = {file.path: list(read_documents(listing.system, file.path, config)) for file in listing.files}
-    return listing, {path: [text for t in found for text in t["text"].to_pylist()] for path, found in tables.items()}
+    return listing, {
+        path: [tuple(row.values()) for t in found for row in t.to_pylist()] for path, found in tables.items()
+    }
 
 
 def check(case, compare=None):
     """A corpus is read as written, and every file is accounted for; or one line names a file that is wrong."""
-    made, beside = case
+    made, beside, id_column = case
     with tempfile.TemporaryDirectory() as folder:
         for name, content in [*((file.name, file.content) for file in made), *((name, b"x\n") for name in beside)]:
             path = Path(folder, name)
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
-        expected = {f"{folder}/{file.name}": file.texts for file in made}
+        expected = {f"{folder}/{file.name}": file.rows for file in made}
         try:
-            listing, found = read(folder)
+            listing, found = read(DataConfig(source=folder, id_column=id_column))
         except ConfigError as error:
             refused(str(error), folder, expected)
             return
-        assert {file.path for file in listing.files} | set(listing.skipped) == {
-            str(p) for p in Path(folder).rglob("*") if p.is_file()
-        }
-        assert set(listing.skipped) == {f"{folder}/{name}" for name in beside} | {
-            p for p in expected if not Path(p).stat().st_size
-        }
+        empty = {path for path in expected if not Path(path).stat().st_size}
+        assert set(listing.skipped) == {f"{folder}/{name}" for name in beside} | empty
+        assert set(found) == set(expected) - empty
         for path, rows in found.items():
-            assert expected[path] is ANY or rows == expected[path]
+            if expected[path] is not ANY:
+                ids = [text if name is None else str(name) for name, text in expected[path]]
+                assert rows == [(document_id(i or ""), text) for i, (_, text) in zip(ids, expected[path], strict=True)]
             if compare:
-                compare(path, rows)
+                compare(path, [text for _, text in rows])
 
 
 def refused(message, folder, expected):
     assert len(message.splitlines()) == 1
-    wrong = [path for path, texts in expected.items() if texts is None or texts is ANY]
-    empty = not any(text and text.strip() for texts in expected.values() for text in texts or [])
+    wrong = [path for path, rows in expected.items() if rows is None or rows is ANY]
+    empty = not any(text and text.strip() for rows in expected.values() for _, text in rows or [])
     named = any(" ".join(path.splitlines()) in message for path in wrong)
     assert named or (empty and folder in message), message
 
@@ -186,9 +199,9 @@ def compare_with_datasets(path, rows):
             return
     texts = [record.get("text") for record in records]
     if all(text is None or isinstance(text, str) for text in texts):
-        if texts and (texts[0] or "").startswith("\ufeff"):  # the byte order mark, which it keeps
-            texts = [text for text in [texts[0][1:]] if text or len(texts) > 1] + texts[1:]
-        assert rows == texts
+        if texts and (texts[0] or "").startswith("\ufeff"):  # it keeps the byte order mark, even of an empty file
+            texts[0] = texts[0][1:]
+        assert rows == texts or ([], [""]) == (rows, texts)
 
 
 def cases(count):

@@ -97,7 +97,8 @@ def write_corpus(folder, kind):
     import datasets
 
     folder.mkdir(exist_ok=True)
-    table = datasets.Dataset.from_dict({"text": TEXTS, "name": [f"d{i}" for i in range(120)]})
+    keys = [i if i != 7 else None for i in range(120)]
+    table = datasets.Dataset.from_dict({"text": TEXTS, "name": [f"d{i}" for i in range(120)], "key": keys})
     if kind == "text":
         (folder / "corpus.txt").write_text("\n".join(TEXTS))
         return str(folder / "corpus.txt")
@@ -160,6 +161,7 @@ def test_preparation_is_reused_until_its_inputs_change(ray_here, tmp_path, caplo
         (["data.block=4096"], "not one block of 4096 tokens"),
         (["data.source=hf:/nowhere/at/all"], "`datasets` cannot load it"),
         (["data.text_column=body", "data.source=hf:{folder}"], "data.text_column=body is not in hf:"),
+        (["data.id_column=key", "data.source=hf:{folder}"], r"hf:.*, row 7: no key; give every row one"),
     ],
 )
 def test_a_source_that_turns_out_unreadable_during_reading_gives_a_clear_error(ray_here, tmp_path, words, message):
