@@ -201,7 +201,7 @@ def compare_with_datasets(path, rows):
     if all(text is None or isinstance(text, str) for text in texts):
         if texts and (texts[0] or "").startswith("\ufeff"):  # it keeps the byte order mark, even of an empty file
             texts[0] = texts[0][1:]
-        assert rows == texts or ([], [""]) == (rows, texts)
+        assert rows == texts or (rows, texts) == ([], [""])
 
 
 def cases(count):
