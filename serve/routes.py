@@ -45,7 +45,9 @@ def generation_routes(service: Service) -> APIRouter:
         return await answer(body, http, chat=True)
 
     async def answer(body: CompletionRequest | ChatRequest, http: Request, chat: bool) -> Response:
-        request = await service.accept(body, client=http.headers.get("authorization", ""))
+        client = http.headers.get("authorization", "")
+        if (request := await unless_disconnected(http, service.accept(body, client))) is None:
+            return Response()
         builder = ResponseBuilder(chat, request.model.name)
         if body.stream:
             return EventStream(request, events(request, builder, body.stream_options))

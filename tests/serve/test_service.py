@@ -158,9 +158,14 @@ def test_prompts_are_tokenised_one_by_one_while_the_endpoint_answers_others(tmp_
         one = pool.submit(http.post, "/v1/completions", json={"prompt": "d", "max_tokens": 1})
         assert http.get("/v1/models").status_code == 200
         wait_until(lambda: service._tokenising._work_queue.qsize() == 1, "the other prompt never waited")
-        permits.release(4)
+        with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=url, timeout=0.2) as leaving:
+            leaving.post("/v1/completions", json={"prompt": ["never"] * 9, "max_tokens": 1})
+        permits.release(100)
         assert [answer.result().status_code for answer in (many, one)] == [200, 200]
-    assert seen == ["a", "d", "b", "c"]
+        for _ in range(5):
+            http.post("/v1/completions", json={"prompt": "e", "max_tokens": 1})
+    assert seen.count("never") <= 1, "the client who sent it has left"
+    assert [text for text in seen if text in "abcd"] == ["a", "d", "b", "c"]
 
 
 def test_a_deployment_that_cannot_be_loaded_leaves_the_one_before(tmp_path):
