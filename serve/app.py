@@ -14,6 +14,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import zlib
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,6 +23,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from starlette.types import ASGIApp
 
+from serve import metrics_hub
 from serve.api import create_app
 from serve.metrics_hub import MetricsHub, merge
 from serve.models import check_deployment, pinned
@@ -31,6 +34,8 @@ PUSH_S = 2.0
 """Seconds between two messages to the metrics hub."""
 HUB_LIFE_S = 60.0
 """Seconds after which the hub ends when no replica is left. A replica that replaces another one comes sooner."""
+HUB_CODE = zlib.crc32(Path(metrics_hub.__file__).read_bytes())
+"""A part of the hub's name, so that replicas of newer code make a hub of their own."""
 
 
 @serve.ingress()
@@ -42,7 +47,10 @@ class Endpoint:
         context = serve.get_replica_context()
         self.service = Service(context.replica_id.unique_id)
         self.hub = ray.remote(num_cpus=0)(MetricsHub).options(
-            name=f"kforcing-metrics-{context.app_name}", namespace="serve", get_if_exists=True, lifetime="detached"
+            name=f"kforcing-metrics-{context.app_name}-{HUB_CODE:x}",
+            namespace="serve",
+            get_if_exists=True,
+            lifetime="detached",
         )
         self._hub: Any = None
         self._pusher: asyncio.Task[None] | None = None
@@ -53,8 +61,9 @@ class Endpoint:
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply settings, the first ones included. Where they cannot be loaded, what was served before is served on."""
-        self._hub = self._hub or self.hub.remote(HUB_LIFE_S)
-        served = await self._hub.last_served.remote()
+        served = None
+        with contextlib.suppress(ray.exceptions.RayError):  # without the hub there is nothing to fall back to
+            served = await self.hub.remote(HUB_LIFE_S).last_served.remote()
         await self.service.configure(read_settings(user_config), before=served and read_settings(served))
         if self._pusher is None:
             self._pusher = asyncio.create_task(self._push())
