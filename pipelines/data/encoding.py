@@ -18,6 +18,7 @@ _BATCH = 1 << 20
 _CONTEXT = 64
 """Characters on both sides of a seam that show whether it changes tokens."""
 _TRIES = 8
+_WORD = 1000
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -33,6 +34,15 @@ def special_spellings(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     names = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+
+def bounded_words(text: str) -> Iterator[str]:
+    """The text, cut where a word reaches `_WORD` characters: the time to learn merges from a word grows with its square."""
+    start = 0
+    for match in re.finditer(rf"\S{{{_WORD}}}", text):
+        yield text[start : match.end()]
+        start = match.end()
+    yield text[start:]
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special_tokens: bool) -> list[np.ndarray]:

@@ -17,7 +17,7 @@ column or knows its type.
     soft_ids     int32[W·K·M]    (W, K, M)  the M most likely tokens of the teacher at each target      rollout     T
     soft_logp    float32[W·K·M]  (W, K, M)  their log-probabilities, in nats                            rollout     T
 
-    writers      tokenise: data/tokenise.py, TokenStore: data/token_store.py, rollout: rollouts/actor.py
+    writers      tokenise: data/packing.py, TokenStore: data/token_store.py, rollout: rollouts/actor.py
     readers      R: rollouts/actor.py, T: training/step.py and worker.py, E: evaluation/, benchmarks/
 
 `int32[N]` is a fixed-size list. `position` and `epoch` are never stored: a store adds them when it is read. `soft_ids` and

@@ -31,7 +31,7 @@ from pipelines.config.schema import DataConfig, TokenizerConfig
 from pipelines.config.section import ConfigError
 from pipelines.config.stages import CorpusSpec
 from pipelines.data.corpus import check_source, documents, is_heldout, plain_errors, source_digest
-from pipelines.data.encoding import eos_id, special_spellings, token_ids
+from pipelines.data.encoding import bounded_words, eos_id, special_spellings, token_ids
 from pipelines.data.listing import CHAT, SELF, is_remote, list_files
 from pipelines.data.packing import PACKED, SplitWriter, pack, write_blocks
 from pipelines.data.token_store import MANIFEST
@@ -83,6 +83,10 @@ def prepare(spec: CorpusSpec) -> Prepared:
     for prepared in places:
         if (prepared.split("heldout") / MANIFEST).is_file():
             log.info(f"corpus  {prepared.folder} is up to date")
+            if prepared != places[-1]:
+                log.info(
+                    "corpus  an earlier release made it, with blank documents and special tokens as they are in the text"
+                )
             return prepared
     prepared = places[-1]
     prepared.folder.mkdir(parents=True, exist_ok=True)
@@ -100,9 +104,12 @@ def _with_source(spec: CorpusSpec) -> CorpusSpec:
     assert spec.given_tokenizer, "validated"
     job = TextJob(spec.given_tokenizer, spec.gguf_file, spec.seed, spec.self_text, spec.cache)
     folder = write_self_text(job)
-    special = spec.data.special_tokens is not False
     data = dataclasses.replace(
-        spec.data, source=f"{folder}/*.parquet", text_column="text", id_column="number", special_tokens=special
+        spec.data,
+        source=f"{folder}/*.parquet",
+        text_column="text",
+        id_column="number",
+        special_tokens=_special_tokens(spec.data),
     )
     return dataclasses.replace(spec, data=data)
 
@@ -114,11 +121,10 @@ def _names(spec: CorpusSpec) -> list[str]:
     tokenised them differently, its name comes first: its corpora are used as they are.
     """
     data, contents, tokenizer = spec.data, source_digest(spec.data), _tokenizer_digest(spec)
-    if is_remote(data.source):
-        return [fingerprint(data, contents, tokenizer, RULES)]
-    kind = list_files(data.source).kind
+    kind = data.source if is_remote(data.source) else list_files(data.source).kind
+    effective = dataclasses.replace(data, source=kind, special_tokens=_special_tokens(data))
     earlier = [fingerprint(data, contents, tokenizer)] if kind == "parquet" and not spec.given_tokenizer else []
-    return [*earlier, fingerprint(dataclasses.replace(data, source=kind), contents, tokenizer, RULES)]
+    return [*earlier, fingerprint(effective, contents, tokenizer, RULES)]
 
 
 def _tokenizer_digest(spec: CorpusSpec) -> Any:
@@ -158,7 +164,7 @@ def _train_tokenizer(data: DataConfig, config: TokenizerConfig, folder: str) -> 
         for batch in documents(data).iter_batches(batch_size=16, batch_format="pyarrow"):
             train = ~is_heldout(batch["doc"].to_numpy(), data.heldout_fraction)
             for text in batch["text"].filter(pa.array(train)).drop_null().to_pylist():
-                yield text[:left]
+                yield from bounded_words(text[:left])
                 left -= len(text)
                 if left <= 0:
                     return
@@ -234,7 +240,7 @@ def _write_splits(data: DataConfig, prepared: Prepared) -> None:
 
 
 def _special_tokens(data: DataConfig) -> bool:
-    return data.source == CHAT if data.special_tokens is None else data.special_tokens
+    return data.source in (CHAT, SELF) if data.special_tokens is None else data.special_tokens
 
 
 def _say(splits: dict[str, SplitWriter], seconds: float, end: str = "") -> None:

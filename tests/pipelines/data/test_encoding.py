@@ -6,7 +6,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from pipelines.data import encoding
-from pipelines.data.encoding import special_spellings, token_ids
+from pipelines.data.encoding import bounded_words, special_spellings, token_ids
 
 TEXT = "The trees, 12 of them, don't grow; they  stand.\n\tAnd so: the tree-house\n\nstays é 日本 there. "
 LLAMA_3 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -56,6 +56,12 @@ def test_a_document_without_blanks_is_cut(short_pieces):
     assert max(map(len, pieces)) == 400
     (ids,) = token_ids(tokenizer, [text], special_tokens=False)
     assert tokenizer.decode(ids) == text
+
+
+def test_long_words_alone_are_cut_for_training():
+    text = "a" * 999 + " " + "b" * 2500 + " c"
+    assert list(bounded_words(text)) == ["a" * 999 + " " + "b" * 1000, "b" * 1000, "b" * 500 + " c"]
+    assert list(bounded_words(TEXT)) == [TEXT]
 
 
 def test_a_special_token_that_a_document_spells_out_is_text_by_default():

@@ -14,6 +14,7 @@ from pipelines.config.section import ConfigError
 from pipelines.config.stages import corpus_spec
 from pipelines.data.corpus import is_heldout
 from pipelines.data.encoding import eos_id
+from pipelines.data.listing import BUILTIN, CHAT
 from pipelines.data.reading import document_id
 from pipelines.data.rows import to_numpy
 from pipelines.data.token_store import MANIFEST, TokenStore
@@ -44,7 +45,14 @@ def test_a_corpus_is_named_by_the_contents_of_its_files(tmp_path):
     assert name_of(tmp_path, f"data.source={file}") != first
     file.write_text("one\n")
     assert name_of(tmp_path, f"data.source={file}", "data.special_tokens=true") != first
+    assert name_of(tmp_path, f"data.source={file}", "data.special_tokens=false") == first
     assert name_of(tmp_path, f"data.source={file.rename(tmp_path / 'a.jsonl')}") != first
+
+
+def test_the_special_tokens_of_a_corpus_are_part_of_its_name(tmp_path):
+    path = f"data.source={BUILTIN[CHAT]}"  # a file given by its path is no chat unless one says so
+    chat = name_of(tmp_path, f"data.source={CHAT}")
+    assert name_of(tmp_path, path) != chat == name_of(tmp_path, path, "data.special_tokens=true")
 
 
 def test_a_local_folder_of_datasets_is_named_by_its_contents(tmp_path):
