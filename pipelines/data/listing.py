@@ -22,7 +22,9 @@ SELF = "self"
 """The source of text that the AR model writes itself."""
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-_NOT_A_CORPUS = "no .parquet, .jsonl, .json or .txt file; JSON lines and text may also end in .gz, .zst or .bz2"
+_NOT_A_CORPUS = (
+    "with another suffix than .parquet, .jsonl, .json and .txt (.gz, .zst or .bz2 may follow all but the first)"
+)
 _NAMES_SHOWN = 3
 
 
@@ -152,5 +154,5 @@ def _account(reasons: dict[str, str]) -> str:
     parts = []
     for reason, count in Counter(reasons.values()).items():
         names = [path for path, why in reasons.items() if why == reason][:_NAMES_SHOWN]
-        parts.append(f"{count} {reason} ({', '.join(names)}{', …' if count > len(names) else ''})")
+        parts.append(f"{count} {reason}: {', '.join(names)}{', …' if count > len(names) else ''}")
     return f"; {len(reasons)} files skipped: {'; '.join(parts)}"

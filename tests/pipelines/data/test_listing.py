@@ -49,10 +49,10 @@ def test_every_file_is_read_or_skipped_with_a_reason(tmp_path):
     assert names(listing) == ["a.txt"]
     assert {name for name, reason in reasons.items() if reason == "hidden or temporary"} == set(hidden)
     assert reasons["zero.txt"] == "empty"
-    assert all(reasons[name].startswith("no .parquet") for name in ("README.md", "b.txt.xz", "c.parquet.gz"))
+    assert all(reasons[name].startswith("with another suffix") for name in ("README.md", "b.txt.xz", "c.parquet.gz"))
     assert reasons["link.txt"] == "no regular file, or a link that leads nowhere"
     assert len(reasons) == 9
-    assert "1 text files, 2 bytes; 9 files skipped: 4 hidden or temporary (" in str(listing)
+    assert "1 text files, 2 bytes; 9 files skipped: 4 hidden or temporary: " in str(listing)
 
 
 def test_a_folder_whose_own_path_is_hidden_is_read(tmp_path):
