@@ -190,9 +190,11 @@ class TextStream:
     def _end_of(self, prompt: Sequence[int]) -> tuple[list[int], str]:
         """The last tokens of the prompt that have a text, from the beginning of a character on, and that text."""
         ids = self.detokenizer.visible(prompt[-8 * CONTEXT :])[-CONTEXT:]
-        texts = [self.detokenizer.decode(ids[start:]) for start in range(min(4, len(ids)))]
-        start = next((i for i, text in enumerate(texts) if not text.startswith(INCOMPLETE)), 0)
-        return ids[start:], texts[start] if texts else ""
+        for start in range(min(4, len(ids))):
+            text = self.detokenizer.decode(ids[start:])
+            if not text.startswith(INCOMPLETE):
+                return ids[start:], text
+        return [], ""
 
     def _may_begin_a_stop(self) -> int:
         """Length of the longest suffix of the held text that is a prefix of a stop string."""

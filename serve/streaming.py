@@ -90,7 +90,7 @@ async def events(
     """
     options = options or StreamOptions()
     progress = [Progress()] * len(request.choices)
-    writers = [_writer(request, builder, index) for index in range(len(request.choices))]
+    writers: dict[int, LogprobsWriter] = {}
     started: set[int] = set()
     try:
         async with aclosing(merged(request.choices)) as deltas:
@@ -98,7 +98,11 @@ async def events(
                 progress[delta.index] = delta.progress
                 if not (delta.text or delta.finish or delta.scored or options.continuous_usage_stats):
                     continue
-                logprobs = None if delta.scored is None else writers[delta.index].write(delta.scored)
+                logprobs = None
+                if delta.scored is not None:
+                    if delta.index not in writers:
+                        writers[delta.index] = _writer(request, builder, delta.index)
+                    logprobs = writers[delta.index].write(delta.scored)
                 chunks = b"" if delta.index in started else builder.first_chunk(delta.index)
                 started.add(delta.index)
                 so_far = usage(request.prompt_tokens, progress) if options.continuous_usage_stats else None

@@ -167,9 +167,10 @@ def test_text_ends_before_the_first_stop_string_and_tokens_count_up_to_its_end(k
 
 
 def whole_so_far(kind, prompt, answer, n):
-    """The text of the first n tokens, as far as it is certain."""
-    text = whole(kind, prompt, answer[:n])
-    return text if n == len(answer) else text.rstrip("\ufffd")
+    """The text of the first n tokens, as far as the tokens behind them do not change it."""
+    full = whole(kind, prompt, answer)
+    ends = [m for m in range(n + 1) if not TOKENIZERS[kind].decode(prompt + answer[:m]).endswith("\ufffd")]
+    return full if n == len(answer) else full[: len(whole(kind, prompt, answer[: max(ends)]))]
 
 
 def test_a_character_of_several_tokens_is_returned_with_its_last_token():
