@@ -63,7 +63,7 @@ def compiled(body: list[str], arguments: dict[str, str], share: str, work: str) 
     Args:
         body: LLVM code of the work of a thread, from the label `work` on. It ends with a jump to the label `done`, knows
             the arguments, and does the units from `%first` to before `%last`, of which there is at least one.
-        arguments: name → LLVM type, `ptr`, `i64` or `i32`.
+        arguments: name → LLVM type, `ptr`, `i64`, `i32` or `float`.
         share: LLVM code that sets `%units`, the number of units of work.
         work: declarations of functions that the body calls.
     """
@@ -76,7 +76,7 @@ def compiled(body: list[str], arguments: dict[str, str], share: str, work: str) 
     engine = llvm.create_mcjit_compiler(module, found.target)
     engine.finalize_object()
     _engines.append(engine)
-    types = {"ptr": ctypes.c_void_p, "i64": ctypes.c_int64, "i32": ctypes.c_int32}
+    types = {"ptr": ctypes.c_void_p, "i64": ctypes.c_int64, "i32": ctypes.c_int32, "float": ctypes.c_float}
     signature = [types[type_] for type_ in arguments.values()] + [ctypes.c_int32]
     return ctypes.CFUNCTYPE(None, *signature)(engine.get_function_address("run"))
 
@@ -88,18 +88,20 @@ def _in_threads(arguments: dict[str, str]) -> str:
         "declare i32 @omp_get_thread_num()",
         "declare i32 @omp_get_num_threads()",
         f"define void @run({', '.join(f'{type_} %{name}' for name, type_ in arguments.items())}, i32 %threads) {{",
-        f"%a = alloca [{len(arguments)} x i64]",
+        f"%arguments = alloca [{len(arguments)} x i64]",
     ]
     for i, (name, type_) in enumerate(arguments.items()):
-        code += [f"%p{name} = getelementptr i64, ptr %a, i64 {i}", f"store {type_} %{name}, ptr %p{name}"]
-    return "\n".join([*code, "call void @GOMP_parallel(ptr @share, ptr %a, i32 %threads, i32 0)", "ret void", "}"])
+        code += [f"%at.{name} = getelementptr i64, ptr %arguments, i64 {i}", f"store {type_} %{name}, ptr %at.{name}"]
+    return "\n".join(
+        [*code, "call void @GOMP_parallel(ptr @share, ptr %arguments, i32 %threads, i32 0)", "ret void", "}"]
+    )
 
 
 def _share(found: Machine, arguments: dict[str, str], share: str) -> str:
     """The beginning of `share`: the arguments, and the first and the last unit of this thread."""
-    code = [f'define void @share(ptr %a) "prefer-vector-width"="{32 * found.lanes}" {{', "entry:"]
+    code = [f'define void @share(ptr %arguments) "prefer-vector-width"="{32 * found.lanes}" {{', "entry:"]
     for i, (name, type_) in enumerate(arguments.items()):
-        code += [f"%p{name} = getelementptr i64, ptr %a, i64 {i}", f"%{name} = load {type_}, ptr %p{name}"]
+        code += [f"%at.{name} = getelementptr i64, ptr %arguments, i64 {i}", f"%{name} = load {type_}, ptr %at.{name}"]
     return "\n".join(
         [
             *code,
@@ -120,3 +122,9 @@ def _share(found: Machine, arguments: dict[str, str], share: str) -> str:
 
 
 _END = "done:\nret void\n}"
+
+
+def float_constant(value: float) -> str:
+    """A float32 constant as LLVM writes it: the bits of the double of the same value."""
+    rounded = torch.tensor(value, dtype=torch.float32).double()
+    return f"0x{int(rounded.view(torch.int64)) & (2**64 - 1):016X}"

@@ -66,25 +66,30 @@ def can_multiply(weight_MK: Tensor) -> bool:
     return len(weight_MK) >= 8 and weight_MK.shape[1] % _inputs_at_once(found, weight_MK.dtype) == 0
 
 
-def multiply(x_NK: Tensor, weight_MK: Tensor, out_NM: Tensor, scale_M: Tensor | None = None) -> None:
-    """x · weightᵀ into `out_NM`, whose rows may be parts of longer ones. At most `machine().most_rows` rows.
+class Product:
+    """x · weightᵀ for a matrix that `can_multiply` accepts. Where the matrix lies is looked up once, here.
 
     Args:
-        x_NK: float32, contiguous.
-        weight_MK: a matrix that `can_multiply` accepts.
-        out_NM: float32, its last dimension contiguous.
         scale_M: float32; output m is multiplied by scale_M[m]. Needed for int8 weights, not allowed for others.
     """
-    _product(len(x_NK), weight_MK.dtype)(
-        x_NK.data_ptr(),
-        weight_MK.data_ptr(),
-        0 if scale_M is None else scale_M.data_ptr(),
-        out_NM.data_ptr(),
-        weight_MK.shape[0],
-        weight_MK.shape[1],
-        out_NM.stride(0),
-        torch.get_num_threads(),
-    )
+
+    def __init__(self, weight_MK: Tensor, scale_M: Tensor | None = None):
+        self._held = weight_MK, scale_M
+        self._dtype = weight_MK.dtype
+        self._weight, self._scale = weight_MK.data_ptr(), 0 if scale_M is None else scale_M.data_ptr()
+        self._outputs, self._inputs = weight_MK.shape
+
+    def __call__(self, x: Tensor, out: Tensor, rows: int, stride: int) -> None:
+        """Write the product.
+
+        Args:
+            x: float32, contiguous, (rows, K) or of a shape with as many numbers.
+            out: float32; its rows of M numbers begin `stride` numbers apart.
+            rows: 1 to `machine().most_rows`.
+        """
+        kernel = _product(rows, self._dtype)
+        threads = torch.get_num_threads()
+        kernel(x.data_ptr(), self._weight, self._scale, out.data_ptr(), self._outputs, self._inputs, stride, threads)
 
 
 @cache

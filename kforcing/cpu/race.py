@@ -21,7 +21,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kforcing.cpu.compiler import compiled, machine
+from kforcing.cpu.compiler import compiled, float_constant, machine
 from kforcing.noise import RACE_LAST_SHIFT, RACE_ROUNDS, RACE_STRIDE, race_key
 
 GROUPS = 64
@@ -142,19 +142,19 @@ def _bounds(n: int) -> list[str]:
             f"%y{p} = xor {i} {x}, %s{p}",
             f"%word{p} = and {i} %y{p}, {_splat('i32', 0x7FFFFFFF)}",
             f"%wf{p} = sitofp {i} %word{p} to {f}",
-            f"%wm{p} = fmul {f} %wf{p}, {_splat('float', _hex(2.0**-31))}",
-            f"%w{p} = fadd {f} %wm{p}, {_splat('float', _hex(2.0**-32))}",
+            f"%wm{p} = fmul {f} %wf{p}, {_splat('float', float_constant(2.0**-31))}",
+            f"%w{p} = fadd {f} %wm{p}, {_splat('float', float_constant(2.0**-32))}",
             f"%bits{p} = bitcast {f} %w{p} to {i}",
             f"%bf{p} = sitofp {i} %bits{p} to {f}",
-            f"%bl{p} = fmul {f} %bf{p}, {_splat('float', _hex(0.6931471805599453 * 2.0**-23))}",
-            f"%log{p} = fsub {f} %bl{p}, {_splat('float', _hex(127 * 0.6931471805599453))}",
+            f"%bl{p} = fmul {f} %bf{p}, {_splat('float', float_constant(0.6931471805599453 * 2.0**-23))}",
+            f"%log{p} = fsub {f} %bl{p}, {_splat('float', float_constant(127 * 0.6931471805599453))}",
             f"%lp{p} = getelementptr float, ptr %l, i64 %v{p}",
             f"%lv{p} = load {f}, ptr %lp{p}, align 4",
             f"%lt{p} = fmul {f} %lv{p}, %inverse.v",
             f"%u{p} = fsub {f} %lt{p}, %log{p}",
             f"%up{p} = getelementptr float, ptr %u, i64 %v{p}",
             f"store {f} %u{p}, ptr %up{p}, align 4",
-            f"%half{p} = fcmp ole {f} %w{p}, {_splat('float', _hex(0.5))}",
+            f"%half{p} = fcmp ole {f} %w{p}, {_splat('float', float_constant(0.5))}",
             f"%um{p} = select <{n} x i1> %half{p}, {f} %u{p}, {f} {_splat('float', minus)}",
             f"%top{p}.next = call {f} @llvm.maxnum.v{n}f32({f} %top{p}, {f} %um{p})",
         ]
@@ -181,8 +181,8 @@ def _threshold(n: int, reduction: str) -> list[str]:
     return [
         *code,
         f"%size = call float @llvm.fabs.f32(float {best})",
-        f"%room.r = fmul float %size, {_hex(2.0**-18)}",
-        f"%room = fadd float %room.r, {_hex(0.45)}",
+        f"%room.r = fmul float %size, {float_constant(2.0**-18)}",
+        f"%room = fadd float %room.r, {float_constant(0.45)}",
         f"%least = fsub float {best}, %room",
         f"%least.i = insertelement {f} poison, float %least, i64 0",
         f"%least.v = shufflevector {f} %least.i, {f} poison, <{n} x i32> zeroinitializer",
@@ -221,9 +221,3 @@ def _kept(n: int) -> list[str]:
         "%r.more = icmp ult i64 %r.next, %last",
         "br i1 %r.more, label %work, label %done",
     ]
-
-
-def _hex(value: float) -> str:
-    """A float32 constant as LLVM writes it: the bits of the double of the same value."""
-    rounded = torch.tensor(value, dtype=torch.float32).double()
-    return f"0x{int(rounded.view(torch.int64)):016X}"

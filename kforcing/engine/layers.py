@@ -13,11 +13,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kforcing.cpu import pointwise
 from kforcing.engine.cache import SlotCache, Span
-from kforcing.engine.linear import Joined
+from kforcing.engine.linear import Joined, RowLinear
 
 LEAN = ("LlamaModel", "Qwen2Model", "Qwen3Model", "MistralModel")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -44,9 +45,14 @@ class LeanStack:
         cos, sin = model.rotary_emb(cache.layers[0], positions[None])  # (1, C, E)
         half = sin.shape[-1] // 2
         self.cos_CE = cos[0]
-        self.sin_CE = torch.cat(
-            [-sin[0, :, :half], sin[0, :, half:]], dim=-1
-        )  # the sign of rotate-half is in the table
+        # The sign of rotate-half is in the table.
+        self.sin_CE = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
+        lengths = (model.config.hidden_size, model.config.intermediate_size, half)
+        kernels = pointwise.can_run(cache.layers[0], *lengths) and isinstance(model.layers[0].mlp.down_proj, RowLinear)
+        self.normed: Any = pointwise.normed if kernels else _normed
+        self.turn: Any = pointwise.turn if kernels else _turn
+        self.gated: Any = pointwise.gated if kernels else _gated
+        self.silu = model.config.hidden_act == "silu"
         self.layers = [
             (
                 layer,
@@ -69,19 +75,24 @@ class LeanStack:
         R, L, D = x_RLD.shape
         H, G, E = self.cache.heads, self.groups, self.cache.width
         # One head's worth of positions for all heads.
-        cos, sin = (table_CE[span.positions_RL.flatten(), None] for table_CE in (self.cos_CE, self.sin_CE))
+        cos_NE, sin_NE = (table_CE[span.positions_RL.flatten()] for table_CE in (self.cos_CE, self.sin_CE))
         mask = span.mask_R1LC
         if mask is not None and G > 1:
             mask = mask.repeat_interleave(G, dim=2)
-        x = x_RLD.reshape(-1, D)
+        x = x_RLD.reshape(-1, D).contiguous()
         for i, (layer, qkv, gate_up) in enumerate(self.layers, start=self.first):
             attention, mlp = layer.self_attn, layer.mlp
             heads = qkv.whole(self._norm(x, layer.input_layernorm)).view(R * L, -1, E)  # queries, keys, values
-            turning = heads[:, :-H]
             if hasattr(attention, "q_norm"):
+                turning = heads[:, :-H]
                 q, k = turning.split([H * G, H], dim=1)
-                turning.copy_(torch.cat([self._norm(q, attention.q_norm), self._norm(k, attention.k_norm)], dim=1))
-            _rotate(turning, cos, sin)
+                turning.copy_(
+                    torch.cat(
+                        [self._norm(q.contiguous(), attention.q_norm), self._norm(k.contiguous(), attention.k_norm)],
+                        dim=1,
+                    )
+                )
+            self.turn(heads, H * (G + 1), cos_NE, sin_NE)
             keys, values = self.cache.write(i, heads[:, -2 * H :], span)
             # Query heads that share a key head become more entries of that head.
             q = heads[:, : H * G].view(R, L, H, G, E).transpose(1, 2).reshape(R, H, L * G, E)
@@ -89,17 +100,26 @@ class LeanStack:
             mixed = mixed.reshape(R, H, L, G * E).transpose(1, 2).reshape(R * L, -1)
             x = x + attention.o_proj(mixed)
             gate, up = gate_up.parts(self._norm(x, layer.post_attention_layernorm))
-            x = x + mlp.down_proj(mlp.act_fn(gate) * up)
+            x = x + mlp.down_proj(self.gated(gate, up) if self.silu else mlp.act_fn(gate) * up)
         return self._norm(x, self.model.norm).view(R, L, D)
 
     def _norm(self, x: Tensor, norm: Any) -> Tensor:
-        return rms_norm(x, (x.shape[-1],), norm.weight, self.eps)
+        return self.normed(x, norm.weight, self.eps)
 
 
-def _rotate(heads_NHE: Tensor, cos_N1E: Tensor, sin_N1E: Tensor) -> None:
-    """Rotary positions, in place: x · cos + rotate_half(x) · sin, the half's sign being in `sin`."""
-    turned = heads_NHE.roll(heads_NHE.shape[-1] // 2, dims=-1)
-    heads_NHE.mul_(cos_N1E).addcmul_(turned, sin_N1E)
+def _normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    return rms_norm(x, (x.shape[-1],), gain, eps)
+
+
+def _turn(heads_NAE: Tensor, H: int, cos_NE: Tensor, sin_NE: Tensor) -> None:
+    """Rotary positions of the first H heads, in place: x · cos + rotate_half(x) · sin, the half's sign being in `sin`."""
+    first_NHE = heads_NAE[:, :H]
+    turned_NHE = first_NHE.roll(heads_NAE.shape[-1] // 2, dims=-1)
+    first_NHE.mul_(cos_NE[:, None]).addcmul_(turned_NHE, sin_NE[:, None])
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return silu(gate) * up
 
 
 class StockStack:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from kforcing.cpu.compiler import machine
-from kforcing.cpu.products import can_multiply, multiply
+from kforcing.cpu.products import Product, can_multiply
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -31,6 +31,7 @@ class RowLinear(nn.Linear):
     """Where the weight is int8, what its rows are multiplied by."""
     most_rows = 0
     """Rows up to which the kernel is used."""
+    product: Product
 
     def prepare(self, int8: bool) -> None:
         """Quantise the weight where that is asked for, and look whether the kernel takes it."""
@@ -38,23 +39,24 @@ class RowLinear(nn.Linear):
             weight_MK, self.scale_M = quantise(self.weight.detach())
             self.weight = nn.Parameter(weight_MK, requires_grad=False)
         found = machine()
-        self.most_rows = found.most_rows if found and can_multiply(self.weight) else 0
+        if found and can_multiply(self.weight):
+            self.most_rows, self.product = found.most_rows, Product(self.weight.detach(), self.scale_M)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out)."""
-        x_NK = x.reshape(-1, self.in_features)
-        if len(x_NK) > self.most_rows:
+        rows = x.numel() // self.in_features
+        if rows > self.most_rows:
             weight_MK = self.weight if self.scale_M is None else (self.weight * self.scale_M[:, None]).to(x.dtype)
             return linear(x, weight_MK, self.bias)
-        out_NM = torch.empty(len(x_NK), self.out_features)
-        self.write(x_NK, out_NM)
-        return out_NM.view(*x.shape[:-1], -1).to(x.dtype)
+        out = torch.empty(*x.shape[:-1], self.out_features)
+        self.write(x, out, rows, self.out_features)
+        return out if x.dtype == torch.float32 else out.to(x.dtype)
 
-    def write(self, x_NK: Tensor, out_NM: Tensor) -> None:
-        """Put the outputs of at most `most_rows` rows into a float32 tensor, or into a part of its columns."""
-        multiply(x_NK.float().contiguous(), self.weight, out_NM, self.scale_M)
+    def write(self, x: Tensor, out: Tensor, rows: int, stride: int) -> None:
+        """Put the outputs of at most `most_rows` rows into a float32 tensor whose rows are `stride` numbers apart."""
+        self.product(x.float().contiguous(), out, rows, stride)
         if self.bias is not None:
-            out_NM.add_(self.bias)
+            out.add_(self.bias)
 
     def rows(self, ids: Tensor) -> Tensor:
         """The rows of the weight with these numbers, as floating-point numbers: (...) → (..., in)."""
@@ -102,10 +104,11 @@ class Joined:
         """(N, in) → (N, all outputs side by side)."""
         if len(x_ND) > self.most_rows:
             return torch.cat([m(x_ND) for m in self.maps], dim=-1)
-        out = torch.empty(len(x_ND), sum(self._sizes))
+        width = sum(self._sizes)
+        out = torch.empty(len(x_ND), width)
         for m, part in zip(self.maps, out.split(self._sizes, dim=-1), strict=True):
-            m.write(x_ND, part)
-        return out.to(x_ND.dtype)
+            m.write(x_ND, part, len(x_ND), width)
+        return out if x_ND.dtype == torch.float32 else out.to(x_ND.dtype)
 
     def parts(self, x_ND: Tensor) -> Sequence[Tensor]:
         """(N, in) → the output of each map."""

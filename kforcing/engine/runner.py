@@ -225,7 +225,9 @@ class ModelRunner:
         R, P = shape.slots, shape.read
         if shape.context:
             self._forget_drafts(R, P - 1)
-        start_R = self.length_S[:R] - P
+        # An empty slot that steps along stays within its columns: its length would go on growing.
+        beyond_R = (self.length_S[:R] - self.drafted_S[:R] - (self.max_model_len - 1)).clamp_(min=0)
+        start_R = self.length_S[:R] - beyond_R - P
         tokens_RP = self._at(self.tokens_SC, start_R, P)
         known_R = P - self.drafted_S[:R]
         # (R, L, 1 + 2N) log-probabilities: with verification of AR's own tokens, then of the block's other ones.

@@ -20,6 +20,7 @@ the project itself is not installed, use `python -m pipelines.benchmark` in its 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import itertools
 import json
@@ -81,6 +82,7 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=5, help="rounds after one that warms up (default %(default)s)")
     add("--rows", metavar="TEXT", help="only ways of the engine whose name contains this; AR always runs")
     add("--more", action="store_true", help="also the paper's read-out, stock kernels and more (random weights)")
+    add("--int8", action="store_true", help="also AR and k=auto with weights of 8 bits (CPU)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=list(DTYPES), default="fp32")
     add("--output", type=Path, default=Path("runs/benchmark"))
@@ -131,7 +133,7 @@ def measure(
     work = Workload(prompts, tokens, given.rounds, table["temperature"])
     device = torch.device(given.device)
     ways = [way for way in ways if way.knows(work.temperature)]
-    fixed = [way for way in ways if not way.adapt_width]
+    fixed = [way for way in ways if not way.adapt_width and not way.quantization]
     rooflines = {way.name: roofline_ms(way, backbone, batch, context, hardware) for way in fixed}
     running = sources(given, backbone, ways, work, device)
     seen: dict[str, list[DecodingRound]] = {name: [] for name in running}
@@ -170,7 +172,10 @@ def models(given: argparse.Namespace) -> tuple[Any, dict[float | None, list[Deco
         }
     for acceptance, ways in by_acceptance.items():
         kept = [way for way in ways if not given.rows or given.rows in way.name or way.name == AR]
-        by_acceptance[acceptance] = kept
+        quantised = [way for way in kept if given.int8 and (way.name == AR or way.adapt_width)]
+        by_acceptance[acceptance] = kept + [
+            dataclasses.replace(way, name=f"{way.name}, int8", quantization="int8") for way in quantised
+        ]
     return backbone, by_acceptance, next(iter(by_acceptance.values()))[0].coupling
 
 

@@ -88,6 +88,7 @@ class EngineRounds:
                 acceptance="exact" if way.exact else "fixed",
                 adapt_width=way.adapt_width,
                 row_kernel=way.row_kernel,
+                quantization=way.quantization,
                 batch_invariant=way.batch_invariant,
                 coupling=way.coupling,
                 check_every=every,

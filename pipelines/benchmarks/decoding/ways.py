@@ -37,6 +37,7 @@ class DecodingWay:
     coupling: str = "gumbel"
     """Of an AR model: that of the student it is compared with."""
     row_kernel: bool | None = None
+    quantization: str | None = None
     batch_invariant: bool = False
 
     @property

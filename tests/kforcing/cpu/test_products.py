@@ -6,7 +6,7 @@ from torch import nn
 
 from kforcing.backbone import random_llama
 from kforcing.cpu.compiler import machine
-from kforcing.cpu.products import can_multiply, multiply
+from kforcing.cpu.products import Product, can_multiply
 from kforcing.engine.config import EngineConfig
 from kforcing.engine.engine import Engine
 from kforcing.engine.linear import Joined, RowLinear, quantise, row_copy
@@ -24,7 +24,7 @@ def weights(dtype: torch.dtype, outputs: int = 203, inputs: int = 192) -> tuple[
 
 def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     out = torch.full((len(x), len(weight)), torch.nan)
-    multiply(x, weight, out, scale)
+    Product(weight, scale)(x, out, len(x), len(weight))
     return out
 
 
@@ -49,7 +49,7 @@ def test_a_row_has_bitwise_the_same_result_alone_and_among_others(dtype):
 def test_the_product_can_be_written_into_some_columns_of_a_tensor():
     weight, _ = weights(torch.float32)
     x, out = torch.randn(3, weight.shape[1]), torch.zeros(3, len(weight) + 20)
-    multiply(x, weight, out[:, 10:-10])
+    Product(weight)(x, out[:, 10:-10], 3, out.shape[1])
     assert torch.equal(out[:, 10:-10], product(x, weight, None))
     assert out[:, :10].count_nonzero() == out[:, -10:].count_nonzero() == 0
 

@@ -412,3 +412,12 @@ def test_equal_requests_are_equal_completions():
     done = Engine(model("ar"), EngineConfig(max_num_seqs=3, max_model_len=30)).generate([Request(prompt(4), 6)] * 5)
     assert done == [done[0]] * 5
     assert isinstance(done[0], Completion)
+
+
+@pytest.mark.parametrize("kind", ["argmax", "sequential", "ar"])
+def test_empty_slots_that_step_along_stay_within_their_columns(kind):
+    config = EngineConfig(max_num_seqs=2, max_model_len=20, batch_invariant=True)
+    engine = Engine(model(kind), config)
+    for _ in range(4):  # the second slot is empty for more steps than it has columns
+        (done,) = engine.generate([Request(prompt(4), 16, k=1, seed=1)])
+        assert done.tokens == slowly(engine.model, Request(prompt(4), 16, k=1, seed=1))
