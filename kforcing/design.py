@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 from kforcing.coupling import COUPLINGS
@@ -23,9 +24,9 @@ class NoiseConfig:
 
     def check(self) -> None:
         """Raise ValueError unless both ranges are positive and in order."""
-        if not 0 < self.min_cycles < self.max_cycles:
+        if not 0 < self.min_cycles < self.max_cycles < math.inf:
             raise ValueError(f"noise cycles must satisfy 0 < min < max, got {self.min_cycles} and {self.max_cycles}")
-        if not 0 < self.temperature_min <= self.temperature_max:
+        if not 0 < self.temperature_min <= self.temperature_max < math.inf:
             raise ValueError(
                 f"temperatures must satisfy 0 < min ≤ max, got {self.temperature_min} and {self.temperature_max}"
             )
@@ -66,7 +67,7 @@ class SequentialConfig:
             raise ValueError(f"hints={self.hints}: choose one of none, copy, adapter")
         if self.draft not in ("none", "first", "bigram"):
             raise ValueError(f"draft={self.draft}: choose one of none, first, bigram")
-        if min(self.hint_layers, self.shortlist, self.side_weight) < 0 or self.adapter_rank < 1:
+        if min(self.hint_layers, self.shortlist) < 0 or not 0 <= self.side_weight < math.inf or self.adapter_rank < 1:
             raise ValueError(
                 f"hint_layers={self.hint_layers}, shortlist={self.shortlist} and side_weight={self.side_weight} must be at "
                 f"least 0, adapter_rank={self.adapter_rank} at least 1"

@@ -19,7 +19,7 @@ from pipelines.config.command_line import read_command_line
 from pipelines.config.schema import Config
 from pipelines.config.section import ConfigError
 from pipelines.log import show_progress
-from pipelines.runs.cluster import connected, work_of_run
+from pipelines.runs.cluster import INTERRUPTED, connected, work_of_run
 from pipelines.runs.pipeline import Pipeline
 from pipelines.runs.stages import StageError, locked
 
@@ -44,7 +44,7 @@ def main() -> None:
     except (ConfigError, StageError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command to continue")
+        sys.exit(INTERRUPTED)
     print(f"report  {report}")
 
 

@@ -32,7 +32,7 @@ from pipelines.evaluation.plan import plan_of
 from pipelines.evaluation.report.record import write_evaluation
 from pipelines.evaluation.subject import Subject, open_subject, subject_of
 from pipelines.log import log, show_progress
-from pipelines.runs.cluster import READING, Pool, Work, connected
+from pipelines.runs.cluster import INTERRUPTED, READING, Pool, Work, connected
 from pipelines.runs.stages import StageError, hold, open_stage
 from pipelines.tracking.evaluation_log import log_evaluation
 from pipelines.tracking.mlflow_client import tracking_uri
@@ -114,7 +114,7 @@ def main() -> None:
     except (ConfigError, StageError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command to continue")
+        sys.exit(INTERRUPTED)
     print(json.dumps(record))
 
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pipelines.log import log
+
 _KEPT_FROM = 1 << 26
 
 
@@ -131,6 +133,17 @@ def hash_file(digest: hashlib.blake2b, path: Path) -> None:
     with open(path, "rb") as stream:
         while piece := stream.read(1 << 20):
             digest.update(piece)
+
+
+def read_json(path: Path) -> Any:
+    """The record in a JSON file; None where there is none, or where the file is empty or cut, which a warning says."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        log.warning(f"{path} is empty or cut ({error}) and is left aside")
+        return None
 
 
 def _sync(path: Path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import signal
+import socket
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +26,10 @@ JOBS_ROOT = Path.home() / "kforcing"
 
 # glibc otherwise returns every large tensor's pages to the kernel and faults them in again (7% of a training step).
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
+
+INTERRUPTED = "interrupted; run the same command to continue"
+LONGEST_TEMP = 40
+"""Characters of a temporary directory in which the names of Ray's sockets still fit."""
 
 _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -69,8 +76,7 @@ def connected(root: Path, work: Work) -> Iterator[None]:
     """Start the embedded Ray, or attach to the cluster in `RAY_ADDRESS`, after checking that the work fits.
 
     Raises ConfigError when the pools do not fit on the cluster or on the nodes that they are tied to, or when `root` is on
-    one node's own disk. SIGTERM (a stopped job) becomes SystemExit, so that the run ends like any other interruption: the
-    next start resumes it.
+    one node's own disk. Ctrl-C and SIGTERM (a stopped job) become a SystemExit that says how to continue.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -89,24 +95,60 @@ def connected(root: Path, work: Work) -> Iterator[None]:
         ray.shutdown()
         raise
     _quieten()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM; run the same command to continue"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         yield
+    except (KeyboardInterrupt, SystemExit):  # Ray takes the text away from a SystemExit that meets it in `ray.get`
+        raise SystemExit(INTERRUPTED) from None
     finally:
         ray.shutdown()
 
 
 def _start_ray() -> None:
+    """Start or join a cluster. Raises ConfigError, in one line, when that fails."""
     import ray
 
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if not attached():
-        ray.init(address="local", include_dashboard=False, **quiet)
-        return
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _check_address(address)
+        options |= {"runtime_env": {"env_vars": _environment_of_workers()}}
+    else:
+        options |= {"address": "local", "include_dashboard": False}
+        if len(tempfile.gettempdir()) > LONGEST_TEMP:  # the names of sockets in it have a limit
+            options["_temp_dir"] = os.path.join(os.sep, "tmp", "ray")
     try:
-        ray.init(runtime_env={"env_vars": _ENVIRONMENT}, **quiet)
-    except ConnectionError as error:
-        raise ConfigError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no cluster answers there ({error})") from None
+        ray.init(**options)
+    except Exception as error:
+        where = f"RAY_ADDRESS={address}" if address else "Ray does not start on this machine"
+        raise ConfigError(
+            f"{where}: {next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]}"
+        ) from None
+
+
+def _check_address(address: str) -> None:
+    """Raise ConfigError for an address that Ray would try for minutes."""
+    if address in ("auto", "local"):
+        return
+    example = "give HOST:6379 of the head node, or submit the run with `ray job submit`, which sets it"
+    host, _, port = address.rpartition(":")
+    if "://" in address:
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: a run joins a cluster by the address of its GCS, not by a URL; {example}"
+        )
+    if not (host and port.isdigit() and int(port) < 2**16):
+        raise ConfigError(f"RAY_ADDRESS={address} is not HOST:PORT; {example}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConfigError(f"RAY_ADDRESS={address}: no cluster answers there ({error}); {example}") from None
+
+
+def _environment_of_workers() -> dict[str, str]:
+    """The variables that workers need, without those that the job's own runtime environment sets: its values count."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    own = ((job.get("runtime_env") or {}).get("env_vars")) or {}
+    return {name: value for name, value in _ENVIRONMENT.items() if name not in own}
 
 
 def _check_shared(root: Path, nodes: int) -> None:

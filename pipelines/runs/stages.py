@@ -9,7 +9,7 @@ another fingerprint is moved to `archive/` and comes back from there if the conf
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from pipelines.config.recipes import FORMER_NAMES
 from pipelines.config.section import ConfigError
-from pipelines.files import write_json
+from pipelines.files import read_json, write_json
 
 
 class StageError(RuntimeError):
@@ -38,8 +38,7 @@ class Stage:
     @property
     def manifest(self) -> dict[str, Any] | None:
         """The facts of a finished stage, or None."""
-        file = self.folder / "manifest.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        return read_json(self.folder / "manifest.json")
 
     def finish(self, **facts: Any) -> None:
         """Mark the stage as finished."""
@@ -64,15 +63,19 @@ def open_stage(root: Path, name: str, fingerprint: str) -> Stage:
 
 
 def _fingerprint_in(folder: Path) -> str | None:
-    file = folder / "stage.json"
-    return json.loads(file.read_text())["fingerprint"] if file.is_file() else None
+    """The fingerprint of the work in a folder; a finished stage has it twice."""
+    records = (read_json(folder / name) for name in ("stage.json", "manifest.json"))
+    return next((record["fingerprint"] for record in records if record), None)
 
 
 def claim(root: Path, recipe: str) -> None:
     """Check that the run directory is new or belongs to this recipe. Raises ConfigError otherwise."""
-    marker = root / "run.json"
-    if marker.is_file():
-        owner = json.loads(marker.read_text())["recipe"]
+    try:
+        _check_place(root)
+    except OSError as error:
+        raise ConfigError(f"output_dir={root}: {error.strerror}; choose another output_dir") from None
+    if (root / "run.json").is_file():
+        owner = (read_json(root / "run.json") or {}).get("recipe", recipe)
         if owner not in (recipe, FORMER_NAMES.get(recipe)):
             raise ConfigError(
                 f"output_dir={root} belongs to a run of recipe {owner!r}, not {recipe!r}; its stages would be "
@@ -82,16 +85,27 @@ def claim(root: Path, recipe: str) -> None:
         raise ConfigError(f"output_dir={root} exists and is not a run directory; choose an empty or new one")
 
 
+def _check_place(root: Path) -> None:
+    """Raise ConfigError unless a folder is there or can be made."""
+    there = next(folder for folder in (root, *root.parents) if folder.exists())
+    if not there.is_dir():
+        raise ConfigError(f"output_dir={root}: {there} is a file, not a folder; choose another output_dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"output_dir={root}: {there} cannot be written to; choose another output_dir")
+
+
 def hold(folder: Path, busy: str) -> AbstractContextManager[Any]:
     """Take a folder's lock and make the folder if it is not there; leaving the context releases the lock.
 
     Raises ConfigError with the text `busy` while another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
         raise ConfigError(busy) from None
+    except OSError as error:
+        raise ConfigError(f"output_dir={folder} cannot be written to ({error.strerror}); choose another") from None
 
 
 @contextmanager

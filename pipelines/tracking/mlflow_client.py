@@ -6,13 +6,21 @@ import logging
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
+
+from filelock import FileLock
+
+SQLITE = "sqlite:///"
 
 
 def tracking_uri(given: str | None, folder: Path) -> str:
     """The MLflow server or store: the given one, else `MLFLOW_TRACKING_URI`, else the file `mlflow.db` in a folder."""
-    return given or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute()}/mlflow.db"
+    place = str(folder.absolute()).replace("%", "%25").replace("?", "%3F")  # SQLAlchemy decodes the path of a URI
+    return given or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{place}/mlflow.db"
 
 
 def mlflow_client(uri: str) -> Any:
@@ -25,17 +33,31 @@ def mlflow_client(uri: str) -> Any:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    return MlflowClient(uri, registry_uri=uri)
+    with one_at_a_time(uri):
+        return MlflowClient(uri, registry_uri=uri)
+
+
+@contextmanager
+def one_at_a_time(uri: str) -> Iterator[None]:
+    """Hold the lock beside a sqlite file, whose tables two processes would otherwise make at the same time."""
+    if not uri.startswith(SQLITE):
+        yield
+        return
+    file = Path(unquote(uri.removeprefix(SQLITE).partition("?")[0]))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"):
+        yield
 
 
 def open_experiment(client: Any, uri: str, name: str, beside: Path) -> str:
     """The id of an experiment, made when it is not there yet."""
-    found = client.get_experiment_by_name(name)
-    if found:
-        return str(found.experiment_id)
-    # A server places artifacts itself; sqlite would put them into the current directory.
-    place = (beside / "mlartifacts").absolute().as_uri() if uri.startswith("sqlite") else None
-    return str(client.create_experiment(name, artifact_location=place))
+    with one_at_a_time(uri):
+        found = client.get_experiment_by_name(name)
+        if found:
+            return str(found.experiment_id)
+        # A server places artifacts itself; sqlite would put them into the current directory.
+        place = (beside / "mlartifacts").absolute().as_uri() if uri.startswith(SQLITE) else None
+        return str(client.create_experiment(name, artifact_location=place))
 
 
 def log_report(

@@ -3,15 +3,17 @@
 `mlflow.json` in the run directory remembers their ids, so that the next start continues them:
 
     {"uri": …, "experiment": id, "parent": run id, "children": {"<stage>-<fingerprint>": run id},
-     "registered": {fingerprint: version}}
+     "registered": {fingerprint: version}, "owed": [what MLflow has not taken yet]}
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,14 @@ from pipelines.config.overrides import leaves
 from pipelines.config.saved import CONFIG_FILE
 from pipelines.config.stages import RunSpec
 from pipelines.data.tokenise import Prepared
-from pipelines.files import write_json
+from pipelines.files import read_json, write_json
 from pipelines.tracking.flavour import log_flavour
 from pipelines.tracking.mlflow_client import mlflow_client, open_experiment, tracking_uri
 from pipelines.tracking.registry import model_files
 
 _RETRY_AFTER_S = 30.0
+WAITS_S = (1.0, 2.0, 4.0, 8.0)
+"""Pauses at the end of a run before MLflow is tried again."""
 STATE_FILE = "mlflow.json"
 
 
@@ -42,10 +46,33 @@ class OpenStage:
         return f"{self.name}-{self.fingerprint}"
 
 
+@dataclass(frozen=True)
+class Debt:
+    """What MLflow has to take in the end: it is remembered until MLflow has taken it."""
+
+    kind: str
+    """`status` of a run, `artifact` of a run, or registered `model` of a stage."""
+    value: str
+    """The status, or the path of the file or of the student's folder."""
+    stage: OpenStage | None
+    """Whose run it belongs to; None for the parent."""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What a later debt replaces: a run has one status and one model, and any number of files."""
+        return self.kind, self.stage.key if self.stage else "", self.value if self.kind == "artifact" else ""
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Debt:
+        """The debt whose `dataclasses.asdict` this is."""
+        return cls(**{**record, "stage": OpenStage(**record["stage"]) if record["stage"] else None})
+
+
 class PipelineRuns:
     """Logs to MLflow as far as it can be reached. No call raises, and after a failure MLflow is left alone for a while.
 
-    What could not be logged is left out. A run that could not be made is made by the next call that needs it.
+    Metrics that could not be logged are left out. The status of runs, files and registered students are tried again: by
+    later calls, at the end of the run, and at its next start.
 
     Args:
         run: the run that is tracked.
@@ -83,6 +110,7 @@ class PipelineRuns:
         """Open the parent run: a new one with config and dataset, or the one that the run directory remembers."""
         self.prepared = prepared
         self._call(lambda client: None)
+        self._pay()
 
     def open(self, stage: OpenStage) -> None:
         """Log to the stage's child run from now on."""
@@ -91,12 +119,56 @@ class PipelineRuns:
 
     def close(self, status: str) -> None:
         """End the child run; later calls log to the parent."""
-        self._on_run(lambda client, run: client.set_terminated(run, status))
+        self._owe(Debt("status", status, self.stage))
         self.stage = None
 
     def finish(self, status: str) -> None:
-        """End the parent run."""
-        self._call(lambda client: client.set_terminated(self.parent, status))
+        """End the parent run. What MLflow has not taken is tried again for some seconds, and then named."""
+        if self.prepared is None:  # the run ended before MLflow heard of it
+            return
+        self._owe(Debt("status", status, None))
+        for wait in WAITS_S if self._client is not None and status != "KILLED" else ():
+            if not self._owed:
+                return
+            time.sleep(wait)
+            self._quiet_until = 0.0
+            self._pay()
+        if self._owed:
+            missing = ", ".join(f"{debt.kind} of {debt.stage.name if debt.stage else 'the run'}" for debt in self._owed)
+            self.failed(f"MLflow at {self.uri} lacks: {missing}. The next start of this run tries again", True)
+
+    @property
+    def _owed(self) -> list[Debt]:
+        """What MLflow has not taken yet, this time or at an earlier start; in `mlflow.json`."""
+        return [Debt.of(record) for record in self._state.get("owed", [])]
+
+    def _owe(self, *debts: Debt) -> None:
+        """Add to what MLflow has to take, and try all of it."""
+        if self.uri == "off":
+            return
+        owed = [debt for debt in self._owed if debt.key not in {new.key for new in debts}]
+        self._remember({**self._state, "uri": self.uri, "owed": [dataclasses.asdict(debt) for debt in (*owed, *debts)]})
+        self._pay()
+
+    def _pay(self) -> None:
+        for debt in self._owed:
+            if not self._call(partial(self._settle, debt)):
+                return
+            left = [dataclasses.asdict(other) for other in self._owed if other != debt]
+            self._remember({**self._state, "owed": left})
+
+    def _settle(self, debt: Debt, client: Any) -> bool:
+        run: Any = self.parent
+        if debt.stage is not None:
+            run = self.children.get(debt.stage.key) or self._open_child(client, debt.stage)
+        if debt.kind == "status":
+            client.set_terminated(run, debt.value)
+        elif debt.kind == "model":
+            assert debt.stage is not None
+            self._register(client, run, Path(debt.value), debt.stage)
+        elif Path(debt.value).is_file():
+            client.log_artifact(run, debt.value)
+        return True
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Log metrics to the open child run, or to the parent when no stage is open."""
@@ -111,15 +183,16 @@ class PipelineRuns:
 
     def artifact(self, path: Path) -> None:
         """Copy a file to the open child run, or to the parent when no stage is open."""
-        self._on_run(lambda client, run: client.log_artifact(run, str(path)))
+        self._owe(Debt("artifact", str(path), self.stage))
 
     def register(self, folder: Path, k: int, fingerprint: str) -> None:
         """Register a finished student as a version of the run's model, with alias `k<k>`, unless it is already."""
-        run = self.children.get(f"k{k}-{fingerprint}")
-        if run is not None and fingerprint not in self._state.get("registered", {}):
-            self._call(lambda client: self._register(client, run, folder, k, fingerprint))
+        stage = OpenStage(f"k{k}", fingerprint, {"k": k})
+        known = {*self.children, *(debt.stage.key for debt in self._owed if debt.stage)}
+        if stage.key in known and fingerprint not in self._state.get("registered", {}):
+            self._owe(Debt("model", str(folder), stage))
 
-    def _register(self, client: Any, run: str, folder: Path, k: int, fingerprint: str) -> None:
+    def _register(self, client: Any, run: str, folder: Path, stage: OpenStage) -> None:
         from mlflow.exceptions import MlflowException
 
         name = self.run.tracking.model_name or f"kforcing-{self.run.recipe}"
@@ -132,10 +205,10 @@ class PipelineRuns:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         source = client.get_run(run).info.artifact_uri.rstrip("/") + "/model"
-        version = client.create_model_version(name, source, run_id=run, tags={"k": str(k)})
-        client.set_registered_model_alias(name, f"k{k}", version.version)
+        version = client.create_model_version(name, source, run_id=run, tags={"k": str(stage.params["k"])})
+        client.set_registered_model_alias(name, stage.name, version.version)
         state = self._state
-        state.setdefault("registered", {})[fingerprint] = version.version
+        state.setdefault("registered", {})[stage.fingerprint] = version.version
         self._remember(state)
 
     def _call(self, call: Callable[[Any], Any]) -> Any:
@@ -171,7 +244,8 @@ class PipelineRuns:
         run = client.create_run(experiment, run_name=f"{self.run.recipe} {root.name}").info.run_id
         self._describe(client, run, self.params)
         client.log_artifact(run, str(root / CONFIG_FILE))
-        self._remember({"uri": self.uri, "experiment": experiment, "parent": run, "children": {}})
+        owed = self._state.get("owed", [])
+        self._remember({"uri": self.uri, "experiment": experiment, "parent": run, "children": {}, "owed": owed})
         return client
 
     def _describe(self, client: Any, run: str, params: dict[str, Any]) -> None:
@@ -229,5 +303,4 @@ def _still_there(client: Any, run: str) -> bool:
 
 def made_by(folder: Path) -> dict[str, Any]:
     """What a folder was logged to (`uri`, and the ids of its runs), empty when it was not."""
-    file = folder / STATE_FILE
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(folder / STATE_FILE) or {}

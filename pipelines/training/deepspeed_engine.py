@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -19,7 +18,8 @@ from torch.nn.utils import get_total_norm
 
 from kforcing.distillation.losses import LossSums
 from pipelines.config.schema import TrainConfig
-from pipelines.files import atomic_folder, write_json
+from pipelines.files import atomic_folder, read_json, write_json
+from pipelines.log import log
 from pipelines.runs.stages import StageError
 from pipelines.training.guard import StepFigures
 from pipelines.training.schedule import ema_decay
@@ -156,25 +156,46 @@ class MovingAverage:
 
 
 def save_checkpoint(engine: Any, average: MovingAverage | None, folder: Path, step: int) -> None:
-    """Write a checkpoint from all ranks. Then `latest.json` names it, atomically, and older checkpoints are deleted."""
+    """Write a checkpoint from all ranks. Then `latest.json` names it, atomically. The one before it is kept."""
     tag = f"step-{step:08d}"
+    if dist.get_rank() == 0:
+        before = latest_checkpoint(folder)
+        for old in folder.glob("step-*"):
+            if before is None or old.name != before["tag"]:
+                shutil.rmtree(old)
+    dist.barrier()
     # Frozen weights are those that the stage begins with, so a checkpoint need not hold them.
     engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
     if average:
         save_file(average.average, folder / tag / f"average-{dist.get_rank()}.safetensors")
     dist.barrier()
     if dist.get_rank() == 0:
-        write_json(folder / LATEST, {"tag": tag, "step": step, "world_size": dist.get_world_size()})
-        for old in folder.glob("step-*"):
-            if old.name != tag:
-                shutil.rmtree(old)
+        sizes = {file.name: file.stat().st_size for file in (folder / tag).iterdir()}
+        record = {"tag": tag, "step": step, "world_size": dist.get_world_size(), "bytes": sizes}
+        write_json(folder / tag / LATEST, record)
+        write_json(folder / LATEST, record)
     dist.barrier()
 
 
 def latest_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """`{"tag", "step", "world_size"}` of the newest complete checkpoint, or None."""
-    file = folder / LATEST
-    return json.loads(file.read_text()) if file.is_file() else None
+    """`{"tag", "step", "world_size", …}` of the newest checkpoint whose files are all there and whole, or None."""
+    places = [folder, *sorted(folder.glob("step-????????"), reverse=True)]
+    for record in (read_json(place / LATEST) for place in places):
+        if record and _whole(folder / record["tag"], record.get("bytes", {})):
+            return record
+    return None
+
+
+def _whole(checkpoint: Path, sizes: dict[str, int]) -> bool:
+    """Whether a checkpoint has files of these sizes; a warning names one that has not."""
+    for name, size in sizes.items():
+        file = checkpoint / name
+        if not file.is_file() or file.stat().st_size != size:
+            log.warning(
+                f"{file} is missing or cut; the checkpoint is left aside, and an earlier one is used if there is one"
+            )
+            return False
+    return checkpoint.is_dir()
 
 
 def load_checkpoint(engine: Any, average: MovingAverage | None, folder: Path) -> int:

@@ -6,7 +6,6 @@ FLOPs are counted, so that all methods of a comparison can have the same budget.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from kforcing.noise import derive_key
 from pipelines.config.schema import TrainConfig
 from pipelines.config.stages import StageSpec
 from pipelines.data.token_store import TokenStore
-from pipelines.files import atomic_file, write_json
+from pipelines.files import atomic_file, read_json, write_json
 from pipelines.log import log
 from pipelines.rollouts.actor import RolloutActor
 from pipelines.rollouts.plan import StepPlan
@@ -181,8 +180,7 @@ class LocalStudent:
         A stage that has been trained before is kept.
         """
         record = self.folder / f"k{k}.json"
-        if record.is_file():
-            cost = json.loads(record.read_text())
+        if cost := read_json(record):
             self.spent += cost["flops"]
             return cost
         job = self._job(k, previous)

@@ -23,6 +23,7 @@ from kforcing.noise import derive_key
 from pipelines.config.section import node_selector
 from pipelines.data.rows import positions_of
 from pipelines.files import added_files, atomic_write
+from pipelines.log import log
 from pipelines.rollouts.plan import StepPlan
 from pipelines.rollouts.stream import training_rows
 from pipelines.runs.stages import StageError
@@ -44,24 +45,35 @@ def fit(job: TrainJob, relay: Any) -> None:
 
     Raises StageError when training has diverged, or fails more often than `train.max_failures` allows.
     """
-    from ray.train import TrainingFailedError
-
     if Path(job.folder, "config.json").is_file():
         return
     diverged = Path(job.folder, DIVERGED)
     diverged.unlink(missing_ok=True)
+    _fit(job, relay, job.train.max_failures)
+    if diverged.is_file():
+        raise StageError(f"stage {job.stage}: {diverged.read_text()}")
+
+
+def _fit(job: TrainJob, relay: Any, restarts: int) -> None:
+    """Run Ray Train, which restarts workers; its controller is restarted here."""
+    from ray.exceptions import RayActorError
+    from ray.train import TrainingFailedError
+
     # Ray Train would resume by the run's name from checkpoints of its own. Ours are in the stage's folder.
     record = Path(job.folder, "ray_train")
     shutil.rmtree(record, ignore_errors=True)
+    kept = "Its last checkpoint is kept. Remove the cause and run the same command again: it continues from there"
     try:
         _trainer(job, relay, record).fit()
     except TrainingFailedError as error:
         raise StageError(
-            f"stage {job.stage} failed {job.train.max_failures + 1} times; the last error was\n{error}\n"
-            "Its last checkpoint is kept. Remove the cause and run the same command again: it continues from there"
+            f"stage {job.stage} failed {job.train.max_failures + 1} times; the last error was\n{error}\n{kept}"
         ) from error
-    if diverged.is_file():
-        raise StageError(f"stage {job.stage}: {diverged.read_text()}")
+    except RayActorError as error:
+        if restarts == 0:
+            raise StageError(f"stage {job.stage}: the controller of Ray Train died. {kept}") from error
+        log.warning(f"{job.stage}  the controller of Ray Train died; a new one continues from the last checkpoint")
+        _fit(job, relay, restarts - 1)
 
 
 def _trainer(job: TrainJob, relay: Any, record: Path) -> Any:

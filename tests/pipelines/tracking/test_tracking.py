@@ -21,6 +21,7 @@ from pipelines.config.recipes import recipe
 from pipelines.config.saved import save_config
 from pipelines.config.stages import resolve_run
 from pipelines.data.tokenise import Prepared
+from pipelines.tracking.mlflow_client import mlflow_client, open_experiment, tracking_uri
 from pipelines.tracking.tracker import Tracker, flatten, progress_line
 from tests.endpoint import save_model
 from tests.models import make_backbone
@@ -83,9 +84,8 @@ def prepared(tmp_path):
     return Prepared(tmp_path / "data" / "abc")
 
 
-@pytest.fixture
-def server(tmp_path):
-    port = free_port()
+def start_server(tmp_path, port):
+    """The process of a server that answers; a second one on the same folder continues the first one's store."""
     line = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     store = [
         "--backend-store-uri",
@@ -98,9 +98,18 @@ def server(tmp_path):
     )
     try:
         wait_until(lambda: answers(port), "the MLflow server did not come up", 300, pause=0.5)
-        yield f"http://127.0.0.1:{port}", process
-    finally:
+    except BaseException:
         kill(process)
+        raise
+    return process
+
+
+@pytest.fixture
+def server(tmp_path):
+    port = free_port()
+    process = start_server(tmp_path, port)
+    yield f"http://127.0.0.1:{port}", process
+    kill(process)
 
 
 def answers(port):
@@ -205,3 +214,90 @@ def test_tracking_can_be_off(tmp_path, prepared, caplog):
     tracker.finish("FINISHED")
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
     assert not (tmp_path / "runs" / "mlflow.db").exists()
+
+
+def test_a_server_that_was_away_when_a_stage_ended_has_everything_in_the_end(server, tmp_path, prepared):
+    uri, process = server
+    config, tracker = tracker_for(tmp_path, uri)
+    student = save_model(tmp_path / "student", PushForwardLM.from_backbone(make_backbone(), k=2))
+    report = tmp_path / "report.md"
+    report.write_text("report")
+    tracker.begin(prepared)
+    with tracker.stage("k2", "f00", PARAMS):
+        kill(process)
+    tracker.register(student, 2, "f00")
+    tracker.artifact(report)
+    again = start_server(tmp_path, int(uri.rpartition(":")[2]))
+    try:
+        tracker.finish("FINISHED")
+        client = MlflowClient(uri)
+        for run in (tracker.mlflow.parent, tracker.mlflow.children["k2-f00"]):
+            assert client.get_run(run).info.status == "FINISHED"
+        version = client.get_model_version_by_alias("kforcing-smoke", "k2")
+        assert version.run_id == tracker.mlflow.children["k2-f00"]
+        assert "report.md" in [file.path for file in client.list_artifacts(tracker.mlflow.parent)]
+        assert json.loads((config.root / "mlflow.json").read_text())["owed"] == []
+    finally:
+        kill(again)
+
+
+def test_what_a_store_did_not_take_is_named_and_given_to_it_at_the_next_start(tmp_path, prepared, caplog):
+    config, tracker = tracker_for(tmp_path, f"sqlite:///{tmp_path}/later/one.db")
+    (tmp_path / "later").write_text("a file in the way of the store's folder")
+    tracker.begin(prepared)
+    with tracker.stage("k2", "f00", PARAMS):
+        pass
+    tracker.finish("FINISHED")
+    assert "lacks: status of k2, status of the run. The next start of this run tries again" in caplog.text
+    (tmp_path / "later").unlink()
+    _, again = tracker_for(tmp_path, tracker.mlflow.uri)
+    again.begin(prepared)
+    client = MlflowClient(tracker.mlflow.uri)
+    assert client.get_run(again.mlflow.children["k2-f00"]).info.status == "FINISHED"
+    assert json.loads((config.root / "mlflow.json").read_text())["owed"] == []
+
+
+def test_a_run_that_ends_before_it_is_tracked_leaves_no_run(tmp_path, caplog):
+    _, tracker = tracker_for(tmp_path, f"sqlite:///{tmp_path}/one.db")
+    tracker.finish("FAILED")
+    assert not (tmp_path / "one.db").exists()
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("name", ["100% a%41b#", "a?b"])
+def test_a_local_store_may_lie_in_a_folder_of_any_name(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    uri = tracking_uri(None, folder)
+    client = mlflow_client(uri)
+    run = client.create_run(open_experiment(client, uri, "x", folder)).info.run_id
+    (tmp_path / "a.txt").write_text("a")
+    client.log_artifact(run, str(tmp_path / "a.txt"))
+    assert [file.path for file in client.list_artifacts(run)] == ["a.txt"]
+    assert (folder / "mlflow.db").stat().st_size > 0
+
+
+def test_two_runs_may_begin_on_one_new_store(tmp_path):
+    """Their processes make its tables one after the other."""
+    code = """
+import sys
+from pathlib import Path
+from pipelines.tracking.mlflow_client import mlflow_client, open_experiment, tracking_uri
+uri = tracking_uri(None, Path(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+client = mlflow_client(uri)
+client.create_run(open_experiment(client, uri, "x", Path(sys.argv[1])))
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    runs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], **pipes) for _ in range(2)]
+    for run in runs:
+        assert run.stdout.readline() == "ready\n"
+    for run in runs:
+        run.stdin.write("\n")
+        run.stdin.flush()
+    for run in runs:
+        errors = run.communicate(timeout=300)[1]
+        assert run.returncode == 0, errors
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert len(client.search_runs([client.get_experiment_by_name("x").experiment_id])) == 2

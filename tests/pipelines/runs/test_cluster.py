@@ -1,0 +1,65 @@
+"""Addresses that no cluster answers at, and what a job's own environment keeps."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from pipelines.config.section import ConfigError
+from pipelines.runs.cluster import _environment_of_workers, connected
+from tests.pipeline_runs import environment
+from tests.waiting import wait_until
+
+
+@pytest.mark.parametrize(
+    ("address", "problem"),
+    [
+        ("http://127.0.0.1:8265", "joins a cluster by the address of its GCS, not by a URL; give HOST:6379"),
+        ("ray://head:10001", "not by a URL"),
+        ("head", "is not HOST:PORT"),
+        ("head:99999", "is not HOST:PORT"),
+        ("127.0.0.1:9", "no cluster answers there (.*refused"),
+    ],
+)
+def test_an_address_without_a_cluster_is_one_line_at_once(tmp_path, monkeypatch, address, problem):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigError, match=problem.replace("(", r"\(")) as error, connected(tmp_path, {}):
+        pass
+    assert "\n" not in str(error.value)
+
+
+def test_variables_that_a_job_sets_itself_are_left_to_it(monkeypatch):
+    job = {"runtime_env": {"env_vars": {"TOKENIZERS_PARALLELISM": "true", "MINE": "1"}}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    assert "TOKENIZERS_PARALLELISM" not in _environment_of_workers()
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    assert _environment_of_workers()["TOKENIZERS_PARALLELISM"] == "false"
+
+
+WAITING = """
+import time
+from pathlib import Path
+from pipelines.runs.cluster import connected
+with connected(Path("run"), {}):
+    import ray
+    print("connected", flush=True)
+    ray.get(ray.remote(num_cpus=0)(lambda: time.sleep(600)).remote())
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_interrupted_says_how_to_continue(tmp_path, number):
+    """Here in a temporary directory whose path is too long for the names of Ray's sockets."""
+    log, long = tmp_path / "out.txt", tmp_path / ("x" * 60)
+    long.mkdir()
+    line, env = [sys.executable, "-c", WAITING], environment(TMPDIR=str(long))
+    with open(log, "w") as out:
+        run = subprocess.Popen(line, stdout=out, stderr=out, cwd=tmp_path, env=env)
+    wait_until(lambda: "connected" in log.read_text() or run.poll() is not None, log.read_text, 300, pause=0.2)
+    run.send_signal(number)
+    assert run.wait(timeout=300) == 1, log.read_text()
+    assert log.read_text().splitlines()[-1] == "interrupted; run the same command to continue"
+    assert "Traceback" not in log.read_text()

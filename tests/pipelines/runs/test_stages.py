@@ -1,0 +1,78 @@
+"""State files of a run directory that are empty or cut, and places where a run cannot be."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from pipelines.config.section import ConfigError
+from pipelines.runs.stages import claim, hold, open_stage
+from pipelines.training.deepspeed_engine import latest_checkpoint
+
+
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("kforcing"), "propagate", True)
+    return caplog
+
+
+@pytest.mark.parametrize("text", ["", '{"stage": "k2", "finger'])
+def test_a_finished_stage_is_known_by_its_manifest_where_stage_json_is_cut(tmp_path, text, warnings):
+    open_stage(tmp_path, "k2", "f00").finish(files=[])
+    (tmp_path / "k2" / "stage.json").write_text(text)
+    assert open_stage(tmp_path, "k2", "f00").manifest["files"] == []
+    assert f"{tmp_path / 'k2' / 'stage.json'} is empty or cut" in warnings.text
+
+
+@pytest.mark.parametrize("text", ["", "{"])
+def test_a_stage_whose_manifest_is_cut_is_not_finished(tmp_path, text, warnings):
+    stage = open_stage(tmp_path, "k2", "f00")
+    (stage.folder / "manifest.json").write_text(text)
+    assert open_stage(tmp_path, "k2", "f00").manifest is None
+    assert f"{stage.folder / 'manifest.json'} is empty or cut" in warnings.text
+
+
+def test_a_run_whose_marker_is_cut_goes_on(tmp_path, warnings):
+    (tmp_path / "run.json").write_text("")
+    claim(tmp_path, "smoke")
+    assert f"{tmp_path / 'run.json'} is empty or cut" in warnings.text
+
+
+def checkpoint(folder, step, record=True):
+    place = folder / f"step-{step:08d}"
+    place.mkdir(parents=True)
+    (place / "weights.pt").write_text("whole")
+    text = f'{{"tag": "{place.name}", "step": {step}, "world_size": 2, "bytes": {{"weights.pt": 5}}}}'
+    for file in [place / "latest.json", folder / "latest.json"] if record else []:
+        file.write_text(text)
+    return place
+
+
+def test_the_newest_whole_checkpoint_is_used_whatever_was_cut(tmp_path, warnings):
+    assert latest_checkpoint(tmp_path) is None
+    checkpoint(tmp_path, 8)
+    last = checkpoint(tmp_path, 16)
+    checkpoint(tmp_path, 24, record=False)  # its writer was killed
+    assert latest_checkpoint(tmp_path)["step"] == 16
+    (tmp_path / "latest.json").write_text('{"tag": "st')
+    assert latest_checkpoint(tmp_path)["step"] == 16
+    assert f"{tmp_path / 'latest.json'} is empty or cut" in warnings.text
+    (last / "weights.pt").write_text("who")
+    assert latest_checkpoint(tmp_path)["step"] == 8
+    assert f"{last / 'weights.pt'} is missing or cut" in warnings.text
+
+
+def test_a_checkpoint_of_an_earlier_release_has_no_sizes(tmp_path):
+    (tmp_path / "step-00000008").mkdir()
+    (tmp_path / "latest.json").write_text('{"tag": "step-00000008", "step": 8, "world_size": 1}')
+    assert latest_checkpoint(tmp_path)["step"] == 8
+
+
+def test_places_where_a_run_cannot_be_are_refused_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file is a file, not a folder; choose another output_dir"):
+        claim(tmp_path / "file" / "run", "smoke")
+    with pytest.raises(ConfigError, match="File name too long; choose another output_dir"):
+        claim(tmp_path / ("x" * 300), "smoke")
+    with pytest.raises(ConfigError, match="output_dir=/proc/run cannot be written to"):
+        hold(Path("/proc/run"), "busy")
