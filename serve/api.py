@@ -14,6 +14,7 @@ from serve.middleware import AuthAndSizeMiddleware
 from serve.protocol.errors import install_error_handlers
 from serve.routes import generation_routes, model_routes, operations_routes, tokenizer_routes
 from serve.service import Service
+from serve.web_page import page_routes
 
 
 def create_app(
@@ -37,6 +38,7 @@ def create_app(
         model_routes(service),
         tokenizer_routes(service),
         operations_routes(service, scrape),
+        page_routes(),
     ):
         app.include_router(router)
     install_error_handlers(app)

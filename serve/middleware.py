@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.protocol.errors import ApiError
+from serve.web_page import PAGE
 
-PUBLIC_PATHS = ("/health", "/live", "/metrics")
-"""Paths that need no API key, because probes and scrapers call them."""
+PUBLIC_PATHS = ("/health", "/live", "/metrics", *PAGE)
+"""Paths that need no API key, because probes, scrapers and browsers call them; the page asks for the key itself."""
 
 
 class AuthAndSizeMiddleware:

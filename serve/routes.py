@@ -67,7 +67,8 @@ def model_routes(service: Service) -> APIRouter:
 
     def card(name: str) -> dict[str, Any]:
         engine = service.model(name).engine
-        facts = {"max_model_len": engine.max_model_len, "k": engine.k}
+        facts = {"max_model_len": engine.max_model_len, "k": engine.k, "acceptance": engine.config.acceptance}
+        facts["chat_template"] = bool(getattr(service.model(name).tokenizer, "chat_template", None))
         return {"id": name, "object": "model", "created": started, "owned_by": "kforcing", **facts}
 
     @router.get("/v1/models", response_model=ModelList)

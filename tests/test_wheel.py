@@ -62,6 +62,12 @@ def test_the_bare_install_generates_the_same_text(clean, tmp_path):
     assert json.loads(done.stdout.splitlines()[-1]) == expected
 
 
+def test_the_wheel_holds_the_endpoints_page(clean):
+    (installed,) = clean.parent.glob("lib/python*/site-packages/serve/page")
+    here = {file.name: file.read_bytes() for file in (ROOT / "serve" / "page").iterdir()}
+    assert {file.name: file.read_bytes() for file in installed.iterdir()} == here
+
+
 @pytest.mark.parametrize(("command", "extra"), [("distill", "train"), ("evaluate", "eval"), ("serve", "serve")])
 def test_a_command_names_the_extra_that_it_needs_in_one_line(clean, tmp_path, command, extra):
     done = run([clean / "kforcing", command], tmp_path)

@@ -108,6 +108,10 @@ class ModelCard(BaseModel):
     owned_by: str
     max_model_len: int
     k: int
+    acceptance: Literal["exact", "fixed"]
+    """Of requests that do not ask for one."""
+    chat_template: bool
+    """Whether it answers chats."""
 
 
 class ModelList(BaseModel):
