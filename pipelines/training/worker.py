@@ -23,7 +23,6 @@ from kforcing.noise import derive_key
 from pipelines.config.section import node_selector
 from pipelines.data.rows import positions_of
 from pipelines.files import added_files, atomic_write
-from pipelines.log import log
 from pipelines.rollouts.plan import StepPlan
 from pipelines.rollouts.stream import training_rows
 from pipelines.runs.stages import StageError
@@ -49,13 +48,13 @@ def fit(job: TrainJob, relay: Any) -> None:
         return
     diverged = Path(job.folder, DIVERGED)
     diverged.unlink(missing_ok=True)
-    _fit(job, relay, job.train.max_failures)
+    _fit(job, relay)
     if diverged.is_file():
         raise StageError(f"stage {job.stage}: {diverged.read_text()}")
 
 
-def _fit(job: TrainJob, relay: Any, restarts: int) -> None:
-    """Run Ray Train, which restarts workers; its controller is restarted here."""
+def _fit(job: TrainJob, relay: Any) -> None:
+    """Run Ray Train, which restarts workers. Raises StageError when it gives up, or when its controller has died."""
     from ray.exceptions import RayActorError
     from ray.train import TrainingFailedError
 
@@ -70,10 +69,7 @@ def _fit(job: TrainJob, relay: Any, restarts: int) -> None:
             f"stage {job.stage} failed {job.train.max_failures + 1} times; the last error was\n{error}\n{kept}"
         ) from error
     except RayActorError as error:
-        if restarts == 0:
-            raise StageError(f"stage {job.stage}: the controller of Ray Train died. {kept}") from error
-        log.warning(f"{job.stage}  the controller of Ray Train died; a new one continues from the last checkpoint")
-        _fit(job, relay, restarts - 1)
+        raise StageError(f"stage {job.stage}: the controller of Ray Train died. {kept}") from error
 
 
 def _trainer(job: TrainJob, relay: Any, record: Path) -> Any:
