@@ -186,6 +186,7 @@ function onSubmit(form, work) {
   form.onsubmit = async (event) => {
     event.preventDefault();
     if (running) return running.abort();
+    if (!models.length) return start();
     for (const id of ["seed", "max-tokens"]) {
       if ($(id).checkValidity()) continue;
       $("settings").open = true; // a field that is not shown cannot say what is wrong with it
@@ -253,7 +254,7 @@ async function race(signal) {
     () => answer($("student"), ...request(student, messages), signal),
   ];
   clear($("student"));
-  $("race-status").textContent = "The race is on.";
+  $("race-status").textContent = "The race has begun.";
   const inTurn = $("race-form").elements.order.value === "in turn";
   const results = inTurn ? [await runs[0](), await runs[1]()] : await Promise.all(runs.map((run) => run()));
   $("race-status").textContent = verdict(...results);
@@ -273,7 +274,7 @@ function verdict(ar, student) {
 
 /** Keep the end of the page in view while it grows, unless the reader has scrolled up. */
 function followTheEnd() {
-  let atEnd = false;
+  let atEnd = true;
   const end = () => document.documentElement.scrollHeight;
   window.onscroll = () => (atEnd = window.scrollY + window.innerHeight > end() - 50);
   new ResizeObserver(() => atEnd && window.scrollTo(0, end())).observe($("messages"));

@@ -78,6 +78,8 @@ def test_real_clients_get_the_reference_text_from_one_replica(cluster, folder, t
     assert "".join(chunk.choices[0].text for chunk in stream) == expected
     assert client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "a"}], seed=1).choices
     assert httpx.get(f"{URL}/health").status_code == 200
+    assert httpx.get(URL).text == (ROOT / "serve" / "page" / "index.html").read_text()
+    assert httpx.get(f"{URL}/page/page.js").headers["content-type"].startswith("text/javascript")
     guidellm(folder, tmp_path)
     text = httpx.get(f"{URL}/metrics").text
     assert 'kforcing_request_success_total{finished_reason="length",model="tiny"' in text

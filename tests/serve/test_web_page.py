@@ -140,6 +140,25 @@ def test_the_page_asks_for_the_key_and_keeps_it_in_memory_alone(guarded, opened)
     expect(key).to_be_focused()
     page.keyboard.press("Escape")
     expect(page.get_by_role("alert")).to_contain_text("This endpoint needs an API key.")
+    page.get_by_label("Your message").fill("abc")
+    page.get_by_role("button", name="Send").click()
+    expect(key).to_be_focused()
+
+
+@needs_browser
+def test_a_long_chat_keeps_its_end_in_view_until_the_reader_scrolls_up(served, opened):
+    page = opened(served[0])
+    page.set_viewport_size({"width": 400, "height": 500})
+    settings(page, Tokens_of_the_answer_at_most=4)
+    top, send = page.get_by_role("heading", name="kforcing"), page.get_by_role("button", name="Send")
+    for count, in_view in ((1, send), (2, send), (3, top)):
+        if in_view is top:
+            page.mouse.wheel(0, -10_000)
+            expect(top).to_be_in_viewport()
+        page.get_by_label("Your message").evaluate("field => { field.value = 'abc'; field.form.requestSubmit() }")
+        expect(page.locator("#messages .model")).to_have_count(count)
+        expect(page.locator("#chat-status")).to_contain_text("complete")
+        expect(in_view).to_be_in_viewport()
 
 
 @needs_browser
