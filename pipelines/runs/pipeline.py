@@ -18,6 +18,7 @@ from pipelines.config.schema import Config
 from pipelines.config.stages import StageSpec, evaluation_fingerprint, resolve_run
 from pipelines.data.encoding import eos_id
 from pipelines.data.tokenise import Prepared, prepare
+from pipelines.evaluation.exact_mode import ExactJob, measure_exact_mode
 from pipelines.evaluation.heldout import EvalJob, SampleJob, evaluate_student, write_samples
 from pipelines.log import log
 from pipelines.rollouts.cache import cache_rollouts
@@ -171,6 +172,7 @@ class Pipeline:
         samples = write_samples(
             self.root, SampleJob(str(teacher.folder), paths, tokenizer, heldout, self.seed, self.eval)
         )
+        exact = self._exact_mode(students[-1], heldout) if students else None
         report = {
             "recipe": self.recipe,
             "seconds": round(seconds, 1),
@@ -178,6 +180,7 @@ class Pipeline:
             "corpus": prepared.facts(),
             "stages": [{"name": m.name, "k": m.k, "path": str(m.folder), **m.figures} for m in students],
             "costs": [{"name": m.name, **m.cost} for m in self.models if m.cost.get("steps")],
+            "exact_mode": exact,
             "samples": samples,
             "mlflow": self.tracker.ui_command(),
         }
@@ -186,6 +189,17 @@ class Pipeline:
             self.tracker.artifact(self.root / name)
         print_table(report)
         return path
+
+    def _exact_mode(self, student: Model, heldout: str) -> dict[str, Any] | None:
+        log.info("report  comparing exact mode with the AR model")
+        job = ExactJob(str(student.folder), heldout, self.seed, self.eval)
+        task = ray.remote(num_cpus=self.eval.cpus_per_actor, num_gpus=self.eval.gpus_per_actor)(measure_exact_mode)
+        figures = ray.get(task.remote(job))
+        if figures is None:
+            return None
+        steps = {f"exact/tokens_a_step_T{t:g}": value for t, value in figures["tokens_a_step"].items()}
+        self.tracker.metrics(steps | {f"exact/speed_batch{n}": value for n, value in figures["speed"].items()}, 0)
+        return {"student": student.name, **figures}
 
 
 def _in_a_task(stage: str, function: Callable[..., None], *arguments: Any) -> None:

@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from pipelines.evaluation.exact_mode import headline
 from pipelines.files import atomic_write, write_json
 
 Record = dict[str, Any]
@@ -92,11 +93,12 @@ def markdown(report: Record) -> str:
         samples.append(f"**Prompt {number}.** {quote(record['prompt'])}\n")
         samples += [f"* *{name}*: {quote(text)}" for name, text in record.items() if name != "prompt"]
         samples.append("")
-    corpus = report["corpus"]
+    corpus, exact = report["corpus"], report.get("exact_mode")
+    verdict = f"**{headline(exact['student'], exact)}.**\n\n" if exact else ""
     rate = corpus["train"]["tokens"] / corpus["train"]["seconds"]
     return f"""# {report["recipe"]}: AR → {" → ".join(f"k={s['k']}" for s in report["stages"])}
 
-Corpus: {corpus["train"]["tokens"]:,} train tokens of {corpus["train"]["documents"]} documents, \
+{verdict}Corpus: {corpus["train"]["tokens"]:,} train tokens of {corpus["train"]["documents"]} documents, \
 {corpus["heldout"]["tokens"]:,} held-out tokens of {corpus["heldout"]["documents"]}. \
 Prepared at \
 {rate:,.0f} tokens/s. The run that wrote this took {report["seconds"]:.0f} s.
@@ -139,6 +141,8 @@ def print_table(report: dict[str, Any]) -> None:
             f"{a['value']:.2f}/{b['value']:.2f}" for a, b in zip(s["student_nll"], s["teacher_nll"], strict=True)
         )
         print(f"{s['name']:<9}{match:<28}{ratio(s['block_match']):<26}{nll}")
+    if exact := report.get("exact_mode"):
+        print(f"\n{headline(exact['student'], exact)}")
     print(f"\nMLflow  {report['mlflow']}")
 
 

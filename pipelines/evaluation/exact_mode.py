@@ -1,0 +1,93 @@
+"""What a student is worth in exact mode: is its text the AR model's, how many tokens come from a step, how much faster is it?
+
+Held-out prompts are continued by the AR model and by the student in exact mode, in the same engine and under the same noise.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kforcing.device import pick_device
+from kforcing.engine import Completion, Engine, EngineConfig, Request, SamplingParams
+from kforcing.modeling import PushForwardLM
+from pipelines.config.schema import EvalConfig
+from pipelines.data.rows import tokens_of
+from pipelines.data.token_store import TokenStore
+
+TEMPERATURES = (1.0, 0.7, 0.0)
+BATCHES = (1, 4)
+"""Prompts at a time of which speed is measured, at temperature 1."""
+ROUNDS = 3
+"""AR model and student take turns in each; one more warms up."""
+
+
+@dataclass(frozen=True)
+class ExactJob:
+    """A student, and the held-out text that prompts come from."""
+
+    student: str
+    heldout: str
+    seed: int
+    config: EvalConfig
+
+
+def measure_exact_mode(job: ExactJob) -> dict[str, Any] | None:
+    """The figures of a student that can verify its tokens, for `report.json`; None for any other student.
+
+    Returns:
+        `texts` and how many of them are `equal` to the AR model's, `tokens_a_step` by temperature, and `speed` by the number
+        of prompts at a time: tokens a second over those of the AR model, median over rounds.
+    """
+    student: Any = PushForwardLM.from_pretrained(job.student).to(pick_device())
+    if not student.design.exact_trunk or student.k == 1:
+        return None
+    torch.set_num_threads(min(16, os.cpu_count() or 1))  # Ray gives a task of one CPU one thread
+    rows = TokenStore(job.heldout, job.seed).read(np.arange(max(BATCHES)))
+    prompts = tokens_of(rows)[:, : job.config.prompt_tokens].tolist()
+    longest, coupling = job.config.prompt_tokens + job.config.new_tokens, student.design.coupling
+    ar = Engine(student.backbone, EngineConfig(max(BATCHES), longest, coupling=coupling))
+    exact = Engine(student, EngineConfig(max(BATCHES), longest, acceptance="exact"))
+
+    def run(engine: Engine, n: int, temperature: float) -> list[Completion]:
+        sampling = SamplingParams(temperature=temperature)
+        return engine.generate(
+            [
+                Request(prompt, job.config.new_tokens, seed=job.seed + i, sampling=sampling)
+                for i, prompt in enumerate(prompts[:n])
+            ]
+        )
+
+    equal, tokens_a_step = 0, {}
+    for temperature in TEMPERATURES:
+        texts, done = (run(engine, len(prompts), temperature) for engine in (ar, exact))
+        equal += sum(a.tokens == b.tokens for a, b in zip(texts, done, strict=True))
+        tokens_a_step[temperature] = statistics.fmean(c.tokens_a_step for c in done)
+    speed = {}
+    for n in BATCHES:
+        ratios = []
+        for _ in range(1 + ROUNDS):
+            seconds = []
+            for engine in (ar, exact):
+                start = time.perf_counter()
+                run(engine, n, 1.0)
+                seconds.append(time.perf_counter() - start)
+            ratios.append(seconds[0] / seconds[1])
+        speed[n] = statistics.median(ratios[1:])
+    return {"texts": len(TEMPERATURES) * len(prompts), "equal": equal, "tokens_a_step": tokens_a_step, "speed": speed}
+
+
+def headline(name: str, figures: dict[str, Any]) -> str:
+    """The figures in one sentence."""
+    steps = ", ".join(f"{value:.2f} at T = {t:g}" for t, value in figures["tokens_a_step"].items())
+    speeds = ", ".join(f"{value:.2f}× at batch {n}" for n, value in figures["speed"].items())
+    return (
+        f"{name}, exact mode: the AR model's own text ({figures['equal']} of {figures['texts']} texts are equal), tokens a "
+        f"step: {steps}; tokens a second over the AR model's in the same engine: {speeds}"
+    )
