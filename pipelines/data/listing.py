@@ -25,6 +25,8 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _NOT_A_CORPUS = (
     "with another suffix than .parquet, .jsonl, .json and .txt (.gz, .zst or .bz2 may follow all but the first)"
 )
+_HIDDEN = "hidden or temporary"
+_TWICE = "the same file as another that is read, through a link"
 _NAMES_SHOWN = 3
 
 
@@ -39,7 +41,7 @@ class Listing:
     files: tuple[fs.FileInfo, ...]
     """What is read, sorted by path."""
     skipped: dict[str, str]
-    """Path → why the file is not read."""
+    """Path → why the file, or the folder with all that is in it, is not read."""
 
     def __str__(self) -> str:
         size = sum(file.size for file in self.files)
@@ -59,16 +61,19 @@ def is_remote(source: str) -> bool:
 def list_files(source: str) -> Listing:
     """The files behind a path, a glob or a URI; folders are searched through.
 
-    Left out are files that are hidden or temporary (a name below the given folder begins with `.` or `_`), empty, or of no
-    kind that a corpus can have. Raises ConfigError when nothing is left, or files of several kinds are.
+    Left out are files that are hidden or temporary (a name below the given folder begins with `.` or `_`), empty, of no kind
+    that a corpus can have, or links to a file that is read already, and folders that cannot be read. Raises ConfigError when
+    nothing is left, or files of several kinds are.
     """
     try:
-        system, root, found = _find(source)
+        system, root, found, reasons = _find(source)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"data.source={source} cannot be listed ({cut(error)}); check the name, and that this machine reaches it"
         ) from None
-    reasons = {info.path: reason for info in found if (reason := _reason_to_skip(info, root))}
+    reasons |= {info.path: reason for info in found if (reason := _reason_to_skip(info, root))}
+    if isinstance(system, fs.LocalFileSystem):
+        reasons |= _read_twice([info.path for info in found if info.path not in reasons])
     files = tuple(sorted((info for info in found if info.path not in reasons), key=lambda info: info.path))
     if not files:
         raise ConfigError(
@@ -98,8 +103,9 @@ def compression_of(path: str) -> str | None:
     return COMPRESSIONS.get(PurePosixPath(path.lower()).suffix)
 
 
-def _find(source: str) -> tuple[fs.FileSystem, str, list[fs.FileInfo]]:
-    """File system, folder that is searched, and everything in it that is not a folder."""
+def _find(source: str) -> tuple[fs.FileSystem, str, list[fs.FileInfo], dict[str, str]]:
+    """File system, the path that was given, everything below it that is not a folder, and why folders were left out."""
+    skipped: dict[str, str] = {}
     if is_remote(source):
         system, root = fs.FileSystem.from_uri(source)
     else:
@@ -107,29 +113,48 @@ def _find(source: str) -> tuple[fs.FileSystem, str, list[fs.FileInfo]]:
         path = Path(BUILTIN.get(source, unquote(local) if local != source else source)).expanduser().absolute()
         system, root = fs.LocalFileSystem(), str(path)
         if not path.exists():
-            matches = glob.glob(root, recursive=True)
-            return system, re.split(r"[*?[]", root)[0].rpartition("/")[0], _not_folders(system.get_file_info(matches))
+            matches = _not_folders(system.get_file_info(glob.glob(root, recursive=True)))
+            return system, re.split(r"[*?[]", root)[0].rpartition("/")[0], matches, skipped
     info = system.get_file_info(root)
     if info.type == fs.FileType.Directory:
-        below = fs.FileSelector(root, recursive=True) if is_remote(source) else list(_local_files(root))
-        return system, root, _not_folders(system.get_file_info(below))
-    return system, root.rpartition("/")[0], [] if info.type == fs.FileType.NotFound else [info]
+        below = fs.FileSelector(root, recursive=True) if is_remote(source) else list(_local_files(root, skipped))
+        return system, root, _not_folders(system.get_file_info(below)), skipped
+    return system, root, [] if info.type == fs.FileType.NotFound else [info], skipped
 
 
-def _local_files(root: str) -> Iterator[str]:
-    """Paths of all files below a folder and below links to folders, once, with links that lead nowhere."""
+def _local_files(root: str, skipped: dict[str, str]) -> Iterator[str]:
+    """Paths of all files below a folder and below links to folders, with links that lead nowhere; each folder is read once.
+
+    Folders that are hidden or cannot be read are noted in `skipped`.
+    """
     seen = set()
 
-    def fail(error: OSError) -> None:
-        raise error
+    def skip(error: OSError) -> None:
+        skipped[error.filename] = f"a folder that cannot be read ({error.strerror})"
 
-    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
+    for folder, folders, names in os.walk(root, onerror=skip, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
             folders.clear()
             continue
         seen.add(real)
-        folders.sort()
+        skipped |= {os.path.join(folder, name): _HIDDEN for name in folders if _is_hidden(name)}
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
         yield from (os.path.join(folder, name) for name in names)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "_"))
+
+
+def _read_twice(paths: list[str]) -> dict[str, str]:
+    """The paths that lead to the file of another one, with the reason. A file's own name counts before a link's."""
+    seen: set[str] = set()
+    again = {}
+    for path in sorted(paths, key=lambda path: (os.path.islink(path), path.count("/"), path)):
+        if (real := os.path.realpath(path)) in seen:
+            again[path] = _TWICE
+        seen.add(real)
+    return again
 
 
 def _not_folders(found: list[fs.FileInfo]) -> list[fs.FileInfo]:
@@ -138,8 +163,8 @@ def _not_folders(found: list[fs.FileInfo]) -> list[fs.FileInfo]:
 
 def _reason_to_skip(info: fs.FileInfo, root: str) -> str | None:
     below = PurePosixPath(info.path).relative_to(root).parts
-    if any(part.startswith((".", "_")) for part in below):
-        return "hidden or temporary"
+    if any(map(_is_hidden, below)):
+        return _HIDDEN
     if kind_of(info.path) is None:
         return _NOT_A_CORPUS
     if info.type != fs.FileType.File:
@@ -148,11 +173,11 @@ def _reason_to_skip(info: fs.FileInfo, root: str) -> str | None:
 
 
 def _account(reasons: dict[str, str]) -> str:
-    """How many files are skipped, why, and the names of some."""
+    """How many files and folders are skipped, why, and the names of some."""
     if not reasons:
         return ""
     parts = []
     for reason, count in Counter(reasons.values()).items():
         names = [path for path, why in reasons.items() if why == reason][:_NAMES_SHOWN]
         parts.append(f"{count} {reason}: {', '.join(names)}{', …' if count > len(names) else ''}")
-    return f"; {len(reasons)} files skipped: {'; '.join(parts)}"
+    return f"; {len(reasons)} skipped: {'; '.join(parts)}"

@@ -88,6 +88,8 @@ class SplitWriter:
 
     def write_left(self) -> None:
         """Write the ends of the shards, joined, as a shard of their own."""
+        if not self.left:  # the corpus has no rows
+            return
         tokens, docs = map(np.concatenate, zip(*self.left, strict=True))
         entry = write_blocks(self.folder, tokens, docs, self.block)
         self.left, self.left_tokens = [(entry.pop("tokens"), entry.pop("docs"))], 0

@@ -17,6 +17,7 @@ import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -31,6 +32,8 @@ DOCUMENTS = pa.schema([("doc", pa.int64()), ("text", pa.string())])
 """A document: the hash of its id, which is its text where the corpus has no ids, and its text or null."""
 _TABLE_BYTES = 8 << 20
 _TABLE_ROWS = 10_000
+_CHECKED_RECORDS = 100
+"""JSON lines among which each column must occur: one of them alone may have no text."""
 
 
 def document_id(name: str) -> int:
@@ -60,11 +63,11 @@ def check_file(system: fs.FileSystem, path: str, config: DataConfig) -> bool:
         if config.id_column:
             raise ConfigError(f"data.id_column={config.id_column}: text files have no columns; leave it out")
         return any(line.strip() for _, line in _lines(system, path))
-    first = next(_records(system, path), None)
+    records = [record for _, record in islice(_records(system, path), _CHECKED_RECORDS)]
     for name, column in _columns(config).items():
-        if first and column not in first[1]:
-            raise _missing(name, column, path, list(first[1]))
-    return first is not None
+        if records and not any(column in record for record in records):
+            raise _missing(name, column, path, list(records[0]))
+    return bool(records)
 
 
 def check_columns(schema: pa.Schema, where: str, config: DataConfig) -> None:

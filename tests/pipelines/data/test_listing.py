@@ -47,12 +47,13 @@ def test_every_file_is_read_or_skipped_with_a_reason(tmp_path):
     listing = list_files(str(tmp_path))
     reasons = {path.removeprefix(f"{tmp_path}/"): reason for path, reason in listing.skipped.items()}
     assert names(listing) == ["a.txt"]
-    assert {name for name, reason in reasons.items() if reason == "hidden or temporary"} == set(hidden)
+    found = {name for name, reason in reasons.items() if reason == "hidden or temporary"}
+    assert found == {".ipynb_checkpoints", "._a.txt", "_temporary", ".Trash-0"}
     assert reasons["zero.txt"] == "empty"
     assert all(reasons[name].startswith("with another suffix") for name in ("README.md", "b.txt.xz", "c.parquet.gz"))
     assert reasons["link.txt"] == "no regular file, or a link that leads nowhere"
     assert len(reasons) == 9
-    assert "1 text files, 2 bytes; 9 files skipped: 4 hidden or temporary: " in str(listing)
+    assert "1 text files, 2 bytes; 9 skipped: 4 hidden or temporary: " in str(listing)
 
 
 def test_a_folder_whose_own_path_is_hidden_is_read(tmp_path):
@@ -77,7 +78,28 @@ def test_a_file_uri_is_the_same_as_its_path(tmp_path):
     assert texts_of(folder.as_uri()) == texts_of(f"{folder.as_uri()}/a.jsonl") == texts_of(folder) == ["a"]
 
 
-def test_links_are_followed_and_each_folder_is_read_once(tmp_path):
+def test_a_file_that_is_named_itself_is_read_though_its_name_looks_temporary(tmp_path):
+    (tmp_path / "_train.txt").write_text("a\n")
+    assert texts_of(tmp_path / "_train.txt") == texts_of((tmp_path / "_train.txt").as_uri()) == ["a"]
+
+
+def test_a_folder_that_cannot_be_read_is_skipped_and_named(tmp_path, monkeypatch):
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "a.txt").write_text("a\n")
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)  # root, as whom tests may run, can read every folder
+    listing = list_files(str(tmp_path))
+    assert names(listing) == ["a.txt"]
+    assert listing.skipped == {f"{tmp_path}/lost+found": "a folder that cannot be read (Permission denied)"}
+
+
+def test_links_are_followed_and_each_folder_and_file_is_read_once(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a.txt").write_text("a\n")
     folder = tmp_path / "corpus"
@@ -85,7 +107,20 @@ def test_links_are_followed_and_each_folder_is_read_once(tmp_path):
     (folder / "below").symlink_to(tmp_path / "real")
     (folder / "again").symlink_to(folder)
     (folder / "file.txt").symlink_to(tmp_path / "real" / "a.txt")
-    assert names(list_files(str(folder))) == ["a.txt", "file.txt"]
+    listing = list_files(str(folder))
+    assert names(listing) == ["a.txt"]
+    assert listing.skipped == {f"{folder}/file.txt": "the same file as another that is read, through a link"}
+
+
+def test_a_glob_reads_a_file_once_however_many_links_lead_to_it(tmp_path):
+    (tmp_path / "part-9.txt").write_text("a\n")
+    (tmp_path / "latest.txt").symlink_to("part-9.txt")
+    (tmp_path / "self").symlink_to(".")
+    listing = list_files(f"{tmp_path}/**/*.txt")
+    assert [file.path for file in listing.files] == [f"{tmp_path}/part-9.txt"]
+    assert f"{tmp_path}/latest.txt" in listing.skipped
+    assert f"{tmp_path}/self/part-9.txt" in listing.skipped
+    assert names(list_files(f"{tmp_path}/latest.txt")) == ["latest.txt"]
 
 
 def test_a_name_that_is_no_utf8_is_refused(tmp_path):

@@ -53,3 +53,9 @@ def test_every_block_that_the_tokens_can_fill_is_written(tmp_path, docs_per_shar
     assert split.tokens == tokens.size == total // 16 * 16
     assert ((tokens[:, 0] == owners) | (tokens[:, 0] == 1)).all()
     assert (tokens == 1).sum() >= 100 - 16  # the tokens that fill no block are at most 15
+
+
+def test_a_split_without_rows_has_no_blocks(tmp_path):
+    split = SplitWriter(tmp_path, block=16)
+    split.write_left()
+    assert (split.shards, split.tokens) == ([], 0)

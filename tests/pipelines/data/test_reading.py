@@ -38,6 +38,13 @@ def test_a_document_without_an_id_column_is_named_by_its_text(tmp_path):
     assert documents_of(file)[0] == documents_of(file)[3] == (document_id("a"), "a")
 
 
+def test_a_text_may_be_missing_in_the_first_line_but_not_in_all_of_the_first_100(tmp_path):
+    assert documents_of(json_lines(tmp_path / "a.jsonl", {"title": "x"}, {"text": "a"}))[1][1] == "a"
+    file = json_lines(tmp_path / "b.jsonl", *[{"title": "x"}] * 100, {"text": "a"})
+    with pytest.raises(ConfigError, match=r"data.text_column=text is not in .*/b.jsonl; its columns are title"):
+        documents_of(file)
+
+
 def test_text_is_split_at_line_breaks_alone(tmp_path):
     (tmp_path / "a.txt").write_bytes("one\u2028still\x0cone\x85\x1c\ntwo\r\n\r\nfour\rfive\nno break".encode())
     assert texts_of(tmp_path) == ["one\u2028still\x0cone\x85\x1c", "two", "", "four", "five", "no break"]
