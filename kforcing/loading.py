@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from kforcing.backbone import embeddings, load_ar
+from kforcing.backbone import embeddings, load_ar, quantised, text_config
 from kforcing.generation import eos_ids
 from kforcing.modeling import PushForwardLM
 from kforcing.prompts import end_ids
@@ -115,9 +115,11 @@ def model_without_weights(path: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: when the directory holds no model or no weights.
-        ValueError: when a file of weights is damaged.
+        ValueError: when a file of weights is damaged, or they are quantised in a way that cannot be undone here.
     """
     config = AutoConfig.from_pretrained(_config_file(path).parent)
+    if problem := quantised(config):
+        raise ValueError(f"{path}: {problem}")
     files = [*Path(path).glob("*.safetensors"), *Path(path).glob("pytorch_model*.bin")]
     if not files:
         raise FileNotFoundError(f"no weights in {path}; expected model.safetensors")
@@ -129,7 +131,7 @@ def model_without_weights(path: str | Path) -> Any:
             except SafetensorError as error:
                 raise ValueError(f"{file} is damaged: {error}") from None
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(text_config(config))
 
 
 def _config_file(path: str | Path) -> Path:

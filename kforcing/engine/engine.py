@@ -33,7 +33,7 @@ from kforcing.engine.config import (
 )
 from kforcing.engine.graphs import Graphs, cuda_capture
 from kforcing.engine.linear import can_use_kernel, row_copy
-from kforcing.engine.request import Completion, Output, Request, SamplingParams, TokenLogprobs
+from kforcing.engine.request import Completion, DraftCounts, Output, Request, SamplingParams, TokenLogprobs
 from kforcing.engine.runner import ModelRunner, StepShape
 from kforcing.engine.scheduler import Move, Scheduler, Sequence
 from kforcing.engine.width import WidthChooser
@@ -348,9 +348,9 @@ class Engine:
         entries = None if most is None else logprobs[: len(kept)]
         scored, sequence.prompt_logprobs = sequence.prompt_logprobs, []
         first = sequence.steps == len(made) and sequence.request.sampling.prompt_logprobs is not None
-        return Output(
-            sequence.id, kept, reason, stop, sequence.steps, entries, sequence.counts, scored if first else None
-        )
+        # A copy: the reader may be another thread, and the next step changes the counts.
+        counts = DraftCounts(list(sequence.counts.drafted), list(sequence.counts.accepted))
+        return Output(sequence.id, kept, reason, stop, sequence.steps, entries, counts, scored if first else None)
 
 
 def checked_sizes(model: nn.Module, config: EngineConfig) -> tuple[int, int]:

@@ -241,6 +241,12 @@ def test_each_request_has_its_own_counts_of_drafts():
     assert sum(engine.stats.widths.values()) == engine.stats.steps
 
 
+def test_later_steps_do_not_change_the_counts_of_an_output():
+    engine = Engine(student("all hints"), EngineConfig(max_model_len=60, acceptance="exact", adapt_width=False))
+    outputs = list(engine.stream(Request([1, 2], 20)))
+    assert [sum(output.drafts.drafted[:1]) for output in outputs] == list(range(len(outputs)))
+
+
 def test_a_stream_in_exact_mode_gives_one_to_k_tokens_a_step():
     m = student("all hints")
     engine = Engine(m, EngineConfig(max_num_seqs=2, max_model_len=60, acceptance="exact", adapt_width=False))
