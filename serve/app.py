@@ -34,6 +34,8 @@ PUSH_S = 2.0
 """Seconds between two messages to the metrics hub."""
 HUB_LIFE_S = 60.0
 """Seconds after which the hub ends when no replica is left. A replica that replaces another one comes sooner."""
+HUB_ANSWER_S = 10.0
+"""Seconds for which a replica that starts waits for the settings that were served last."""
 HUB_CODE = zlib.crc32(Path(metrics_hub.__file__).read_bytes())
 """A part of the hub's name, so that replicas of newer code make a hub of their own."""
 
@@ -62,8 +64,9 @@ class Endpoint:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply settings, the first ones included. Where they cannot be loaded, what was served before is served on."""
         served = None
-        with contextlib.suppress(ray.exceptions.RayError):  # without the hub there is nothing to fall back to
-            served = await self.hub.remote(HUB_LIFE_S).last_served.remote()
+        # Without the hub there is nothing to fall back to.
+        with contextlib.suppress(ray.exceptions.RayError, asyncio.TimeoutError):
+            served = await asyncio.wait_for(self.hub.remote(HUB_LIFE_S).last_served.remote(), HUB_ANSWER_S)
         await self.service.configure(read_settings(user_config), before=served and read_settings(served))
         if self._pusher is None:
             self._pusher = asyncio.create_task(self._push())

@@ -69,6 +69,7 @@ class Service:
                 self.settings = settings
                 for model in self.models.values():
                     model.async_engine.max_waiting = settings.max_waiting
+                self._note_failure(None)
                 return
             failure = None
             try:
@@ -80,14 +81,17 @@ class Service:
                 logger.error("%s; what was served before is served on", failure)
                 settings = before or settings
                 models = self.models or await self._load(settings)
-            self.failed_deployment = failure
-            self.metrics.failed.labels(self.replica).set(failure is not None)
+            self._note_failure(failure)
             if models is self.models:
                 return
             former, self.models, self.settings = self.models, models, settings
             for model in former.values():
                 model.async_engine.close()
             logger.info("serving %s", ", ".join(f"{n} (k={m.engine.k})" for n, m in models.items()))
+
+    def _note_failure(self, failure: str | None) -> None:
+        self.failed_deployment = failure
+        self.metrics.failed.labels(self.replica).set(failure is not None)
 
     async def _load(self, settings: Settings) -> dict[str, ServedModel]:
         # A thread of its own, whose OpenMP team ends with it (`engine_thread.py` says why).
@@ -146,6 +150,10 @@ class Service:
         asked = await read_choices(model, body, self._tokenising)
         try:
             pending = model.async_engine.submit(asked.requests, client)
+        except EngineFailed:
+            if self.models.get(model.name) is model:
+                raise
+            return await self.accept(body, client)  # the model was replaced while the prompt was tokenised
         except ValueError as error:
             raise ApiError(400, str(error), field_of(error, body)) from None
         except Overloaded as error:

@@ -108,7 +108,7 @@ def read_settings(given: dict[str, Any]) -> Settings:
         if name not in Settings.model_fields:
             near = difflib.get_close_matches(name, Settings.model_fields, 1)
             known = f"did you mean {near[0]}?" if near else f"there are: {', '.join(Settings.model_fields)}"
-            raise ValueError(f"{name}={given[name]}: there is no such setting; {known}")
+            raise ValueError(f"there is no setting {name}; {known}")  # its value may be a secret
     try:
         settings = Settings(**given)
     except ValidationError as error:

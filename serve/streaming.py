@@ -39,7 +39,10 @@ class EventStream(StreamingResponse):
 
 
 async def unless_disconnected(http: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of some work, which is cancelled when the client disconnects first; None then."""
+    """The result of some work, which is cancelled when the client disconnects first; None then.
+
+    When the caller is cancelled, a request that was accepted meanwhile is closed.
+    """
 
     async def disconnected() -> None:
         while (await http.receive())["type"] != "http.disconnect":
@@ -47,12 +50,18 @@ async def unless_disconnected(http: Request, work: Coroutine[Any, Any, T]) -> T 
 
     tasks: tuple[asyncio.Task[T], asyncio.Task[None]] = asyncio.create_task(work), asyncio.create_task(disconnected())
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return tasks[0].result() if tasks[0].done() else None
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+    except asyncio.CancelledError:
+        result = None if tasks[0].cancelled() or tasks[0].exception() else tasks[0].result()
+        if isinstance(result, AcceptedRequest):
+            result.close()
+        raise
+    return None if tasks[0].cancelled() else tasks[0].result()
 
 
 async def whole_answer(request: AcceptedRequest, builder: ResponseBuilder) -> dict[str, Any]:

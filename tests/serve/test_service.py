@@ -95,6 +95,34 @@ def test_a_change_of_weights_lets_running_requests_finish_with_the_old_ones(tmp_
     assert after["choices"][0]["text"] == text_of(expected(new, n=40, seed=2, stop=frozenset()))
 
 
+def test_a_request_whose_model_is_replaced_while_its_prompt_is_tokenised_goes_to_the_new_one(tmp_path):
+    new = make_sequential(make_backbone(seed=3))
+    save_model(tmp_path / "old")
+    save_model(tmp_path / "new", new)
+    with (
+        endpoint(tmp_path / "old", max_model_len=56) as (url, service),
+        httpx.Client(base_url=url, timeout=60) as http,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        model = service.models["tiny"]
+        tokenizer, begun, permit = model.tokenizer, threading.Event(), threading.Event()
+
+        def held(text, **options):
+            begun.set()
+            assert permit.wait(timeout=60)
+            return tokenizer(text, **options)
+
+        model.tokenizer = held
+        body = {"prompt": "abc", "max_tokens": 12, "ignore_eos": True, "seed": 2}
+        waiting = pool.submit(http.post, "/v1/completions", json=body)
+        assert begun.wait(timeout=60)
+        asyncio.run(service.configure(service.settings.model_copy(update={"model": str(tmp_path / "new")})))
+        permit.set()
+        answer = waiting.result()
+    assert answer.status_code == 200
+    assert answer.json()["choices"][0]["text"] == text_of(expected(new, n=12, seed=2, stop=frozenset()))
+
+
 def test_a_change_of_other_settings_does_not_load_the_models_again(served):
     service = served[1]
     before = dict(service.models)
@@ -183,6 +211,10 @@ def test_a_deployment_that_cannot_be_loaded_leaves_the_one_before(tmp_path):
             health = http.get("/health")
             assert health.status_code == 200
             assert f"model={bad} cannot be served: OSError" in health.json()["failed_deployment"]
+        asyncio.run(service.configure(good))
+        assert (metrics(http)[failed], http.get("/health").json()) == (0, {"status": "ok"})
+        asyncio.run(service.configure(good.model_copy(update={"model": str(bad)})))
+        assert metrics(http)[failed] == 1
         asyncio.run(service.configure(good.model_copy(update={"max_num_seqs": 2})))
         assert (metrics(http)[failed], http.get("/health").json()) == (0, {"status": "ok"})
         assert complete(http)["choices"] == before

@@ -45,6 +45,7 @@ def test_impossible_settings_are_refused_before_anything_is_deployed():
     for given, message in (
         ({}, "model: Field required"),
         ({"model": "x", "max_num_seq": 3}, "did you mean max_num_seqs"),
+        ({"model": "x", "api-key": "SECRET"}, "^there is no setting api-key; did you mean api_key\\?$"),
         ({"model": "x", "max_num_seqs": 0}, "max_num_seqs=0"),
         ({"model": "x", "min_replicas": 3, "max_replicas": 2}, "min_replicas=3"),
     ):

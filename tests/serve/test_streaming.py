@@ -6,7 +6,10 @@ import threading
 
 import httpx
 import pytest
+from fastapi import Request
 
+from serve.service import AcceptedRequest
+from serve.streaming import unless_disconnected
 from tests.endpoint import HeldSteps, complete, endpoint, events, metrics, save_model, without_eos
 from tests.waiting import wait_until
 
@@ -73,6 +76,31 @@ def test_a_client_that_leaves_before_its_whole_answer_frees_its_slot(tmp_path):
         steps.release(2)
         wait_until(lambda: model.async_engine.pending == 0 and model.engine.idle, "the slots were never freed")
         assert steps.done <= 2, "53 tokens need 14 steps"
+
+
+def test_a_request_accepted_in_the_turn_in_which_its_handler_is_cancelled_is_closed(served):
+    class Accepted(AcceptedRequest):
+        closed = False
+
+        def close(self):
+            self.closed = True
+
+    async def scenario():
+        accepted = Accepted(served[1].models["tiny"], 0, [], None, [])
+
+        async def accept():
+            handler.cancel()
+            return accepted
+
+        async def receive():
+            await asyncio.Event().wait()
+
+        handler = asyncio.create_task(unless_disconnected(Request({"type": "http"}, receive), accept()))
+        with pytest.raises(asyncio.CancelledError):
+            await handler
+        return accepted.closed
+
+    assert asyncio.run(scenario())
 
 
 def open_requests(model):
