@@ -48,9 +48,20 @@ def explain(error: Diverged, step: int, train: TrainConfig, store: tuple[str, in
         store: folder of the token store, and the seed of its order.
         checkpoint: the last good checkpoint; None when there is none.
     """
-    rows = f"{step * train.batch}, {(step + 1) * train.batch}"
+    first, last = step * train.batch, (step + 1) * train.batch - 1
     return (
-        f"training diverged in step {step + 1} of {train.steps}: {error}. Nothing was exported. The step was fed the rows "
-        f"TokenStore({store[0]!r}, {store[1]}).read(range({rows})). The last good checkpoint is {checkpoint or 'none'}. "
-        "Lower train.lr, clip gradients (train.clip=1) or use train.precision=fp32, and run the command again"
+        f"training diverged in step {step + 1} of {train.steps}: {error}. Nothing was exported. The step was fed rows "
+        f"{first} to {last} of {store[0]} in the order of seed {store[1]}. The last good checkpoint is "
+        f"{checkpoint or 'none'}. {_advice(train)}, and run the command again: with other settings the stage starts at step 1"
     )
+
+
+def _advice(train: TrainConfig) -> str:
+    """The settings whose change can help, with the values that they have."""
+    remedies = [f"lower this stage's train.lr (it is {train.lr:g})"]
+    if not 0 < train.clip <= 1:
+        remedies.append(f"set its train.clip=1 (it is {train.clip:g})")
+    if train.precision != "fp32":
+        remedies.append(f"set its train.precision=fp32 (it is {train.precision})")
+    text = " or ".join(remedies)
+    return text[0].upper() + text[1:]

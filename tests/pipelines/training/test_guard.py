@@ -31,6 +31,20 @@ def test_each_figure_that_shows_a_broken_step_is_named(figures, cause):
 def test_the_line_names_step_rows_and_the_last_good_checkpoint():
     line = explain(Diverged("the loss is nan"), 9, TrainConfig(batch=16, steps=50), ("/store", 7), "/run/step-00000005")
     assert "diverged in step 10 of 50: the loss is nan. Nothing was exported." in line
-    assert "TokenStore('/store', 7).read(range(144, 160))" in line
+    assert "The step was fed rows 144 to 159 of /store in the order of seed 7." in line
     assert "The last good checkpoint is /run/step-00000005." in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({}, "Lower this stage's train.lr (it is 0.001), and run"),
+        ({"clip": 0.0}, "Lower this stage's train.lr (it is 0.001) or set its train.clip=1 (it is 0), and run"),
+        ({"precision": "bf16"}, "(it is 0.001) or set its train.precision=fp32 (it is bf16), and run"),
+    ],
+)
+def test_the_advice_names_only_settings_that_can_change_something(settings, advice):
+    line = explain(Diverged("the loss is nan"), 9, TrainConfig(**settings), ("/store", 7), None)
+    assert advice in line
+    assert line.endswith("with other settings the stage starts at step 1")
