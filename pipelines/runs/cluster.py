@@ -121,9 +121,7 @@ def _start_ray() -> None:
         ray.init(**options)
     except Exception as error:
         where = f"RAY_ADDRESS={address}" if address else "Ray does not start on this machine"
-        raise ConfigError(
-            f"{where}: {next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]}"
-        ) from None
+        raise ConfigError(f"{where}: {' '.join(str(error).split())[:300] or type(error).__name__}") from None
 
 
 def _check_address(address: str) -> None:

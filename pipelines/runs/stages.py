@@ -5,6 +5,7 @@
 
 A folder of the same fingerprint with a manifest is finished and skipped; without one it is resumed. A folder of
 another fingerprint is moved to `archive/` and comes back from there if the config changes back: nothing is deleted.
+One whose fingerprint cannot be read is moved there as `<stage>-unmarked`, `<stage>-unmarked-2` and so on.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from filelock import FileLock, Timeout
 from pipelines.config.recipes import FORMER_NAMES
 from pipelines.config.section import ConfigError
 from pipelines.files import read_json, write_json
+from pipelines.log import log
 
 
 class StageError(RuntimeError):
@@ -51,8 +54,7 @@ def open_stage(root: Path, name: str, fingerprint: str) -> Stage:
     found = _fingerprint_in(folder)
     if found != fingerprint:
         if folder.exists():
-            archive.mkdir(exist_ok=True)
-            folder.rename(archive / f"{name}-{found or 'unmarked'}")
+            _move_away(folder, archive, found)
         earlier = archive / f"{name}-{fingerprint}"
         if earlier.exists():
             earlier.rename(folder)
@@ -60,6 +62,19 @@ def open_stage(root: Path, name: str, fingerprint: str) -> Stage:
             folder.mkdir(parents=True)
             write_json(folder / "stage.json", {"stage": name, "fingerprint": fingerprint})
     return Stage(name, fingerprint, folder)
+
+
+def _move_away(folder: Path, archive: Path, found: str | None) -> None:
+    """Keep the folder of other work in the archive, under a name that is free there."""
+    archive.mkdir(exist_ok=True)
+    name = f"{folder.name}-{found or 'unmarked'}"
+    places = (archive / (name if number == 1 else f"{name}-{number}") for number in count(1))
+    place = next(place for place in places if not place.exists())
+    folder.rename(place)
+    if not found:
+        log.warning(
+            f"{folder} does not say which settings it was made with; it is now {place}, and the stage starts anew"
+        )
 
 
 def _fingerprint_in(folder: Path) -> str | None:

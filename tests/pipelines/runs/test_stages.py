@@ -24,6 +24,16 @@ def test_a_finished_stage_is_known_by_its_manifest_where_stage_json_is_cut(tmp_p
     assert f"{tmp_path / 'k2' / 'stage.json'} is empty or cut" in warnings.text
 
 
+def test_work_without_a_readable_fingerprint_is_kept_under_a_name_of_its_own_each_time(tmp_path, warnings):
+    for name in ("k2-unmarked", "k2-unmarked-2", "k2-unmarked-3"):
+        folder = open_stage(tmp_path, "k2", "f00").folder
+        (folder / "stage.json").write_text("")
+        (folder / "work").write_text(name)
+        open_stage(tmp_path, "k2", "f00")
+        assert (tmp_path / "archive" / name / "work").read_text() == name
+        assert f"it is now {tmp_path / 'archive' / name}, and the stage starts anew" in warnings.text
+
+
 @pytest.mark.parametrize("text", ["", "{"])
 def test_a_stage_whose_manifest_is_cut_is_not_finished(tmp_path, text, warnings):
     stage = open_stage(tmp_path, "k2", "f00")
