@@ -7,6 +7,7 @@ Ray's worker processes, nothing is printed.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from typing import TextIO
 
@@ -20,6 +21,11 @@ def show_progress() -> None:
     log.handlers[1].setLevel(logging.WARNING)
     log.setLevel(logging.INFO)
     log.propagate = False
+
+
+def without_passwords(text: str) -> str:
+    """The text with `***` for the user and the password of each URI in it."""
+    return re.sub(r"(://)[^/?#\s]*@", r"\1***@", text)
 
 
 def _handler(stream: TextIO, layout: str) -> logging.Handler:

@@ -24,6 +24,7 @@ from pipelines.config.section import ConfigError
 from pipelines.data.listing import Listing, cut, is_remote, list_files
 from pipelines.data.reading import as_documents, check_columns, check_file, read_documents
 from pipelines.files import content_digest, hash_file
+from pipelines.log import without_passwords
 
 if TYPE_CHECKING:
     import ray.data
@@ -45,7 +46,8 @@ def check_source(config: DataConfig) -> Listing:
 
     with ThreadPoolExecutor(16) as pool:
         if not any(list(pool.map(check, listing.files))):
-            raise ConfigError(f"data.source={config.source} holds no documents; there is nothing to train on")
+            shown = without_passwords(config.source)
+            raise ConfigError(f"data.source={shown} holds no documents; there is nothing to train on")
     return listing
 
 

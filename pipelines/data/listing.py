@@ -14,6 +14,7 @@ from urllib.parse import unquote
 from pyarrow import fs
 
 from pipelines.config.section import ConfigError
+from pipelines.log import without_passwords
 
 _CORPORA = Path(__file__).parent / "corpora"
 CHAT = "smollm2-chat"
@@ -45,7 +46,8 @@ class Listing:
 
     def __str__(self) -> str:
         size = sum(file.size for file in self.files)
-        return f"{self.source}: {len(self.files)} {self.kind} files, {size:,} bytes{_account(self.skipped)}"
+        shown = without_passwords(self.source)
+        return f"{shown}: {len(self.files)} {self.kind} files, {size:,} bytes{_account(self.skipped)}"
 
 
 def cut(text: object, limit: int = 300) -> str:
@@ -65,11 +67,13 @@ def list_files(source: str) -> Listing:
     that a corpus can have, or links to a file that is read already, and folders that cannot be read. Raises ConfigError when
     nothing is left, or files of several kinds are.
     """
+    shown = without_passwords(source)
     try:
         system, root, found, reasons = _find(source)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"data.source={source} cannot be listed ({cut(error)}); check the name, and that this machine reaches it"
+            f"data.source={shown} cannot be listed ({cut(without_passwords(str(error)))}); check the name, and that this "
+            "machine reaches it"
         ) from None
     reasons |= {info.path: reason for info in found if (reason := _reason_to_skip(info, root))}
     if isinstance(system, fs.LocalFileSystem):
@@ -77,14 +81,14 @@ def list_files(source: str) -> Listing:
     files = tuple(sorted((info for info in found if info.path not in reasons), key=lambda info: info.path))
     if not files:
         raise ConfigError(
-            f"data.source={source}: no .parquet, .jsonl, .json or .txt file there{_account(reasons)}. Give an existing file, "
+            f"data.source={shown}: no .parquet, .jsonl, .json or .txt file there{_account(reasons)}. Give an existing file, "
             f"folder or glob, `hf:NAME` for a `datasets` corpus, or one of the built-in corpora: {', '.join(BUILTIN)}"
         )
     kinds = {kind_of(file.path) or "": file.path for file in files}
     if len(kinds) > 1:
         raise ConfigError(
-            f"data.source={source} mixes file types, such as {' and '.join(kinds.values())}; give a glob that selects one, "
-            f"like {source}/*.parquet"
+            f"data.source={shown} mixes file types, such as {' and '.join(kinds.values())}; give a glob that selects one, "
+            f"like {shown}/*.parquet"
         )
     return Listing(source, system, next(iter(kinds)), files, reasons)
 

@@ -36,7 +36,7 @@ from pipelines.data.listing import CHAT, SELF, is_remote, list_files
 from pipelines.data.packing import PACKED, SplitWriter, pack, write_blocks
 from pipelines.data.token_store import MANIFEST
 from pipelines.files import atomic_folder, content_digest
-from pipelines.log import log
+from pipelines.log import log, without_passwords
 
 _SAY_EVERY_S = 2.0
 END_OF_TEXT = "<|endoftext|>"
@@ -266,7 +266,7 @@ def _check_blocks(name: str, split: SplitWriter, data: DataConfig) -> None:
     if not split.shards:
         counts, left = split.counts, sum(len(tokens) for tokens, _ in split.left)
         raise ConfigError(
-            f"the {name} split of {data.source} has {counts['documents']} documents ({counts['null']} rows without a text "
-            f"and {counts['blank']} blank ones left out) with {left} tokens, not one block of {data.block} tokens; use a "
-            "larger corpus, a smaller data.block, or another data.heldout_fraction"
+            f"the {name} split of {without_passwords(data.source)} has {counts['documents']} documents "
+            f"({counts['null']} rows without a text and {counts['blank']} blank ones left out) with {left} tokens, not one "
+            f"block of {data.block} tokens; use a larger corpus, a smaller data.block, or another data.heldout_fraction"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines.config.overrides import leaves
 from pipelines.files import write_json
-from pipelines.log import log
+from pipelines.log import log, without_passwords
 from pipelines.tracking.mlflow_client import _log_values, _numbers, mlflow_client, open_experiment
 from pipelines.tracking.pipeline_runs import STATE_FILE, made_by
 
@@ -44,7 +44,7 @@ def log_evaluation(uri: str, experiment: str, parent: str | None, folder: Path, 
         client.set_terminated(top)
         write_json(folder / STATE_FILE, {"uri": uri, "run": top})
     except Exception as error:
-        log.warning(f"tracking to {uri} failed, the report is in {folder} ({error})")
+        log.warning(without_passwords(f"tracking to {uri} failed, the report is in {folder} ({error})"))
 
 
 MEASURED = (

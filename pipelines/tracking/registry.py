@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kforcing.model_uri import parse_model_uri
 from pipelines.config.section import ConfigError
+from pipelines.log import without_passwords
 from pipelines.tracking.mlflow_client import mlflow_client, tracking_uri
 
 
@@ -56,7 +57,7 @@ def registered_student(name: str, uri: str | None) -> Registered:
         child = client.get_run(version.run_id)
         parent = client.get_run(child.data.tags.get(MLFLOW_PARENT_RUN_ID, version.run_id))
     except MlflowException as error:
-        raise ConfigError(f"{name} in {uri}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(without_passwords(f"{name} in {uri}: {str(error).splitlines()[0]}")) from None
     return Registered(model, version.version, version.source, uri, parent.info.run_id, dict(parent.data.params))
 
 

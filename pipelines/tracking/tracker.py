@@ -19,7 +19,7 @@ from pipelines.config.overrides import leaves
 from pipelines.config.stages import RunSpec
 from pipelines.data.tokenise import Prepared
 from pipelines.files import strict_json
-from pipelines.log import log
+from pipelines.log import log, without_passwords
 from pipelines.tracking.pipeline_runs import OpenStage, PipelineRuns
 
 LOG = "log.jsonl"
@@ -45,7 +45,7 @@ class Tracker:
             file.write(strict_json({"time": round(time.time(), 3), **record}) + "\n")
 
     def _mlflow_failed(self, problem: str, first: bool) -> None:
-        text = f"{problem}; see {self.log}"
+        text = f"{without_passwords(problem)}; see {self.log}"
         if first:
             log.warning(text)
         self.write(event="tracking_failed", error=text)
@@ -110,7 +110,7 @@ class Tracker:
 
     def ui_command(self) -> str:
         """How to look at the runs."""
-        uri = self.mlflow.uri
+        uri = without_passwords(self.mlflow.uri)
         if uri == "off":
             return "tracking is off"
         return f"{sys.executable} -m mlflow ui --backend-store-uri '{uri}'" if "sqlite" in uri else f"open {uri}"

@@ -159,3 +159,9 @@ def test_a_uri_that_cannot_be_listed_is_one_line(source, message):
     with pytest.raises(ConfigError, match=message) as error:
         list_files(source)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_the_error_of_a_uri_does_not_show_its_password():
+    with pytest.raises(ConfigError, match=r"data.source=gopher://\*\*\*@x/y cannot be listed") as error:
+        list_files("gopher://me:secret@x/y")
+    assert "secret" not in str(error.value)
