@@ -3,13 +3,14 @@
 `mlflow.json` in the run directory remembers their ids, so that the next start continues them:
 
     {"uri": …, "experiment": id, "parent": run id, "children": {"<stage>-<fingerprint>": run id},
-     "registered": {fingerprint: version}, "owed": [what MLflow has not taken yet]}
+     "uploaded": {fingerprint: run id}, "registered": {fingerprint: version}, "owed": [what MLflow has not taken yet]}
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,12 +68,16 @@ class Debt:
         """The debt whose `dataclasses.asdict` this is."""
         return cls(**{**record, "stage": OpenStage(**record["stage"]) if record["stage"] else None})
 
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.stage.name if self.stage else 'the run'}"
+
 
 class PipelineRuns:
     """Logs to MLflow as far as it can be reached. No call raises, and after a failure MLflow is left alone for a while.
 
     Metrics that could not be logged are left out. The status of runs, files and registered students are tried again: by
-    later calls, at the end of the run, and at its next start.
+    later calls, at the end of the run, and at its next start. What the server refuses, for example for want of a
+    permission, is named and waits for the next start; the rest goes on. Two threads may call it.
 
     Args:
         run: the run that is tracked.
@@ -87,14 +92,17 @@ class PipelineRuns:
         self.prepared: Prepared | None = None
         self._client: Any = None
         self._quiet_until, self._failing = 0.0, False
+        self._refused: list[Debt] = []
+        self._lock = threading.RLock()
 
     @property
     def _state(self) -> dict[str, Any]:
         state = made_by(self.run.root)
         return state if state.get("uri") == self.uri else {}
 
-    def _remember(self, state: dict[str, Any]) -> None:
-        write_json(self.run.root / STATE_FILE, state)
+    def _remember(self, **changed: Any) -> None:
+        """Replace entries of the state; the lock is held."""
+        write_json(self.run.root / STATE_FILE, {**self._state, "uri": self.uri, **changed})
 
     @property
     def parent(self) -> str | None:
@@ -128,13 +136,13 @@ class PipelineRuns:
             return
         self._owe(Debt("status", status, None))
         for wait in WAITS_S if self._client is not None and status != "KILLED" else ():
-            if not self._owed:
-                return
+            if not self._due:
+                break
             time.sleep(wait)
             self._quiet_until = 0.0
             self._pay()
         if self._owed:
-            missing = ", ".join(f"{debt.kind} of {debt.stage.name if debt.stage else 'the run'}" for debt in self._owed)
+            missing = ", ".join(str(debt) for debt in self._owed)
             self.failed(f"MLflow at {self.uri} lacks: {missing}. The next start of this run tries again", True)
 
     @property
@@ -142,22 +150,41 @@ class PipelineRuns:
         """What MLflow has not taken yet, this time or at an earlier start; in `mlflow.json`."""
         return [Debt.of(record) for record in self._state.get("owed", [])]
 
-    def _owe(self, *debts: Debt) -> None:
+    @property
+    def _due(self) -> list[Debt]:
+        """What this start of the run still tries."""
+        return [debt for debt in self._owed if debt not in self._refused]
+
+    def _owe(self, new: Debt) -> None:
         """Add to what MLflow has to take, and try all of it."""
         if self.uri == "off":
             return
-        owed = [debt for debt in self._owed if debt.key not in {new.key for new in debts}]
-        self._remember({**self._state, "uri": self.uri, "owed": [dataclasses.asdict(debt) for debt in (*owed, *debts)]})
-        self._pay()
+        with self._lock:
+            debts = [*(debt for debt in self._owed if debt.key != new.key), new]
+            self._remember(owed=[dataclasses.asdict(debt) for debt in debts])
+            self._pay()
 
     def _pay(self) -> None:
-        for debt in self._owed:
-            if not self._call(partial(self._settle, debt)):
-                return
-            left = [dataclasses.asdict(other) for other in self._owed if other != debt]
-            self._remember({**self._state, "owed": left})
+        """Try all that is due, until MLflow is out of reach."""
+        with self._lock:
+            for debt in self._due:
+                if not self._call(partial(self._settle, debt)):
+                    return
+                if debt not in self._refused:
+                    self._remember(owed=[dataclasses.asdict(other) for other in self._owed if other != debt])
 
     def _settle(self, debt: Debt, client: Any) -> bool:
+        """Whether MLflow has answered: it took the debt, or refused it."""
+        try:
+            self._give(debt, client)
+        except Exception as error:
+            if not _is_refusal(error):
+                raise
+            self._refused.append(debt)
+            self.failed(f"MLflow at {self.uri} refuses the {debt} ({_one_line(error)})", True)
+        return True
+
+    def _give(self, debt: Debt, client: Any) -> None:
         run: Any = self.parent
         if debt.stage is not None:
             run = self.children.get(debt.stage.key) or self._open_child(client, debt.stage)
@@ -168,7 +195,6 @@ class PipelineRuns:
             self._register(client, run, Path(debt.value), debt.stage)
         elif Path(debt.value).is_file():
             client.log_artifact(run, debt.value)
-        return True
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Log metrics to the open child run, or to the parent when no stage is open."""
@@ -196,28 +222,30 @@ class PipelineRuns:
         from mlflow.exceptions import MlflowException
 
         name = self.run.tracking.model_name or f"kforcing-{self.run.recipe}"
-        for file in model_files(folder):
-            client.log_artifact(run, str(file), "model")
-        log_flavour(client, run, "model")
         try:
             client.create_registered_model(name, description="Push-forward students; alias k<k> is the newest of k")
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+        uploaded = self._state.get("uploaded", {})
+        if uploaded.get(stage.fingerprint) != run:
+            for file in model_files(folder):
+                client.log_artifact(run, str(file), "model")
+            log_flavour(client, run, "model")
+            self._remember(uploaded={**uploaded, stage.fingerprint: run})
         source = client.get_run(run).info.artifact_uri.rstrip("/") + "/model"
         version = client.create_model_version(name, source, run_id=run, tags={"k": str(stage.params["k"])})
         client.set_registered_model_alias(name, stage.name, version.version)
-        state = self._state
-        state.setdefault("registered", {})[stage.fingerprint] = version.version
-        self._remember(state)
+        self._remember(registered={**self._state.get("registered", {}), stage.fingerprint: version.version})
 
     def _call(self, call: Callable[[Any], Any]) -> Any:
         """Run a call with a connected client; None when MLflow is off or out of reach."""
         if self.uri == "off":
             return None
-        if self._client is None:
-            self._client = self._safely(self._connect)
-        return self._safely(lambda: call(self._client)) if self._client is not None else None
+        with self._lock:
+            if self._client is None:
+                self._client = self._safely(self._connect)
+            return self._safely(lambda: call(self._client)) if self._client is not None else None
 
     def _safely(self, call: Callable[[], Any]) -> Any:
         if time.monotonic() < self._quiet_until:
@@ -229,8 +257,7 @@ class PipelineRuns:
         except Exception as error:
             self._quiet_until = time.monotonic() + _RETRY_AFTER_S
             first, self._failing = not self._failing, True
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
-            self.failed(f"tracking to {self.uri} failed, training goes on ({type(error).__name__}: {reason})", first)
+            self.failed(f"tracking to {self.uri} failed, training goes on ({_one_line(error)})", first)
             return None
 
     def _connect(self) -> Any:
@@ -244,8 +271,7 @@ class PipelineRuns:
         run = client.create_run(experiment, run_name=f"{self.run.recipe} {root.name}").info.run_id
         self._describe(client, run, self.params)
         client.log_artifact(run, str(root / CONFIG_FILE))
-        owed = self._state.get("owed", [])
-        self._remember({"uri": self.uri, "experiment": experiment, "parent": run, "children": {}, "owed": owed})
+        self._remember(experiment=experiment, parent=run, children={}, uploaded={}, registered={})
         return client
 
     def _describe(self, client: Any, run: str, params: dict[str, Any]) -> None:
@@ -281,12 +307,32 @@ class PipelineRuns:
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
         state = self._state
+        if stage.key in state["children"]:  # the other thread was first
+            return str(state["children"][stage.key])
         tags = {MLFLOW_PARENT_RUN_ID: state["parent"], "stage": stage.name, "fingerprint": stage.fingerprint}
         run = client.create_run(state["experiment"], tags=tags, run_name=stage.name).info.run_id
         self._describe(client, run, stage.params)
-        state["children"][stage.key] = run
-        self._remember(state)
+        self._remember(children={**self.children, stage.key: run})
         return run
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the server has answered, and would answer the same to a second try: 4xx, without "later" and "too many"."""
+    from mlflow.exceptions import MlflowException
+    from requests import HTTPError
+
+    if isinstance(error, MlflowException):
+        status = error.get_http_status_code()
+    elif isinstance(error, HTTPError) and error.response is not None:  # of a file's upload
+        status = error.response.status_code
+    else:
+        return False
+    return 400 <= status < 500 and status not in (408, 425, 429)
+
+
+def _one_line(error: Exception) -> str:
+    """Kind of an error and the beginning of its text."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _still_there(client: Any, run: str) -> bool:

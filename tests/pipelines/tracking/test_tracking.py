@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from pathlib import Path
 
@@ -255,6 +256,53 @@ def test_what_a_store_did_not_take_is_named_and_given_to_it_at_the_next_start(tm
     client = MlflowClient(tracker.mlflow.uri)
     assert client.get_run(again.mlflow.children["k2-f00"]).info.status == "FINISHED"
     assert json.loads((config.root / "mlflow.json").read_text())["owed"] == []
+
+
+def test_what_a_store_refuses_is_named_and_holds_nothing_else_up(tmp_path, prepared, caplog):
+    config, tracker = tracker_for(tmp_path, f"sqlite:///{tmp_path}/one.db")
+    runs = tracker.mlflow
+    runs.run = dataclasses.replace(runs.run, tracking=dataclasses.replace(runs.run.tracking, model_name="a/b"))
+    student = save_model(tmp_path / "student", PushForwardLM.from_backbone(make_backbone(), k=2))
+    client = MlflowClient(runs.uri, registry_uri=runs.uri)
+    tracker.begin(prepared)
+    for name in ("k1", "k2"):
+        with tracker.stage(name, "f00", PARAMS):
+            if name == "k1":
+                client.delete_run(runs.children["k1-f00"])
+    tracker.register(student, 2, "f00")
+    tracker.finish("FINISHED")
+    child = runs.children["k2-f00"]
+    assert [client.get_run(run).info.status for run in (runs.parent, child)] == ["FINISHED", "FINISHED"]
+    assert caplog.text.count("refuses the status of k1") == 1
+    assert caplog.text.count("refuses the model of k2") == 1
+    assert "lacks: status of k1, model of k2. The next start" in caplog.text
+    assert client.list_artifacts(child) == []  # a refused model is not uploaded
+    # The next start tries again; files that MLflow has are not sent twice.
+    _, again = tracker_for(tmp_path, runs.uri)
+    again.begin(prepared)
+    state = json.loads((config.root / "mlflow.json").read_text())
+    assert (state["uploaded"], state["registered"]) == ({"f00": child}, {"f00": 1})
+    (student / "merges.txt").write_text("a file that a second upload would take along")
+    (config.root / "mlflow.json").write_text(json.dumps({**state, "registered": {}}))
+    again.register(student, 2, "f00")
+    assert client.get_model_version_by_alias("kforcing-smoke", "k2").version == 2
+    files = [file.path for file in client.list_artifacts(child, "model")]
+    assert "model/config.json" in files
+    assert "model/merges.txt" not in files
+
+
+def test_two_threads_lose_nothing_of_what_is_owed(tmp_path, prepared):
+    _, tracker = tracker_for(tmp_path, f"sqlite:///{tmp_path}/later/one.db")
+    (tmp_path / "later").write_text("a file in the way of the store's folder")
+    tracker.begin(prepared)
+    files = [[tmp_path / f"{thread}-{number}" for number in range(20)] for thread in range(2)]
+    threads = [threading.Thread(target=lambda own=own: [tracker.artifact(file) for file in own]) for own in files]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    owed = json.loads((tmp_path / "runs" / "a" / "mlflow.json").read_text())["owed"]
+    assert {debt["value"] for debt in owed} == {str(file) for own in files for file in own}
 
 
 def test_a_run_that_ends_before_it_is_tracked_leaves_no_run(tmp_path, caplog):
