@@ -71,7 +71,8 @@ def uniform(key: Tensor | int, sequence: Tensor, window: Tensor | int, offset: T
 
 
 def race_words(z: Tensor, ids: Tensor) -> Tensor:
-    """A word of 31 bits for each token: (...) float64 in [0, 1) and (n,) integers → (..., n) int32.
+    """A word of 31 bits for each token: (...) float64 in [0, 1) and (n,) or (..., n) integers → (..., n)
+    int32.
 
     The 52 bits of z key a permutation of 32-bit words (an id times an odd number plus the low bits, then Wellons'
     `triple32` mixer with the high bits added after its first round), so each word is uniform over draws of z, and the n of

@@ -19,7 +19,6 @@ except ImportError:  # pragma: no cover
 class Machine(NamedTuple):
     """What the code is made for."""
 
-    target: Any
     lanes: int
     """Numbers of 32 bits in a vector."""
     sums: int
@@ -30,17 +29,24 @@ class Machine(NamedTuple):
 
 @cache
 def machine() -> Machine | None:
-    """What this computer's code is made for; None without llvmlite, or where torch has no threads of GNU's OpenMP."""
-    if llvm is None or not _find_openmp():
+    """What this computer's code is made for; None without llvmlite (LLVM 20 or newer), or where torch
+    has no threads of GNU's OpenMP."""
+    if llvm is None or llvm.llvm_version_info[0] < 20 or not _find_openmp():
         return None
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     features = llvm.get_host_cpu_features()
-    target = llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=features.flatten(), opt=3
-    )
+    if llvm.get_process_triple().startswith("x86") and not features.get("fma"):
+        return None
     lanes, sums, most_rows = (16, 24, 20) if features.get("avx512f") else (8, 10, 8)
-    return Machine(target, lanes, sums, most_rows)
+    return Machine(lanes, sums, most_rows)
+
+
+def _target() -> Any:
+    """LLVM's description of this machine. Each engine owns its own."""
+    target = llvm.Target.from_triple(llvm.get_process_triple())
+    features = llvm.get_host_cpu_features().flatten()
+    return target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=3)
 
 
 def _find_openmp() -> bool:
@@ -73,7 +79,7 @@ def compiled(body: list[str], arguments: dict[str, str], share: str, work: str) 
         "\n".join([_in_threads(arguments), work, _share(found, arguments, share), *body, _END])
     )
     module.verify()
-    engine = llvm.create_mcjit_compiler(module, found.target)
+    engine = llvm.create_mcjit_compiler(module, _target())
     engine.finalize_object()
     _engines.append(engine)
     types = {"ptr": ctypes.c_void_p, "i64": ctypes.c_int64, "i32": ctypes.c_int32, "float": ctypes.c_float}

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kforcing.cpu.compiler import Machine, compiled, machine
+from kforcing.cpu.compiler import compiled, machine
 
 
 class WeightType(NamedTuple):
@@ -57,39 +57,36 @@ CACHE_LINE = 64
 
 
 def can_multiply(weight_MK: Tensor) -> bool:
-    """Whether the kernel takes this matrix: contiguous, on a CPU, in a known dtype, K a multiple of a cache line."""
+    """Whether the kernel takes this matrix: contiguous, on a CPU, in a known dtype, at least 8 rows of whole cache lines."""
     if weight_MK.device.type != "cpu" or weight_MK.dtype not in WEIGHTS or not weight_MK.is_contiguous():
         return False
     found = machine()
     if found is None:
         return False
-    return len(weight_MK) >= 8 and weight_MK.shape[1] % _inputs_at_once(found, weight_MK.dtype) == 0
+    return len(weight_MK) >= 8 and weight_MK.shape[1] % _inputs_at_once(weight_MK.dtype) == 0
 
 
-class Product:
-    """x · weightᵀ for a matrix that `can_multiply` accepts. Where the matrix lies is looked up once, here.
+def multiply(x: Tensor, weight_MK: Tensor, scale_M: Tensor | None, out: Tensor, rows: int, stride: int) -> None:
+    """Write x · weightᵀ into a tensor.
 
     Args:
+        x: float32, contiguous, (rows, K) or of a shape with as many numbers.
+        weight_MK: a matrix that `can_multiply` accepts.
         scale_M: float32; output m is multiplied by scale_M[m]. Needed for int8 weights, not allowed for others.
+        out: float32; its rows of M numbers begin `stride` numbers apart.
+        rows: 1 to `machine().most_rows`.
     """
-
-    def __init__(self, weight_MK: Tensor, scale_M: Tensor | None = None):
-        self._held = weight_MK, scale_M
-        self._dtype = weight_MK.dtype
-        self._weight, self._scale = weight_MK.data_ptr(), 0 if scale_M is None else scale_M.data_ptr()
-        self._outputs, self._inputs = weight_MK.shape
-
-    def __call__(self, x: Tensor, out: Tensor, rows: int, stride: int) -> None:
-        """Write the product.
-
-        Args:
-            x: float32, contiguous, (rows, K) or of a shape with as many numbers.
-            out: float32; its rows of M numbers begin `stride` numbers apart.
-            rows: 1 to `machine().most_rows`.
-        """
-        kernel = _product(rows, self._dtype)
-        threads = torch.get_num_threads()
-        kernel(x.data_ptr(), self._weight, self._scale, out.data_ptr(), self._outputs, self._inputs, stride, threads)
+    outputs, inputs = weight_MK.shape
+    _product(rows, weight_MK.dtype)(
+        x.data_ptr(),
+        weight_MK.data_ptr(),
+        0 if scale_M is None else scale_M.data_ptr(),
+        out.data_ptr(),
+        outputs,
+        inputs,
+        stride,
+        torch.get_num_threads(),
+    )
 
 
 @cache
@@ -102,7 +99,7 @@ def _product(rows: int, dtype: torch.dtype) -> Callable[..., None]:
     found = machine()
     assert found is not None
     block = max(1, min(8, found.sums // rows))
-    shape = Shape(rows, block, found.lanes, _inputs_at_once(found, dtype), WEIGHTS[dtype])
+    shape = Shape(rows, block, found.lanes, _inputs_at_once(dtype), WEIGHTS[dtype])
     vector, n = shape.vector, shape.lanes
     units = f"%M.up = add i64 %M, {block - 1}\n%units = udiv i64 %M.up, {block}"
     functions = [
@@ -114,8 +111,8 @@ def _product(rows: int, dtype: torch.dtype) -> Callable[..., None]:
     return compiled(body, ARGUMENTS, units, "\n".join(functions))
 
 
-def _inputs_at_once(found: Machine, dtype: torch.dtype) -> int:
-    return max(found.lanes, CACHE_LINE // WEIGHTS[dtype].size)
+def _inputs_at_once(dtype: torch.dtype) -> int:
+    return CACHE_LINE // WEIGHTS[dtype].size
 
 
 ARGUMENTS = {"x": "ptr", "w": "ptr", "scale": "ptr", "y": "ptr", "M": "i64", "K": "i64", "stride": "i64"}

@@ -32,8 +32,8 @@ LEAST_VOCABULARY = 1024
 
 def can_race(logits: Tensor, best: int = 1) -> bool:
     """Whether the kernel can run for these (..., V) logits and is worth while."""
-    few = best <= GROUPS and logits.shape[-1] >= LEAST_VOCABULARY
-    return few and logits.device.type == "cpu" and machine() is not None
+    useful = best <= GROUPS and logits.shape[-1] >= LEAST_VOCABULARY and logits.numel() > 0
+    return useful and logits.device.type == "cpu" and machine() is not None
 
 
 def may_win(logits_RV: Tensor, z_R: Tensor, temperature_R: Tensor, best: int = 1) -> tuple[Tensor, Tensor] | None:
@@ -53,8 +53,9 @@ def may_win(logits_RV: Tensor, z_R: Tensor, temperature_R: Tensor, best: int = 1
     low_R, high_R = race_key(z_R)
     inverse_R = (1 / temperature_R).float()
     whole = V - V % GROUPS
-    bounds_RV = torch.empty(torch.get_num_threads(), whole)
-    ids_RV, count_R = torch.empty(R, whole + GROUPS, dtype=torch.int32), torch.empty(R, dtype=torch.int64)
+    bounds_RV = torch.empty(torch.get_num_threads(), whole, dtype=torch.float32, device="cpu")
+    ids_RV = torch.empty(R, whole, dtype=torch.int32, device="cpu")
+    count_R = torch.empty(R, dtype=torch.int64, device="cpu")
     tensors = (logits_RV, low_R.contiguous(), high_R.contiguous(), inverse_R, bounds_RV, ids_RV, count_R)
     _kernel(best > 1)(*(t.data_ptr() for t in tensors), R, V, whole, torch.get_num_threads())
     most = int(count_R.max())
@@ -98,8 +99,7 @@ def _row(n: int) -> list[str]:
     code = ["work:", "%r = phi i64 [%first, %entry], [%r.next, %row.done]"]
     code += ["%rV = mul i64 %r, %V", "%l = getelementptr float, ptr %logits, i64 %rV"]
     code += ["%tw = mul i64 %thread, %whole", "%u = getelementptr float, ptr %bounds, i64 %tw"]
-    code += [f"%row.length = add i64 %whole, {GROUPS}", "%ri = mul i64 %r, %row.length"]
-    code += ["%kept = getelementptr i32, ptr %ids, i64 %ri"]
+    code += ["%ri = mul i64 %r, %whole", "%kept = getelementptr i32, ptr %ids, i64 %ri"]
     for name, type_ in (("low", "i32"), ("high", "i32"), ("inverse", "float")):
         vector = f"<{n} x {type_}>"
         code += [

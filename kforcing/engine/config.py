@@ -49,8 +49,8 @@ class EngineConfig:
     """Multiply up to about 20 rows by the weights with our own kernel (`cpu/products.py`), which takes little longer for 8
     rows than for one. None means yes where it can run: on a CPU under Linux with llvmlite."""
     quantization: str | None = None
-    """`int8` holds the weights of all linear maps as 8-bit numbers with a scale for each output, which makes steps on a CPU
-    about twice as fast and changes the model a little: exact mode then gives the text of that AR model."""
+    """`int8` holds the weights of linear maps (`nn.Linear`) as 8-bit numbers with a scale for each output. Steps on a CPU are
+    about twice as fast, and the model changes a little: exact mode then gives the text of that AR model."""
     graphs: bool | None = None
     """Replay steps as CUDA graphs, one for each shape of a step; None means yes on a GPU."""
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from kforcing.cpu.compiler import machine
-from kforcing.cpu.products import Product, can_multiply
+from kforcing.cpu.products import can_multiply, multiply
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -31,7 +31,6 @@ class RowLinear(nn.Linear):
     """Where the weight is int8, what its rows are multiplied by."""
     most_rows = 0
     """Rows up to which the kernel is used."""
-    product: Product
 
     def prepare(self, int8: bool) -> None:
         """Quantise the weight where that is asked for, and look whether the kernel takes it."""
@@ -39,28 +38,32 @@ class RowLinear(nn.Linear):
             weight_MK, self.scale_M = quantise(self.weight.detach())
             self.weight = nn.Parameter(weight_MK, requires_grad=False)
         found = machine()
-        if found and can_multiply(self.weight):
-            self.most_rows, self.product = found.most_rows, Product(self.weight.detach(), self.scale_M)
+        self.most_rows = found.most_rows if found and can_multiply(self.weight) else 0
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out)."""
         rows = x.numel() // self.in_features
-        if rows > self.most_rows:
+        if not few(x, rows, self.most_rows):
             weight_MK = self.weight if self.scale_M is None else (self.weight * self.scale_M[:, None]).to(x.dtype)
             return linear(x, weight_MK, self.bias)
-        out = torch.empty(*x.shape[:-1], self.out_features)
+        out = torch.empty(*x.shape[:-1], self.out_features, dtype=torch.float32, device="cpu")
         self.write(x, out, rows, self.out_features)
         return out if x.dtype == torch.float32 else out.to(x.dtype)
 
     def write(self, x: Tensor, out: Tensor, rows: int, stride: int) -> None:
         """Put the outputs of at most `most_rows` rows into a float32 tensor whose rows are `stride` numbers apart."""
-        self.product(x.float().contiguous(), out, rows, stride)
+        multiply(x.float().contiguous(), self.weight, self.scale_M, out, rows, stride)
         if self.bias is not None:
             out.add_(self.bias)
 
     def rows(self, ids: Tensor) -> Tensor:
         """The rows of the weight with these numbers, as floating-point numbers: (...) → (..., in)."""
         return self.weight[ids] if self.scale_M is None else self.weight[ids] * self.scale_M[ids][..., None]
+
+
+def few(x: Tensor, rows: int, most: int) -> bool:
+    """Whether the kernel takes these rows: it makes no gradients."""
+    return 0 < rows <= most and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def quantise(weight_MK: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,16 +105,16 @@ class Joined:
 
     def whole(self, x_ND: Tensor) -> Tensor:
         """(N, in) → (N, all outputs side by side)."""
-        if len(x_ND) > self.most_rows:
+        if not few(x_ND, len(x_ND), self.most_rows):
             return torch.cat([m(x_ND) for m in self.maps], dim=-1)
         width = sum(self._sizes)
-        out = torch.empty(len(x_ND), width)
+        out = torch.empty(len(x_ND), width, dtype=torch.float32, device="cpu")
         for m, part in zip(self.maps, out.split(self._sizes, dim=-1), strict=True):
             m.write(x_ND, part, len(x_ND), width)
         return out if x_ND.dtype == torch.float32 else out.to(x_ND.dtype)
 
     def parts(self, x_ND: Tensor) -> Sequence[Tensor]:
         """(N, in) → the output of each map."""
-        if len(x_ND) > self.most_rows:
+        if not few(x_ND, len(x_ND), self.most_rows):
             return [m(x_ND) for m in self.maps]
         return self.whole(x_ND).split(self._sizes, dim=-1)

@@ -285,7 +285,7 @@ class SequentialReadout(Readout):
         approximate_BWV = self.candidates(states_BWD)
         m = min(self.config.shortlist, approximate_BWV.shape[-1])
         ids_BWM = gumbel_candidates(approximate_BWV, draws.noise_BWK[..., offset], draws.temperature_BW, m)
-        logits_BWM = (head_rows(backbone, ids_BWM) @ states_BWD[..., None]).squeeze(-1)
+        logits_BWM = (head_rows(backbone, ids_BWM).to(states_BWD.dtype) @ states_BWD[..., None]).squeeze(-1)
         return torch.full_like(approximate_BWV, -torch.inf).scatter(-1, ids_BWM, logits_BWM)
 
     @torch.no_grad()
@@ -302,7 +302,7 @@ class SequentialReadout(Readout):
     def _shortlisted(self, backbone: PreTrainedModel, parallel: Tensor, corrections: Tensor) -> Tensor:
         """The logits of the hints, corrected for the tokens of the shortlist and −inf for all others: (..., V)."""
         best, ids = parallel.topk(min(self.config.shortlist, parallel.shape[-1]), dim=-1)
-        rows = head_rows(backbone, ids)
+        rows = head_rows(backbone, ids).to(corrections.dtype)
         corrected = best + (rows @ corrections[..., None]).squeeze(-1)
         return torch.full_like(parallel, -torch.inf).scatter(-1, ids, corrected)
 

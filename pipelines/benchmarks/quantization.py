@@ -57,6 +57,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--documents", type=int, default=48, help="how many of them (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of each at most (default %(default)s)")
     given = parser.parse_args(words)
+    if given.documents < 2:
+        parser.error(f"--documents {given.documents} must be at least 2, because intervals need several")
     folder, gguf = locate_model(given.model)
     model = load_ar(folder, gguf)
     if not can_use_kernel(model):

@@ -1,6 +1,7 @@
 """What a student is worth in exact mode: is its text the AR model's, how many tokens come from a step, how much faster is it?
 
 Held-out prompts are continued by the AR model and by the student in exact mode, in the same engine and under the same noise.
+Drafts from the context count too.
 """
 
 from __future__ import annotations
@@ -48,7 +49,15 @@ def measure_exact_mode(job: ExactJob) -> dict[str, Any] | None:
     student: Any = PushForwardLM.from_pretrained(job.student).to(pick_device())
     if not student.design.exact_trunk or student.k == 1:
         return None
-    torch.set_num_threads(min(16, os.cpu_count() or 1))  # Ray gives a task of one CPU one thread
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(16, len(os.sched_getaffinity(0))))  # Ray gives a task of one CPU one thread
+    try:
+        return _measure(job, student)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(job: ExactJob, student: Any) -> dict[str, Any]:
     rows = TokenStore(job.heldout, job.seed).read(np.arange(max(BATCHES)))
     prompts = tokens_of(rows)[:, : job.config.prompt_tokens].tolist()
     longest, coupling = job.config.prompt_tokens + job.config.new_tokens, student.design.coupling

@@ -1,16 +1,19 @@
 """The kernel for few rows and the linear maps that use it."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from kforcing.backbone import random_llama
 from kforcing.cpu.compiler import machine
-from kforcing.cpu.products import Product, can_multiply
+from kforcing.cpu.products import can_multiply, multiply
 from kforcing.engine.config import EngineConfig
 from kforcing.engine.engine import Engine
 from kforcing.engine.linear import Joined, RowLinear, quantise, row_copy
 from kforcing.engine.request import Request, SamplingParams
+from tests.models import make_sequential
 
 found = machine()
 pytestmark = pytest.mark.skipif(found is None, reason="the kernel needs llvmlite and torch with OpenMP of GNU")
@@ -24,7 +27,7 @@ def weights(dtype: torch.dtype, outputs: int = 203, inputs: int = 192) -> tuple[
 
 def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     out = torch.full((len(x), len(weight)), torch.nan)
-    Product(weight, scale)(x, out, len(x), len(weight))
+    multiply(x, weight, scale, out, len(x), len(weight))
     return out
 
 
@@ -49,7 +52,7 @@ def test_a_row_has_bitwise_the_same_result_alone_and_among_others(dtype):
 def test_the_product_can_be_written_into_some_columns_of_a_tensor():
     weight, _ = weights(torch.float32)
     x, out = torch.randn(3, weight.shape[1]), torch.zeros(3, len(weight) + 20)
-    Product(weight)(x, out[:, 10:-10], 3, out.shape[1])
+    multiply(x, weight, None, out[:, 10:-10], 3, out.shape[1])
     assert torch.equal(out[:, 10:-10], product(x, weight, None))
     assert out[:, :10].count_nonzero() == out[:, -10:].count_nonzero() == 0
 
@@ -88,6 +91,27 @@ def test_few_and_many_rows_agree_with_the_original_map(int8):
             torch.testing.assert_close(copied(x), original(x), rtol=0, atol=0.02 if int8 else 1e-5)
 
 
+def test_a_copy_of_a_model_with_these_maps_has_its_own_weights_and_another_default_dtype_does_no_harm():
+    (copied,) = row_copy(nn.Sequential(nn.Linear(192, 100)))
+    twin, x = copy.deepcopy(copied), torch.randn(3, 192)
+    with torch.inference_mode():
+        expected = copied(x).clone()
+        copied.weight.zero_()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            assert torch.equal(twin(x), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert twin(x[:0]).shape == (0, 100)
+
+
+def test_gradients_go_the_way_of_torch():
+    (copied,) = row_copy(nn.Sequential(nn.Linear(192, 100)))
+    x = torch.randn(3, 192, requires_grad=True)
+    copied(x).sum().backward()
+    torch.testing.assert_close(x.grad, copied.weight.sum(dim=0).expand(3, -1))
+
+
 def test_int8_weights_differ_by_at_most_half_a_step_of_their_row():
     weight, scale = weights(torch.float32)[0], quantise(weights(torch.float32)[0])
     restored = scale[0] * scale[1][:, None]
@@ -120,6 +144,13 @@ def test_exact_mode_with_the_kernel_gives_the_text_of_its_ar_model(quantization)
         requests = [Request(repeated[i:], 40, seed=i, sampling=SamplingParams(temperature=0.3 * i)) for i in range(4)]
         texts.append([c.tokens for c in Engine(model, config).generate(requests)])
     assert texts[0] == texts[1]
+
+
+def test_a_student_in_bf16_with_int8_weights_and_a_low_rank_head_decodes():
+    student = make_sequential(random_llama(**SMALL), 3, hint_layers=1, draft_rank=16, shortlist=8).bfloat16()
+    config = EngineConfig(2, 64, acceptance="exact", quantization="int8")
+    (done,) = Engine(student, config).generate([Request([3, 4, 5], 12, seed=1)])
+    assert len(done.tokens) == 12
 
 
 def test_int8_with_settings_that_exclude_it_is_refused():
