@@ -49,6 +49,11 @@ with connected(Path("run"), {}):
 """
 
 
+def hear_interrupts():
+    """A shell lets its background jobs ignore SIGINT, and their children inherit that; a run in a terminal hears it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.cluster
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_interrupted_says_how_to_continue(tmp_path, number):
@@ -57,7 +62,7 @@ def test_a_run_that_is_interrupted_says_how_to_continue(tmp_path, number):
     long.mkdir()
     line, env = [sys.executable, "-c", WAITING], environment(TMPDIR=str(long))
     with open(log, "w") as out:
-        run = subprocess.Popen(line, stdout=out, stderr=out, cwd=tmp_path, env=env)
+        run = subprocess.Popen(line, stdout=out, stderr=out, cwd=tmp_path, env=env, preexec_fn=hear_interrupts)
     wait_until(lambda: "connected" in log.read_text() or run.poll() is not None, log.read_text, 300, pause=0.2)
     run.send_signal(number)
     assert run.wait(timeout=300) == 1, log.read_text()
