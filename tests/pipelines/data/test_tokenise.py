@@ -203,7 +203,7 @@ def test_every_row_is_a_document_or_left_out_and_counted(ray_here, tmp_path, cap
     counts = {name: sum(manifest[name] for manifest in manifests) for name in ("documents", "null", "blank", "special")}
     assert counts == {"documents": 240, "null": 40, "blank": 80, "special": 120}
     assert f"{folder}: 1 parquet files, " in caplog.text
-    assert f"1 files skipped: 1 hidden or temporary: {folder}/_SUCCESS" in caplog.text
+    assert f"1 skipped: 1 hidden or temporary: {folder}/_SUCCESS" in caplog.text
     assert "left out: 40 rows without a text, 80 blank documents" in caplog.text
     assert "120 in all, are encoded as text" in caplog.text
     store = TokenStore(prepared.split("train"), 0)
