@@ -169,9 +169,7 @@ def _smollm2(name: str, steps: int) -> Config:
         ),
         eval=EvalConfig(blocks=32, windows=16, prompt_tokens=48, new_tokens=96, batch=8),
     )
-    # Drafts read a fifth of the LM head's bytes (`LowRankHead`).
-    student = sequential(config, hint_layers=1, shortlist=64, draft_rank=128)
-    return dataclasses.replace(student, targets="text", loss="kl")
+    return dataclasses.replace(sequential(config, hint_layers=1), targets="text", loss="kl")
 
 
 RECIPES: dict[str, Callable[[], Config]] = {
