@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -48,14 +49,25 @@ class FinishedHead(nn.Module):
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
+_FINISHES: WeakKeyDictionary[PreTrainedModel, tuple[float, float | None]] = WeakKeyDictionary()
+"""Of each model: the scale and the cap of its logits. Every step of an engine asks for them several times."""
+
+
 def head(backbone: PreTrainedModel) -> nn.Linear | FinishedHead:
     """The LM head of a backbone, which maps final states to logits; context and hints share it."""
-    linear, config = cast(nn.Linear, backbone.get_output_embeddings()), text_config(backbone.config)
+    linear = cast(nn.Linear, backbone.get_output_embeddings())
+    if backbone not in _FINISHES:
+        _FINISHES[backbone] = _finish(text_config(backbone.config))
+    scale, cap = _FINISHES[backbone]
+    return linear if scale == 1 and cap is None else FinishedHead(linear, scale, cap)
+
+
+def _finish(config: Any) -> tuple[float, float | None]:
+    """What a model scales its logits by, and the cap of its soft-capping."""
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     if divisor := getattr(config, "logits_scaling", None):  # Granite divides, HyperCLOVA multiplies
         scale *= divisor if config.model_type == "hyperclovax" else 1 / divisor
-    cap = getattr(config, "final_logit_softcapping", None)
-    return linear if scale == 1 and cap is None else FinishedHead(linear, scale, cap)
+    return scale, getattr(config, "final_logit_softcapping", None)
 
 
 def check_head_rows(backbone: PreTrainedModel, setting: str, without_bias: bool = True) -> None:

@@ -9,6 +9,7 @@ from itertools import groupby
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from kforcing.prompts import end_ids
 from pipelines.config.section import ConfigError
 
 PIECE = 1 << 16
@@ -23,9 +24,8 @@ _WORD = 1000
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that ends a document: EOS, or the separator of BERT-style vocabularies. Raises ConfigError without either."""
-    for token_id in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-        if token_id is not None:
-            return token_id
+    if ids := end_ids(tokenizer):
+        return ids[0]
     raise ConfigError(f"tokenizer {tokenizer.name_or_path} has neither an EOS nor a separator token; add one to it")
 
 

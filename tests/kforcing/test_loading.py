@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from kforcing.backbone import load_ar
 from kforcing.families import tiny_copy
 from kforcing.loading import model_without_weights, save_checked
-from tests.models import CONFIGS, make_backbone
+from tests.models import CONFIGS, make_backbone, make_sequential
 
 IDS = torch.arange(8)[None]
 
@@ -48,6 +48,13 @@ def test_a_model_with_a_broken_weight_is_refused(tmp_path):
         model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="logits of LlamaForCausalLM are not finite"):
         save_checked(model, tmp_path)
+
+
+def test_a_student_whose_shortlist_leaves_tokens_out_is_saved(tmp_path):
+    for i, rank in enumerate((0, 8)):
+        student = make_sequential(make_backbone(), 3, hint_layers=1, shortlist=4, draft_rank=rank)
+        save_checked(student, tmp_path / str(i))
+        assert (tmp_path / str(i) / "model.safetensors").is_file()
 
 
 def with_quantisation(folder, **record):
