@@ -37,9 +37,13 @@ _HASH_FROM = 1 << 28
 """Bytes of a file whose hash is kept; smaller files are hashed as earlier releases did, so that corpora keep their names."""
 
 
-def check_source(config: DataConfig) -> Listing:
-    """Check every file's columns and beginning; returns the files. Raises ConfigError, which names the file."""
-    listing = list_files(config.source)
+def check_source(config: DataConfig, listing: Listing | None = None) -> Listing:
+    """Check every file's columns and beginning; returns the files. Raises ConfigError, which names the file.
+
+    Args:
+        listing: of the source, where it has been made already; so in the functions below.
+    """
+    listing = listing or list_files(config.source)
 
     def check(file: fs.FileInfo) -> bool:
         return check_file(listing.system, file.path, config)
@@ -51,7 +55,7 @@ def check_source(config: DataConfig) -> Listing:
     return listing
 
 
-def source_digest(config: DataConfig) -> str:
+def source_digest(config: DataConfig, listing: Listing | None = None) -> str:
     """A hash of the contents of local files, of paths, sizes and times of remote ones, or of the name of a hub corpus."""
     digest = hashlib.blake2b(digest_size=16)
     if config.source.startswith("hf:"):
@@ -59,7 +63,7 @@ def source_digest(config: DataConfig) -> str:
         inside = sorted(file for file in Path(config.source.removeprefix("hf:")).rglob("*") if file.is_file())
         digest.update("".join(map(content_digest, inside)).encode())
         return digest.hexdigest()
-    listing = list_files(config.source)
+    listing = listing or list_files(config.source)
     if is_remote(config.source):
         digest.update(repr([(file.path, file.size, file.mtime_ns) for file in listing.files]).encode())
         return digest.hexdigest()
@@ -71,7 +75,7 @@ def source_digest(config: DataConfig) -> str:
     return digest.hexdigest()
 
 
-def documents(config: DataConfig) -> ray.data.Dataset:
+def documents(config: DataConfig, listing: Listing | None = None) -> ray.data.Dataset:
     """The corpus as a streaming Ray dataset with columns `doc` (int64 id hash) and `text` (null where a row has none).
 
     Raises ConfigError. What goes wrong while the dataset is consumed is a ConfigError inside `plain_errors`.
@@ -83,7 +87,7 @@ def documents(config: DataConfig) -> ray.data.Dataset:
             _rename, fn_kwargs={"config": config}, batch_format="pyarrow", batch_size=None
         )
     else:
-        listing = list_files(config.source)
+        listing = listing or list_files(config.source)
         paths = [{"path": file.path} for file in listing.files]
         dataset = ray.data.from_items(paths, override_num_blocks=min(len(paths), _MOST_READ_TASKS)).map_batches(
             _read, fn_kwargs={"system": listing.system, "config": config}, batch_size=None

@@ -32,7 +32,7 @@ from pipelines.config.section import ConfigError
 from pipelines.config.stages import CorpusSpec
 from pipelines.data.corpus import check_source, documents, is_heldout, plain_errors, source_digest
 from pipelines.data.encoding import bounded_words, eos_id, special_spellings, token_ids
-from pipelines.data.listing import CHAT, SELF, is_remote, list_files
+from pipelines.data.listing import CHAT, SELF, Listing, is_remote, list_files
 from pipelines.data.packing import PACKED, SplitWriter, pack, write_blocks
 from pipelines.data.token_store import MANIFEST
 from pipelines.files import atomic_folder, content_digest
@@ -79,7 +79,8 @@ class Prepared:
 def prepare(spec: CorpusSpec) -> Prepared:
     """Make the token blocks of a run, unless they exist already."""
     spec = _with_source(spec)
-    places = [Prepared(spec.cache / name) for name in _names(spec)]
+    listing = listing_of(spec)
+    places = [Prepared(spec.cache / name) for name in _names(spec, listing)]
     for prepared in places:
         if (prepared.split("heldout") / MANIFEST).is_file():
             log.info(f"corpus  {prepared.folder} is up to date")
@@ -91,8 +92,13 @@ def prepare(spec: CorpusSpec) -> Prepared:
     prepared = places[-1]
     prepared.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(prepared.folder / ".lock"), plain_errors():
-        _make(spec, prepared)
+        _make(spec, prepared, listing)
     return prepared
+
+
+def listing_of(spec: CorpusSpec) -> Listing | None:
+    """The files of the source; None for a corpus of the hub, whose files `datasets` knows."""
+    return None if spec.data.source.startswith("hf:") else list_files(spec.data.source)
 
 
 def _with_source(spec: CorpusSpec) -> CorpusSpec:
@@ -114,14 +120,14 @@ def _with_source(spec: CorpusSpec) -> CorpusSpec:
     return dataclasses.replace(spec, data=data)
 
 
-def _names(spec: CorpusSpec) -> list[str]:
+def _names(spec: CorpusSpec, listing: Listing | None) -> list[str]:
     """Names under which the corpus may be found; the last one is for a new one.
 
     The contents of local files name a corpus, and not where they lie. Where an earlier release could not have read or
     tokenised them differently, its name comes first: its corpora are used as they are.
     """
-    data, contents, tokenizer = spec.data, source_digest(spec.data), _tokenizer_digest(spec)
-    kind = data.source if is_remote(data.source) else list_files(data.source).kind
+    data, contents, tokenizer = spec.data, source_digest(spec.data, listing), _tokenizer_digest(spec)
+    kind = data.source if listing is None or is_remote(data.source) else listing.kind
     effective = dataclasses.replace(data, source=kind, special_tokens=_special_tokens(data))
     earlier = [fingerprint(data, contents, tokenizer)] if kind == "parquet" and not spec.given_tokenizer else []
     return [*earlier, fingerprint(effective, contents, tokenizer, RULES)]
@@ -139,12 +145,13 @@ def _tokenizer_digest(spec: CorpusSpec) -> Any:
     return {"files": [(file.name, content_digest(file)) for file in files]}
 
 
-def _make(spec: CorpusSpec, prepared: Prepared) -> None:
+def _make(spec: CorpusSpec, prepared: Prepared, listing: Listing | None) -> None:
     """Make those of the tokenizer and the two splits that do not exist yet."""
     ray.data.DataContext.get_current().execution_options.preserve_order = True  # the same shards every time
-    if not spec.data.source.startswith("hf:"):
-        log.info(f"corpus  {check_source(spec.data)}")
-    documents(spec.data)  # a source that cannot be read is an error here, not in a remote task
+    if listing is None:
+        documents(spec.data)  # a hub corpus that cannot be read is an error here, not in a remote task
+    else:
+        log.info(f"corpus  {check_source(spec.data, listing)}")
     if not prepared.tokenizer.is_dir():
         with atomic_folder(prepared.tokenizer) as partial:
             if spec.given_tokenizer:
@@ -152,7 +159,7 @@ def _make(spec: CorpusSpec, prepared: Prepared) -> None:
             else:
                 log.info(f"corpus  training a byte-level BPE of {spec.tokenizer.vocab_size} tokens")
                 ray.get(_train_tokenizer.remote(spec.data, spec.tokenizer, str(partial)))
-    _write_splits(spec.data, prepared)
+    _write_splits(spec.data, prepared, listing)
 
 
 @ray.remote(num_cpus=0)
@@ -208,13 +215,13 @@ def _pack_shard(table: pa.Table, data: DataConfig, prepared: Prepared) -> pa.Tab
     return pa.Table.from_pylist(rows, schema=PACKED)
 
 
-def _write_splits(data: DataConfig, prepared: Prepared) -> None:
+def _write_splits(data: DataConfig, prepared: Prepared, listing: Listing | None) -> None:
     splits = {name: SplitWriter(prepared.split(name), data.block) for name in SPLITS}
     for split in splits.values():
         split.folder.mkdir(exist_ok=True)
     started = said = time.monotonic()
     packed = (
-        documents(data)
+        documents(data, listing)
         .repartition(target_num_rows_per_block=data.docs_per_shard)
         .map_batches(
             _pack_shard,

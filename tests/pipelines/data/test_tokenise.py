@@ -18,7 +18,7 @@ from pipelines.data.listing import BUILTIN, CHAT
 from pipelines.data.reading import document_id
 from pipelines.data.rows import to_numpy
 from pipelines.data.token_store import MANIFEST, TokenStore
-from pipelines.data.tokenise import _names, prepare
+from pipelines.data.tokenise import _names, listing_of, prepare
 
 
 def test_the_split_is_a_function_of_the_id():
@@ -31,7 +31,8 @@ def test_the_split_is_a_function_of_the_id():
 
 def name_of(tmp_path, *words):
     """The name of a new corpus."""
-    return _names(corpus_spec(apply(recipe("smoke"), {}, [f"output_dir={tmp_path}/run", *words])))[-1]
+    spec = corpus_spec(apply(recipe("smoke"), {}, [f"output_dir={tmp_path}/run", *words]))
+    return _names(spec, listing_of(spec))[-1]
 
 
 def test_a_corpus_is_named_by_the_contents_of_its_files(tmp_path):
@@ -87,7 +88,8 @@ def test_every_file_of_a_tokenizer_names_the_corpus(tmp_path, name):
 
 def test_corpora_of_earlier_releases_are_looked_for_where_nothing_could_differ(tmp_path):
     def names(*words):
-        return _names(corpus_spec(apply(recipe("smoke"), {}, [f"output_dir={tmp_path}/run", *words])))
+        spec = corpus_spec(apply(recipe("smoke"), {}, [f"output_dir={tmp_path}/run", *words]))
+        return _names(spec, listing_of(spec))
 
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "tokenizer.json").write_text("{}")
