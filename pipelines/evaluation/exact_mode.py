@@ -39,16 +39,14 @@ class ExactJob:
     config: EvalConfig
 
 
-def measure_exact_mode(job: ExactJob) -> dict[str, Any] | None:
-    """The figures of a student that can verify its tokens, for `report.json`; None for any other student.
+def measure_exact_mode(job: ExactJob) -> dict[str, Any]:
+    """The figures of a student that can verify its tokens, for `report.json`.
 
     Returns:
         `texts` and how many of them are `equal` to the AR model's, `tokens_a_step` by temperature, and `speed` by the number
-        of prompts at a time: tokens a second over those of the AR model, median over rounds.
+        of prompts at a time: tokens a second over those of the AR model, median over rounds. Keys are strings, as in JSON.
     """
     student: Any = PushForwardLM.from_pretrained(job.student).to(pick_device())
-    if not student.design.exact_trunk or student.k == 1:
-        return None
     threads = torch.get_num_threads()
     torch.set_num_threads(min(16, len(os.sched_getaffinity(0))))  # Ray gives a task of one CPU one thread
     try:
@@ -77,7 +75,7 @@ def _measure(job: ExactJob, student: Any) -> dict[str, Any]:
     for temperature in TEMPERATURES:
         texts, done = (run(engine, len(prompts), temperature) for engine in (ar, exact))
         equal += sum(a.tokens == b.tokens for a, b in zip(texts, done, strict=True))
-        tokens_a_step[temperature] = statistics.fmean(c.tokens_a_step for c in done)
+        tokens_a_step[f"{temperature:g}"] = statistics.fmean(c.tokens_a_step for c in done)
     speed = {}
     for n in BATCHES:
         ratios = []
@@ -88,13 +86,13 @@ def _measure(job: ExactJob, student: Any) -> dict[str, Any]:
                 run(engine, n, 1.0)
                 seconds.append(time.perf_counter() - start)
             ratios.append(seconds[0] / seconds[1])
-        speed[n] = statistics.median(ratios[1:])
+        speed[str(n)] = statistics.median(ratios[1:])
     return {"texts": len(TEMPERATURES) * len(prompts), "equal": equal, "tokens_a_step": tokens_a_step, "speed": speed}
 
 
 def headline(name: str, figures: dict[str, Any]) -> str:
     """The figures in one sentence."""
-    steps = ", ".join(f"{value:.2f} at T = {t:g}" for t, value in figures["tokens_a_step"].items())
+    steps = ", ".join(f"{value:.2f} at T = {t}" for t, value in figures["tokens_a_step"].items())
     speeds = ", ".join(f"{value:.2f}× at batch {n}" for n, value in figures["speed"].items())
     return (
         f"{name}, exact mode: the AR model's own text ({figures['equal']} of {figures['texts']} texts are equal), tokens a "

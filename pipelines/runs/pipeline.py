@@ -20,6 +20,7 @@ from pipelines.data.encoding import eos_id
 from pipelines.data.tokenise import Prepared, prepare
 from pipelines.evaluation.exact_mode import ExactJob, measure_exact_mode
 from pipelines.evaluation.heldout import EvalJob, SampleJob, evaluate_student, write_samples
+from pipelines.files import read_json, write_json
 from pipelines.log import log
 from pipelines.rollouts.cache import cache_rollouts
 from pipelines.runs.costs import balance_line, cost_of, student_cost, training_log
@@ -172,7 +173,8 @@ class Pipeline:
         samples = write_samples(
             self.root, SampleJob(str(teacher.folder), paths, tokenizer, heldout, self.seed, self.eval)
         )
-        exact = self._exact_mode(students[-1], heldout) if students else None
+        last = self.student_stages[-1]
+        exact = self._exact_mode(students[-1], heldout) if last.design.exact_trunk and last.k > 1 else None
         report = {
             "recipe": self.recipe,
             "seconds": round(seconds, 1),
@@ -190,16 +192,19 @@ class Pipeline:
         print_table(report)
         return path
 
-    def _exact_mode(self, student: Model, heldout: str) -> dict[str, Any] | None:
+    def _exact_mode(self, student: Model, heldout: str) -> dict[str, Any]:
+        """The figures of exact mode, measured once and kept beside the student's other figures."""
+        kept = self.root / "eval" / student.name / "exact_mode.json"
+        if found := read_json(kept):
+            return found
         log.info("report  comparing exact mode with the AR model")
         job = ExactJob(str(student.folder), heldout, self.seed, self.eval)
         task = ray.remote(num_cpus=self.eval.cpus_per_actor, num_gpus=self.eval.gpus_per_actor)(measure_exact_mode)
-        figures = ray.get(task.remote(job))
-        if figures is None:
-            return None
-        steps = {f"exact/tokens_a_step_T{t:g}": value for t, value in figures["tokens_a_step"].items()}
+        figures = {"student": student.name, **ray.get(task.remote(job))}
+        steps = {f"exact/tokens_a_step_T{t}": value for t, value in figures["tokens_a_step"].items()}
         self.tracker.metrics(steps | {f"exact/speed_batch{n}": value for n, value in figures["speed"].items()}, 0)
-        return {"student": student.name, **figures}
+        write_json(kept, figures)
+        return figures
 
 
 def _in_a_task(stage: str, function: Callable[..., None], *arguments: Any) -> None:
