@@ -1,8 +1,11 @@
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 from kforcing import Design, PushForwardLM, SequentialConfig
+from kforcing.cpu.compiler import machine
 
+needs_kernels = pytest.mark.skipif(machine() is None, reason="kernels need llvmlite, and torch with OpenMP of GNU")
 VOCAB = 23
 CONFIGS = {
     "llama": LlamaConfig(

@@ -63,21 +63,20 @@ def _find_openmp() -> bool:
 _engines: list[Any] = []  # compiled code lives as long as its engine
 
 
-def compiled(body: list[str], arguments: dict[str, str], share: str, work: str) -> Callable[..., None]:
+def compiled(
+    body: list[str], arguments: dict[str, str], functions: list[str], units: tuple[str, ...] = ()
+) -> Callable[..., None]:
     """A function of the arguments and a number of threads, in which each thread does its share of some work.
 
     Args:
         body: LLVM code of the work of a thread, from the label `work` on. It ends with a jump to the label `done`, knows
             the arguments, and does the units from `%first` to before `%last`, of which there is at least one.
         arguments: name → LLVM type, `ptr`, `i64`, `i32` or `float`.
-        share: LLVM code that sets `%units`, the number of units of work.
-        work: declarations of functions that the body calls.
+        functions: declarations of the functions that the body calls.
+        units: LLVM code that sets `%units`, the number of units of work, where it is no argument.
     """
-    found = machine()
-    assert found is not None
-    module = llvm.parse_assembly(
-        "\n".join([_in_threads(arguments), work, _share(found, arguments, share), *body, _END])
-    )
+    code = [_in_threads(arguments), *functions, _share(arguments, units), *body, "done:\nret void\n}"]
+    module = llvm.parse_assembly("\n".join(code))
     module.verify()
     engine = llvm.create_mcjit_compiler(module, _target())
     engine.finalize_object()
@@ -103,15 +102,15 @@ def _in_threads(arguments: dict[str, str]) -> str:
     )
 
 
-def _share(found: Machine, arguments: dict[str, str], share: str) -> str:
+def _share(arguments: dict[str, str], units: tuple[str, ...]) -> str:
     """The beginning of `share`: the arguments, and the first and the last unit of this thread."""
-    code = [f'define void @share(ptr %arguments) "prefer-vector-width"="{32 * found.lanes}" {{', "entry:"]
+    code = [f'define void @share(ptr %arguments) "prefer-vector-width"="{32 * lanes()}" {{', "entry:"]
     for i, (name, type_) in enumerate(arguments.items()):
         code += [f"%at.{name} = getelementptr i64, ptr %arguments, i64 {i}", f"%{name} = load {type_}, ptr %at.{name}"]
     return "\n".join(
         [
             *code,
-            share,
+            *units,
             "%thread32 = call i32 @omp_get_thread_num()",
             "%threads32 = call i32 @omp_get_num_threads()",
             "%thread = zext i32 %thread32 to i64",
@@ -127,7 +126,35 @@ def _share(found: Machine, arguments: dict[str, str], share: str) -> str:
     )
 
 
-_END = "done:\nret void\n}"
+def lanes() -> int:
+    """Numbers in a vector on this machine, where kernels can run."""
+    found = machine()
+    assert found is not None
+    return found.lanes
+
+
+def everywhere(scalar: str, vector: str, type_: str = "float") -> list[str]:
+    """A vector with a scalar in all lanes."""
+    kind = f"<{lanes()} x {type_}>"
+    return [
+        f"{vector}.one = insertelement {kind} poison, {type_} {scalar}, i64 0",
+        f"{vector} = shufflevector {kind} {vector}.one, {kind} poison, <{lanes()} x i32> zeroinitializer",
+    ]
+
+
+def splat(value: float | int) -> str:
+    """A constant vector: of float32 for a float, of i32 for an int."""
+    return f"splat (i32 {value})" if isinstance(value, int) else f"splat (float {float_constant(value)})"
+
+
+def next_row() -> list[str]:
+    """The end of a loop over rows, which began at the label `work` with row `%r`."""
+    more = ["%r.next = add i64 %r, 1", "%r.more = icmp ult i64 %r.next, %last"]
+    return ["row.done:", *more, "br i1 %r.more, label %work, label %done"]
+
+
+FIRST_ROW = ["work:", "%r = phi i64 [%first, %entry], [%r.next, %row.done]"]
+"""Its beginning."""
 
 
 def float_constant(value: float) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kforcing.cpu.compiler import compiled, float_constant, machine
+from kforcing.cpu.compiler import FIRST_ROW, compiled, everywhere, lanes, machine, next_row, splat
 
 LOG2_E = 1.4426950408889634
 EXP2 = (1.0, 0.6931469775973305, 0.24022242082677497, 0.05550733744824601, 0.00967151281249456, 0.0013264727213721712)
@@ -55,7 +55,8 @@ def gated(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
 
 @cache
 def _norm() -> Any:
-    n, f = _vectors()
+    n = lanes()
+    f = f"<{n} x float>"
     arguments = {"x": "ptr", "gain": "ptr", "y": "ptr", "units": "i64", "D": "i64", "eps": "float"}
     functions = [f"declare {f} @llvm.fma.v{n}f32({f}, {f}, {f})"]
     functions += [f"declare float @llvm.vector.reduce.fadd.v{n}f32(float, {f})", "declare float @llvm.sqrt.f32(float)"]
@@ -73,7 +74,7 @@ def _norm() -> Any:
         "%mean.eps = fadd float %mean, %eps",
         "%root = call float @llvm.sqrt.f32(float %mean.eps)",
         "%factor = fdiv float 1.0, %root",
-        *_everywhere("factor", f, n),
+        *everywhere("%factor", "%factor.v"),
         "br label %put",
         *_loop("put", "scale", []),
         *_load("xw", "x.row", "put.i", f),
@@ -82,14 +83,15 @@ def _norm() -> Any:
         f"%out = fmul {f} %scaled, %g",
         *_put("out", "y.row", "put.i", f),
         *_repeat("put", "D", n, "row.done"),
-        *_end(),
+        *next_row(),
     ]
-    return compiled(body, arguments, "", "\n".join(functions))
+    return compiled(body, arguments, functions)
 
 
 @cache
 def _turn() -> Any:
-    n, f = _vectors()
+    n = lanes()
+    f = f"<{n} x float>"
     arguments = {"x": "ptr", "cos": "ptr", "sin": "ptr", "units": "i64", "A": "i64", "H": "i64", "E": "i64"}
     code = []
     for name, table in (("cos", "cos.row"), ("sin", "sin.row")):
@@ -124,22 +126,23 @@ def _turn() -> Any:
         "%h.next = add i64 %h, 1",
         "%h.more = icmp ult i64 %h.next, %H",
         "br i1 %h.more, label %head, label %row.done",
-        *_end(),
+        *next_row(),
     ]
-    return compiled(body, arguments, "", "")
+    return compiled(body, arguments, [])
 
 
 @cache
 def _gate() -> Any:
     """silu(x) = x / (1 + 2^(−x · log2 e)), the power from its whole part as an exponent and a polynomial of the rest."""
-    n, f = _vectors()
+    n = lanes()
+    f = f"<{n} x float>"
     i = f"<{n} x i32>"
     arguments = {"gate": "ptr", "up": "ptr", "y": "ptr", "units": "i64", "I": "i64", "stride": "i64"}
     functions = [f"declare {f} @llvm.rint.v{n}f32({f})", f"declare {f} @llvm.fma.v{n}f32({f}, {f}, {f})"]
     functions += [f"declare {f} @llvm.{name}.v{n}f32({f}, {f})" for name in ("maxnum", "minnum")]
-    polynomial, value = [], _all(EXP2[-1])
+    polynomial, value = [], splat(EXP2[-1])
     for power in range(len(EXP2) - 2, -1, -1):
-        polynomial.append(f"%p{power} = call {f} @llvm.fma.v{n}f32({f} {value}, {f} %rest, {f} {_all(EXP2[power])})")
+        polynomial.append(f"%p{power} = call {f} @llvm.fma.v{n}f32({f} {value}, {f} %rest, {f} {splat(EXP2[power])})")
         value = f"%p{power}"
     body = [
         *_begin({"gate": "stride", "up": "stride", "y": "I"}),
@@ -147,47 +150,36 @@ def _gate() -> Any:
         *_loop("inner", "work", []),
         *_load("x", "gate.row", "inner.i", f),
         *_load("u", "up.row", "inner.i", f),
-        f"%e = fmul {f} %x, {_all(-LOG2_E)}",
-        f"%e.low = call {f} @llvm.maxnum.v{n}f32({f} %e, {f} {_all(-126.0)})",
-        f"%e.in = call {f} @llvm.minnum.v{n}f32({f} %e.low, {f} {_all(126.0)})",
+        f"%e = fmul {f} %x, {splat(-LOG2_E)}",
+        f"%e.low = call {f} @llvm.maxnum.v{n}f32({f} %e, {f} {splat(-126.0)})",
+        f"%e.in = call {f} @llvm.minnum.v{n}f32({f} %e.low, {f} {splat(126.0)})",
         f"%whole = call {f} @llvm.rint.v{n}f32({f} %e.in)",
         f"%rest = fsub {f} %e.in, %whole",
         *polynomial,
         f"%whole.i = fptosi {f} %whole to {i}",
-        f"%biased = add {i} %whole.i, splat (i32 127)",
-        f"%exponent = shl {i} %biased, splat (i32 23)",
+        f"%biased = add {i} %whole.i, {splat(127)}",
+        f"%exponent = shl {i} %biased, {splat(23)}",
         f"%power = bitcast {i} %exponent to {f}",
         f"%exp = fmul {f} {value}, %power",
-        f"%below = fadd {f} %exp, {_all(1.0)}",
+        f"%below = fadd {f} %exp, {splat(1.0)}",
         f"%silu = fdiv {f} %x, %below",
         f"%out = fmul {f} %silu, %u",
         *_put("out", "y.row", "inner.i", f),
         *_repeat("inner", "I", n, "row.done"),
-        *_end(),
+        *next_row(),
     ]
-    return compiled(body, arguments, "", "\n".join(functions))
-
-
-def _vectors() -> tuple[int, str]:
-    found = machine()
-    assert found is not None
-    return found.lanes, f"<{found.lanes} x float>"
+    return compiled(body, arguments, functions)
 
 
 def _begin(rows: dict[str, str]) -> list[str]:
     """The loop over rows begins: a pointer to the row of each tensor, whose rows are so far from each other."""
-    code = ["work:", "%r = phi i64 [%first, %entry], [%r.next, %row.done]"]
+    code = list(FIRST_ROW)
     for name, length in rows.items():
         code += [
             f"%{name}.at = mul i64 %r, %{length}",
             f"%{name}.row = getelementptr float, ptr %{name}, i64 %{name}.at",
         ]
     return code
-
-
-def _end() -> list[str]:
-    more = ["%r.next = add i64 %r, 1", "%r.more = icmp ult i64 %r.next, %last"]
-    return ["row.done:", *more, "br i1 %r.more, label %work, label %done"]
 
 
 def _loop(label: str, before: str, state: list[str]) -> list[str]:
@@ -213,14 +205,3 @@ def _put(name: str, row: str, at: str, vector: str) -> list[str]:
         f"%{name}.put = getelementptr float, ptr %{row}, i64 %{at}",
         f"store {vector} %{name}, ptr %{name}.put, align 4",
     ]
-
-
-def _everywhere(name: str, vector: str, n: int) -> list[str]:
-    return [
-        f"%{name}.i = insertelement {vector} poison, float %{name}, i64 0",
-        f"%{name}.v = shufflevector {vector} %{name}.i, {vector} poison, <{n} x i32> zeroinitializer",
-    ]
-
-
-def _all(value: float) -> str:
-    return f"splat (float {float_constant(value)})"

@@ -101,14 +101,14 @@ def _product(rows: int, dtype: torch.dtype) -> Callable[..., None]:
     block = max(1, min(8, found.sums // rows))
     shape = Shape(rows, block, found.lanes, _inputs_at_once(dtype), WEIGHTS[dtype])
     vector, n = shape.vector, shape.lanes
-    units = f"%M.up = add i64 %M, {block - 1}\n%units = udiv i64 %M.up, {block}"
+    units = (f"%M.up = add i64 %M, {block - 1}", f"%units = udiv i64 %M.up, {block}")
     functions = [
         "declare void @llvm.prefetch.p0(ptr, i32, i32, i32)",
         f"declare {vector} @llvm.fma.v{n}f32({vector}, {vector}, {vector})",
         f"declare float @llvm.vector.reduce.fadd.v{n}f32(float, {vector})",
     ]
     body = [*_block(shape), *_inputs(shape), *_store(shape)]
-    return compiled(body, ARGUMENTS, units, "\n".join(functions))
+    return compiled(body, ARGUMENTS, functions, units)
 
 
 def _inputs_at_once(dtype: torch.dtype) -> int:

@@ -15,13 +15,23 @@ Shapes: R rows, V vocabulary, n tokens left of a row at most.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from kforcing.cpu.compiler import compiled, float_constant, machine
+from kforcing.cpu.compiler import (
+    FIRST_ROW,
+    compiled,
+    everywhere,
+    float_constant,
+    lanes,
+    machine,
+    next_row,
+    splat,
+)
 from kforcing.noise import RACE_LAST_SHIFT, RACE_ROUNDS, RACE_STRIDE, race_key
 
 GROUPS = 64
@@ -72,9 +82,7 @@ def may_win(logits_RV: Tensor, z_R: Tensor, temperature_R: Tensor, best: int = 1
 @cache
 def _kernel(several: bool) -> Callable[..., None]:
     """The kernel for the winner, or for several best. A unit of work is a row."""
-    found = machine()
-    assert found is not None
-    n = found.lanes
+    n = lanes()
     f, i = f"<{n} x float>", f"<{n} x i32>"
     arguments = dict.fromkeys(("logits", "low", "high", "inverse", "bounds", "ids", "count"), "ptr")
     arguments |= {"units": "i64", "V": "i64", "whole": "i64"}
@@ -86,27 +94,21 @@ def _kernel(several: bool) -> Callable[..., None]:
         f"declare void @llvm.masked.compressstore.v{n}i32({i}, ptr, <{n} x i1>)",
         f"declare i{n} @llvm.ctpop.i{n}(i{n})",
     ]
-    body = [*_row(n), *_bounds(n), *_threshold(n, "fmin" if several else "fmax"), *_kept(n)]
-    return compiled(body, arguments, "", "\n".join(functions))
+    body = [*_row(), *_bounds(n), *_threshold(n, "fmin" if several else "fmax"), *_kept(n)]
+    return compiled(body, arguments, functions)
 
 
-def _splat(type_: str, value: object) -> str:
-    return f"splat ({type_} {value})"
-
-
-def _row(n: int) -> list[str]:
+def _row() -> list[str]:
     """The loop over rows begins: the row's logits, noise and inverse temperature, each in all lanes of a vector."""
-    code = ["work:", "%r = phi i64 [%first, %entry], [%r.next, %row.done]"]
+    code = list(FIRST_ROW)
     code += ["%rV = mul i64 %r, %V", "%l = getelementptr float, ptr %logits, i64 %rV"]
     code += ["%tw = mul i64 %thread, %whole", "%u = getelementptr float, ptr %bounds, i64 %tw"]
     code += ["%ri = mul i64 %r, %whole", "%kept = getelementptr i32, ptr %ids, i64 %ri"]
     for name, type_ in (("low", "i32"), ("high", "i32"), ("inverse", "float")):
-        vector = f"<{n} x {type_}>"
         code += [
             f"%{name}.p = getelementptr {type_}, ptr %{name}, i64 %r",
             f"%{name}.1 = load {type_}, ptr %{name}.p",
-            f"%{name}.i = insertelement {vector} poison, {type_} %{name}.1, i64 0",
-            f"%{name}.v = shufflevector {vector} %{name}.i, {vector} poison, <{n} x i32> zeroinitializer",
+            *everywhere(f"%{name}.1", f"%{name}.v", type_),
         ]
     return [*code, "br label %bound"]
 
@@ -114,48 +116,43 @@ def _row(n: int) -> list[str]:
 def _bounds(n: int) -> list[str]:
     """The first pass: U of each token into memory, and the largest of each group where w ≤ 1/2."""
     f, i = f"<{n} x float>", f"<{n} x i32>"
-    minus = "0xFFF0000000000000"  # −∞
-    lanes = ", ".join(f"i32 {lane}" for lane in range(n))
     parts = range(GROUPS // n)
     code = ["bound:", "%v = phi i64 [0, %work], [%v.next, %bound]"]
-    code += [f"%top{p} = phi {f} [{_splat('float', minus)}, %work], [%top{p}.next, %bound]" for p in parts]
+    code += [f"%top{p} = phi {f} [{splat(-math.inf)}, %work], [%top{p}.next, %bound]" for p in parts]
     for p in parts:
         code += [
             f"%v{p} = add i64 %v, {p * n}",
-            f"%v32.{p} = trunc i64 %v{p} to i32",
-            f"%vi{p} = insertelement {i} poison, i32 %v32.{p}, i64 0",
-            f"%vs{p} = shufflevector {i} %vi{p}, {i} poison, {i} zeroinitializer",
-            f"%id{p} = add {i} %vs{p}, <{lanes}>",
-            f"%x{p}.m = mul {i} %id{p}, {_splat('i32', RACE_STRIDE)}",
+            *_ids(f"%v{p}", f"%id{p}", n),
+            f"%x{p}.m = mul {i} %id{p}, {splat(RACE_STRIDE)}",
             f"%x{p}.0 = add {i} %x{p}.m, %low.v",
         ]
         x = f"%x{p}.0"
         for turn, (shift, multiplier) in enumerate(RACE_ROUNDS):
             name = f"%x{p}.{turn + 1}"
-            code += [f"{name}.s = lshr {i} {x}, {_splat('i32', shift)}", f"{name}.x = xor {i} {x}, {name}.s"]
-            code.append(f"{name}{'.p' if turn == 0 else ''} = mul {i} {name}.x, {_splat('i32', multiplier)}")
+            code += [f"{name}.s = lshr {i} {x}, {splat(shift)}", f"{name}.x = xor {i} {x}, {name}.s"]
+            code.append(f"{name}{'.p' if turn == 0 else ''} = mul {i} {name}.x, {splat(multiplier)}")
             if turn == 0:
                 code.append(f"{name} = add {i} {name}.p, %high.v")
             x = name
         code += [
-            f"%s{p} = lshr {i} {x}, {_splat('i32', RACE_LAST_SHIFT)}",
+            f"%s{p} = lshr {i} {x}, {splat(RACE_LAST_SHIFT)}",
             f"%y{p} = xor {i} {x}, %s{p}",
-            f"%word{p} = and {i} %y{p}, {_splat('i32', 0x7FFFFFFF)}",
+            f"%word{p} = and {i} %y{p}, {splat(0x7FFFFFFF)}",
             f"%wf{p} = sitofp {i} %word{p} to {f}",
-            f"%wm{p} = fmul {f} %wf{p}, {_splat('float', float_constant(2.0**-31))}",
-            f"%w{p} = fadd {f} %wm{p}, {_splat('float', float_constant(2.0**-32))}",
+            f"%wm{p} = fmul {f} %wf{p}, {splat(2.0**-31)}",
+            f"%w{p} = fadd {f} %wm{p}, {splat(2.0**-32)}",
             f"%bits{p} = bitcast {f} %w{p} to {i}",
             f"%bf{p} = sitofp {i} %bits{p} to {f}",
-            f"%bl{p} = fmul {f} %bf{p}, {_splat('float', float_constant(0.6931471805599453 * 2.0**-23))}",
-            f"%log{p} = fsub {f} %bl{p}, {_splat('float', float_constant(127 * 0.6931471805599453))}",
+            f"%bl{p} = fmul {f} %bf{p}, {splat(0.6931471805599453 * 2.0**-23)}",
+            f"%log{p} = fsub {f} %bl{p}, {splat(127 * 0.6931471805599453)}",
             f"%lp{p} = getelementptr float, ptr %l, i64 %v{p}",
             f"%lv{p} = load {f}, ptr %lp{p}, align 4",
             f"%lt{p} = fmul {f} %lv{p}, %inverse.v",
             f"%u{p} = fsub {f} %lt{p}, %log{p}",
             f"%up{p} = getelementptr float, ptr %u, i64 %v{p}",
             f"store {f} %u{p}, ptr %up{p}, align 4",
-            f"%half{p} = fcmp ole {f} %w{p}, {_splat('float', float_constant(0.5))}",
-            f"%um{p} = select <{n} x i1> %half{p}, {f} %u{p}, {f} {_splat('float', minus)}",
+            f"%half{p} = fcmp ole {f} %w{p}, {splat(0.5)}",
+            f"%um{p} = select <{n} x i1> %half{p}, {f} %u{p}, {f} {splat(-math.inf)}",
             f"%top{p}.next = call {f} @llvm.maxnum.v{n}f32({f} %top{p}, {f} %um{p})",
         ]
     return [
@@ -184,8 +181,7 @@ def _threshold(n: int, reduction: str) -> list[str]:
         f"%room.r = fmul float %size, {float_constant(2.0**-18)}",
         f"%room = fadd float %room.r, {float_constant(0.45)}",
         f"%least = fsub float {best}, %room",
-        f"%least.i = insertelement {f} poison, float %least, i64 0",
-        f"%least.v = shufflevector {f} %least.i, {f} poison, <{n} x i32> zeroinitializer",
+        *everywhere("%least", "%least.v"),
         "br label %keep",
     ]
 
@@ -193,7 +189,6 @@ def _threshold(n: int, reduction: str) -> list[str]:
 def _kept(n: int) -> list[str]:
     """The second pass: the ids of the tokens that reach the threshold, and their number."""
     f, i = f"<{n} x float>", f"<{n} x i32>"
-    lanes = ", ".join(f"i32 {lane}" for lane in range(n))
     return [
         "keep:",
         "%k = phi i64 [0, %threshold], [%k.next, %keep]",
@@ -201,10 +196,7 @@ def _kept(n: int) -> list[str]:
         "%kp = getelementptr float, ptr %u, i64 %k",
         f"%ku = load {f}, ptr %kp, align 4",
         f"%reach = fcmp oge {f} %ku, %least.v",
-        "%k32 = trunc i64 %k to i32",
-        f"%ki = insertelement {i} poison, i32 %k32, i64 0",
-        f"%ks = shufflevector {i} %ki, {i} poison, {i} zeroinitializer",
-        f"%kid = add {i} %ks, <{lanes}>",
+        *_ids("%k", "%kid", n),
         "%np = getelementptr i32, ptr %kept, i64 %n",
         f"call void @llvm.masked.compressstore.v{n}i32({i} %kid, ptr %np, <{n} x i1> %reach)",
         f"%mask = bitcast <{n} x i1> %reach to i{n}",
@@ -213,11 +205,17 @@ def _kept(n: int) -> list[str]:
         "%n.next = add i64 %n, %ones64",
         f"%k.next = add i64 %k, {n}",
         "%k.more = icmp ult i64 %k.next, %whole",
-        "br i1 %k.more, label %keep, label %row.done",
-        "row.done:",
+        "br i1 %k.more, label %keep, label %counted",
+        "counted:",
         "%cp = getelementptr i64, ptr %count, i64 %r",
         "store i64 %n.next, ptr %cp",
-        "%r.next = add i64 %r, 1",
-        "%r.more = icmp ult i64 %r.next, %last",
-        "br i1 %r.more, label %work, label %done",
+        "br label %row.done",
+        *next_row(),
     ]
+
+
+def _ids(first: str, vector: str, n: int) -> list[str]:
+    """A vector of the ids from an i64 on."""
+    steps = ", ".join(f"i32 {lane}" for lane in range(n))
+    code = [f"{vector}.first = trunc i64 {first} to i32", *everywhere(f"{vector}.first", f"{vector}.all", "i32")]
+    return [*code, f"{vector} = add <{n} x i32> {vector}.all, <{steps}>"]

@@ -5,10 +5,10 @@ import torch
 from torch.nn.functional import rms_norm, silu
 from torch.testing import assert_close
 
-from kforcing.cpu.compiler import machine
 from kforcing.cpu.pointwise import can_run, gated, normed, turn
+from tests.models import needs_kernels
 
-pytestmark = pytest.mark.skipif(machine() is None, reason="the kernels need llvmlite and torch with OpenMP of GNU")
+pytestmark = needs_kernels
 
 
 @pytest.fixture(params=[1, 3, 40])

@@ -13,10 +13,10 @@ from kforcing.engine.config import EngineConfig
 from kforcing.engine.engine import Engine
 from kforcing.engine.linear import Joined, RowLinear, quantise, row_copy
 from kforcing.engine.request import Request, SamplingParams
-from tests.models import make_sequential
+from tests.models import make_sequential, needs_kernels
 
 found = machine()
-pytestmark = pytest.mark.skipif(found is None, reason="the kernel needs llvmlite and torch with OpenMP of GNU")
+pytestmark = needs_kernels
 MOST = found.most_rows if found else 1
 
 

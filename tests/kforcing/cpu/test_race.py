@@ -5,10 +5,10 @@ import torch
 
 from kforcing import coupling
 from kforcing.coupling import gumbel_candidates, gumbel_max
-from kforcing.cpu.compiler import machine
 from kforcing.cpu.race import can_race, may_win
+from tests.models import needs_kernels
 
-pytestmark = pytest.mark.skipif(machine() is None, reason="the kernel needs llvmlite and torch with OpenMP of GNU")
+pytestmark = needs_kernels
 
 
 def rows(vocabulary: int, spread: float, n: int = 24) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,14 +1,13 @@
 """The comparison of weights of 8 bits with a model's own."""
 
-import pytest
 import torch
 
 from kforcing.backbone import random_llama
-from kforcing.cpu.compiler import machine
 from kforcing.engine import linear
 from pipelines.benchmarks.quantization import compare
+from tests.models import needs_kernels
 
-pytestmark = pytest.mark.skipif(machine() is None, reason="the kernel needs llvmlite and torch with OpenMP of GNU")
+pytestmark = needs_kernels
 SMALL = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 SMALL |= {"num_key_value_heads": 2, "intermediate_size": 128}
 DOCUMENTS = [list(range(3, 40)), list(range(100, 120))]
