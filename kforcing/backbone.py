@@ -49,20 +49,20 @@ class FinishedHead(nn.Module):
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
-_FINISHES: WeakKeyDictionary[PreTrainedModel, tuple[float, float | None]] = WeakKeyDictionary()
-"""Of each model: the scale and the cap of its logits. Every step of an engine asks for them several times."""
+_LOGIT_SCALES: WeakKeyDictionary[PreTrainedModel, tuple[float, float | None]] = WeakKeyDictionary()
+"""The scale and the cap of each model's logits. Every step of an engine asks for them several times."""
 
 
 def head(backbone: PreTrainedModel) -> nn.Linear | FinishedHead:
     """The LM head of a backbone, which maps final states to logits; context and hints share it."""
     linear = cast(nn.Linear, backbone.get_output_embeddings())
-    if backbone not in _FINISHES:
-        _FINISHES[backbone] = _finish(text_config(backbone.config))
-    scale, cap = _FINISHES[backbone]
+    if backbone not in _LOGIT_SCALES:
+        _LOGIT_SCALES[backbone] = _scale_and_cap(text_config(backbone.config))
+    scale, cap = _LOGIT_SCALES[backbone]
     return linear if scale == 1 and cap is None else FinishedHead(linear, scale, cap)
 
 
-def _finish(config: Any) -> tuple[float, float | None]:
+def _scale_and_cap(config: Any) -> tuple[float, float | None]:
     """What a model scales its logits by, and the cap of its soft-capping."""
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     if divisor := getattr(config, "logits_scaling", None):  # Granite divides, HyperCLOVA multiplies

@@ -46,11 +46,11 @@ class EngineConfig:
     compiled: bool = False
     """Run the layers through torch.compile. On a CPU it needs a C++ compiler and excludes `row_kernel`, which gains more."""
     row_kernel: bool | None = None
-    """Multiply up to about 20 rows by the weights with our own kernel (`cpu/products.py`), which takes little longer for 8
+    """Multiply up to about 20 rows by the weights with our own kernel (`cpu/products.py`), which takes a quarter longer for 8
     rows than for one. None means yes where it can run: on a CPU under Linux with llvmlite."""
     quantization: str | None = None
-    """`int8` holds the weights of linear maps (`nn.Linear`) as 8-bit numbers with a scale for each output. Steps on a CPU are
-    about twice as fast, and the model changes a little: exact mode then gives the text of that AR model."""
+    """`int8` holds the weights of linear maps (`nn.Linear`) as 8-bit numbers with a scale for each output. AR decoding on a
+    CPU is 1.5 to 2 times as fast, and the model changes a little: exact mode then gives the text of that AR model."""
     graphs: bool | None = None
     """Replay steps as CUDA graphs, one for each shape of a step; None means yes on a GPU."""
 

@@ -105,7 +105,7 @@ def test_a_copy_of_a_model_with_these_maps_has_its_own_weights_and_another_defau
         assert twin(x[:0]).shape == (0, 100)
 
 
-def test_gradients_go_the_way_of_torch():
+def test_gradients_are_those_of_torch():
     (copied,) = row_copy(nn.Sequential(nn.Linear(192, 100)))
     x = torch.randn(3, 192, requires_grad=True)
     copied(x).sum().backward()
