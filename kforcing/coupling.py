@@ -17,7 +17,7 @@ from kforcing.noise import race_words
 
 _SMALLEST = 5e-324
 ENTRIES = {"cpu": 2**17}
-"""Logits at a time, 2²² elsewhere. What is made of them is larger, and on a CPU stays in the caches."""
+"""Logits at a time, 2²⁵ elsewhere. What is made of them is larger, and on a CPU stays in the caches."""
 RACE_ENTRIES = 2**25
 """The same where the kernel leaves few of them."""
 BLOCK = 256
@@ -152,7 +152,7 @@ def first_largest(scores: Tensor) -> Tensor:
 def _by_rows(draw: Draw, logits: Tensor, z: Tensor, temperature: Tensor | float, entries: int | None = None) -> Tensor:
     """`draw` of a few rows at a time."""
     shape, V = logits.shape[:-1], logits.shape[-1]
-    size = max(1, (entries or ENTRIES.get(logits.device.type, 2**22)) // V)
+    size = max(1, (entries or ENTRIES.get(logits.device.type, 2**25)) // V)
     if shape.numel() <= size:
         return draw(logits, z, temperature)
     temperatures: Iterable[Tensor | float] = itertools.repeat(temperature)

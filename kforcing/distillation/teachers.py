@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kforcing.attention.reader import BlockReader
-from kforcing.attention.windows import Windows, read_context
+from kforcing.attention.windows import Context, Windows, read_context
 from kforcing.backbone import embeddings, lm_head
 from kforcing.chunking import CHUNK, in_chunks
 from kforcing.coupling import Coupling
@@ -40,9 +40,9 @@ class ARTeacher:
         self.backbone, self.coupling = backbone.eval(), coupling
 
     @torch.no_grad()
-    def rollout(self, windows: Windows) -> Tensor:
-        """Implements `Teacher.rollout`."""
-        return self._unroll(windows, lambda logits: ())[0]
+    def rollout(self, windows: Windows, context: Context | None = None) -> Tensor:
+        """Implements `Teacher.rollout`; `context` is that of the windows, where it has been read already."""
+        return self._unroll(windows, lambda logits: (), context)[0]
 
     @torch.no_grad()
     def labelled_rollout(self, windows: Windows, m: int) -> tuple[Tensor, SoftTargets]:
@@ -55,9 +55,11 @@ class ARTeacher:
         tokens, logp, ids = self._unroll(windows, label)
         return tokens, SoftTargets(logp, ids)
 
-    def _unroll(self, windows: Windows, label: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
+    def _unroll(
+        self, windows: Windows, label: Callable[[Tensor], tuple[Tensor, ...]], context: Context | None = None
+    ) -> list[Tensor]:
         """(B, W, K) tokens, and the (B, W, K, …) tensors that `label` returns for the float32 logits."""
-        context = read_context(self.backbone, windows.context_BN)
+        context = context or read_context(self.backbone, windows.context_BN)
         reader = BlockReader(self.backbone.base_model, context.layers, windows.anchors_BW)
         states_BWD, shape = context.at(windows.anchors_BW), windows.anchors_BW.shape
         temperature_R = windows.temperature_BW.flatten()

@@ -43,10 +43,10 @@ def window_scores(student: PushForwardLM, teacher: PreTrainedModel, windows: Win
         student: its k is at least that of the windows.
         teacher: the AR model.
     """
-    mine = student.draw(windows).tokens_BWK
-    theirs = ARTeacher(teacher, COUPLINGS[student.config.design.coupling]).rollout(windows)
-    context = read_context(teacher, windows.context_BN)
-    scores = student.scores(windows, theirs)
+    context, own = (read_context(model, windows.context_BN) for model in (teacher, student.backbone))
+    mine = student.tokens(windows, own)
+    theirs = ARTeacher(teacher, COUPLINGS[student.config.design.coupling]).rollout(windows, context)
+    scores = student.scores(windows, theirs, own)
 
     def teacher_nll(tokens_BWK: Tensor) -> Tensor:
         return token_nll(head(teacher), ar_block_states(teacher, context, windows.anchors_BW, tokens_BWK), tokens_BWK)

@@ -158,7 +158,8 @@ def _smollm2(name: str, steps: int) -> Config:
             batch=2,
             micro_batch=1,
             cpus_per_worker=0.5,
-            lr=1e-3,
+            lr=2e-3,
+            muon_lr=0.02,
             warmup=30,
             beta2=0.95,
             weight_decay=0.01,
@@ -167,9 +168,10 @@ def _smollm2(name: str, steps: int) -> Config:
             checkpoint_every=100,
             log_every=10,
         ),
-        eval=EvalConfig(blocks=32, windows=16, prompt_tokens=48, new_tokens=96, batch=8),
+        eval=EvalConfig(blocks=16, windows=16, prompt_tokens=48, new_tokens=96, batch=8),
     )
-    return dataclasses.replace(sequential(config, hint_layers=1), targets="text", loss="kl")
+    config = sequential(config, hint_layers=1, shortlist=64, draft_rank=128)
+    return dataclasses.replace(config, targets="text", loss="tv")
 
 
 RECIPES: dict[str, Callable[[], Config]] = {

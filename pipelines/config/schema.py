@@ -135,6 +135,10 @@ class TrainConfig:
     sampled_tokens: Annotated[int, Field(ge=0), RUNTIME] = 0
     """For targets=text: this many random tokens of the vocabulary stand for all that the AR model finds unlikely, so that the
     loss does not need every logit; 0 for the whole vocabulary."""
+    muon_lr: Annotated[Annotated[float, Field(gt=0, le=10)] | None, ADDED] = None
+    """Train matrices with Muon (orthogonalised momentum) and only the rest with AdamW: the peak of the spectral norm of an
+    update of a matrix that is not taller than wide; 0.02 is usual. `clip` then has no effect, and ZeRO has stage 1 or 2.
+    None for AdamW alone."""
     on_policy_fraction: Annotated[Share, Formerly("own_windows")] = 0.0
     """Share of sequences, in the later part of a stage, whose windows the student itself rolls out; the AR model inside
     it scores them. This needs loss=soft, an exact trunk and rollout.teacher_top_k=none."""
@@ -165,6 +169,11 @@ class TrainConfig:
     """Steps between progress lines and metric points."""
     max_failures: Annotated[Annotated[int, Field(ge=-1)], RUNTIME] = 2
     """How often Ray Train restarts a failed worker group from the last checkpoint."""
+
+    @property
+    def clip_norm(self) -> float:
+        """The largest gradient norm; 0 for none, as with Muon, whose updates have one size whatever the gradients'."""
+        return 0.0 if self.muon_lr else self.clip
 
 
 @dataclass(frozen=True, config=SECTION)

@@ -88,6 +88,11 @@ def _check_batch(section: str, train: TrainConfig) -> None:
             f"{section}.batch={train.batch} cannot be dealt to {train.workers} ZeRO workers in micro-batches of "
             f"{train.micro_batch}: batch must be a multiple of workers × micro_batch = {train.workers * train.micro_batch}"
         )
+    if train.muon_lr and train.zero_stage == 3:
+        raise ConfigError(
+            f"{section}.muon_lr={train.muon_lr} needs whole matrices, which {section}.zero_stage=3 scatters; use "
+            "zero_stage=1 or 2, or leave muon_lr out"
+        )
 
 
 def check_targets(stage: StageSpec) -> None:

@@ -63,7 +63,9 @@ def train_baseline(folder: Path, training: BaselineTraining, given: dict[str, An
     train = _train_config(training, max(1, round(budget / flops.total)))
     store = TokenStore(training.store, training.seed)
     checkpoint = folder / "training.pt"
-    seconds = train_here(module, _batches(training, train.batch), train, training.method, store, checkpoint)
+    seconds = train_here(
+        module, _batches(training, train.batch), train, training.method, (str(store.folder), store.seed), checkpoint
+    )
     save_model(model, str(folder / "model.safetensors"))
     return {
         "flops": train.steps * flops.total,

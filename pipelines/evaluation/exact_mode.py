@@ -25,6 +25,8 @@ from pipelines.data.token_store import TokenStore
 TEMPERATURES = (1.0, 0.7, 0.0)
 BATCHES = (1, 4)
 """Prompts at a time of which speed is measured, at temperature 1."""
+PROMPTS = 8
+"""Prompts of which texts and tokens a step are compared."""
 ROUNDS = 3
 """AR model and student take turns in each; one more warms up."""
 
@@ -56,7 +58,7 @@ def measure_exact_mode(job: ExactJob) -> dict[str, Any]:
 
 
 def _measure(job: ExactJob, student: Any) -> dict[str, Any]:
-    rows = TokenStore(job.heldout, job.seed).read(np.arange(max(BATCHES)))
+    rows = TokenStore(job.heldout, job.seed).read(np.arange(PROMPTS))
     prompts = tokens_of(rows)[:, : job.config.prompt_tokens].tolist()
     longest, coupling = job.config.prompt_tokens + job.config.new_tokens, student.design.coupling
     ar = Engine(student.backbone, EngineConfig(max(BATCHES), longest, coupling=coupling))

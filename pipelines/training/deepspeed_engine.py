@@ -25,6 +25,7 @@ from pipelines.training.guard import StepFigures
 from pipelines.training.schedule import ema_decay
 
 LATEST = "latest.json"
+MUON_MOMENTUM = 0.95
 
 
 def _import_deepspeed() -> Any:
@@ -37,29 +38,30 @@ def _import_deepspeed() -> Any:
         from deepspeed import ops
 
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        torch.compiler.set_stance("force_eager")  # for Muon, which DeepSpeed would compile
     deepspeed.utils.logger.setLevel("ERROR")
     return deepspeed
 
 
 def engine_config(train: TrainConfig, world_size: int, universal: bool) -> dict[str, Any]:
     """The DeepSpeed config of a stage; `universal` loads checkpoints of another world size."""
+    optimizer = {
+        "lr": train.lr,
+        "betas": [train.beta1, train.beta2],
+        "eps": train.eps,
+        "weight_decay": train.weight_decay,
+        "torch_adam": True,
+    }
+    if train.muon_lr:
+        optimizer |= {"muon_lr": train.muon_lr, "momentum": MUON_MOMENTUM, "ns_method": "gram", "adam_w_mode": True}
     return {
         "train_batch_size": train.batch,
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": train.batch // (train.micro_batch * world_size),
-        "gradient_clipping": train.clip,
+        "gradient_clipping": train.clip_norm,
         "zero_optimization": {"stage": train.zero_stage},
         "bf16": {"enabled": train.precision == "bf16"},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": train.lr,
-                "betas": [train.beta1, train.beta2],
-                "eps": train.eps,
-                "weight_decay": train.weight_decay,
-                "torch_adam": True,
-            },
-        },
+        "optimizer": {"type": "Muon" if train.muon_lr else "AdamW", "params": optimizer},
         "checkpoint": {"load_universal": universal},
         "steps_per_print": 10**9,
     }
@@ -94,12 +96,6 @@ class FrozenLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out)."""
         return linear(x, self.weight.detach(), None if self.bias is None else self.bias.detach())
-
-
-def set_lr(engine: Any, lr: float) -> None:
-    """Set the learning rate of the next update."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
 
 
 @torch.no_grad()
@@ -196,6 +192,16 @@ def _whole(checkpoint: Path, sizes: dict[str, int]) -> bool:
             )
             return False
     return checkpoint.is_dir()
+
+
+def check_workers(folder: Path, train: TrainConfig) -> None:
+    """Raise StageError when the newest checkpoint cannot be continued by this number of workers."""
+    latest = latest_checkpoint(folder)
+    if latest and train.muon_lr and latest["world_size"] != train.workers:
+        raise StageError(
+            f"{folder / latest['tag']} was written by {latest['world_size']} workers, and DeepSpeed cannot deal Muon's "
+            f"momentum to {train.workers}: set train.workers={latest['world_size']}, or remove {folder} to train it again"
+        )
 
 
 def load_checkpoint(engine: Any, average: MovingAverage | None, folder: Path) -> int:

@@ -6,6 +6,7 @@ All are pure functions of the step, so a resumed stage continues with the same v
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from pipelines.config.schema import TrainConfig
 
@@ -18,6 +19,17 @@ def learning_rate(step: int, train: TrainConfig) -> float:
         return train.lr
     progress = (step - train.warmup) / max(1, train.steps - train.warmup)
     return train.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def set_learning_rates(groups: list[dict[str, Any]], step: int, train: TrainConfig, muon: bool = False) -> None:
+    """Set the learning rate of an optimiser's groups for a step.
+
+    Args:
+        muon: whether all of them are Muon's; DeepSpeed marks groups of its own by `use_muon`.
+    """
+    lr = learning_rate(step, train)
+    for group in groups:
+        group["lr"] = lr * train.muon_lr / train.lr if train.muon_lr and group.get("use_muon", muon) else lr
 
 
 def ema_decay(step: int, limit: float) -> float:

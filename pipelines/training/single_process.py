@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from kforcing.device import pick_device
+from kforcing.distillation.losses import LossSums
 from kforcing.distillation.steps import StudentStep
 from kforcing.metrics.flops import flop_counter
 from kforcing.noise import derive_key
@@ -31,7 +33,7 @@ from pipelines.rollouts.plan import StepPlan
 from pipelines.runs.stages import StageError
 from pipelines.training.guard import Diverged, StepFigures, explain
 from pipelines.training.job import TrainJob, fit_candidates, micro_batches, stage_job
-from pipelines.training.schedule import ema_decay, learning_rate, on_policy_fraction
+from pipelines.training.schedule import ema_decay, on_policy_fraction, set_learning_rates
 
 KEEP_EVERY_S = 30.0
 
@@ -76,8 +78,9 @@ def train_here(
     batches: Batches,
     train: TrainConfig,
     name: str,
-    store: TokenStore,
+    place: tuple[str, int],
     checkpoint: Path | None = None,
+    watch: Callable[[int, LossSums], None] | None = None,
 ) -> float:
     """Make `train.steps` optimiser steps, and set the weights to their moving average. Returns the seconds that it took.
 
@@ -85,49 +88,74 @@ def train_here(
         module: maps a batch to `LossSums`; it is moved to the device of this process.
         batches: the micro-batches of each step.
         name: for progress lines.
-        store: of the rows that the batches are made from, in its order.
+        place: folder of the store that the batches are made from, and the seed of its order; errors name them.
         checkpoint: file from which a killed training continues; it is removed at the end.
+        watch: called with the number of each step and its sums.
     Raises:
         StageError: when training diverges.
     """
     module.to(pick_device())
     trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay
-    )
+    optimizers = make_optimizers(module, train)
     average = [p.detach().clone() for p in trained]
-    first, earlier = _resume(checkpoint, trained, optimizer, average)
+    first, earlier = _resume(checkpoint, trained, optimizers, average)
     started = kept = time.monotonic()
     for step in range(first, train.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, train)
-        optimizer.zero_grad()
-        loss, tokens = 0.0, 0
+        for optimizer in optimizers:
+            set_learning_rates(optimizer.param_groups, step, train, muon=isinstance(optimizer, torch.optim.Muon))
+            optimizer.zero_grad()
+        total: LossSums | None = None
         for batch in batches(step, train.steps):
             sums = module(batch)
             sums.loss.backward()
-            loss, tokens = loss + sums.loss.item(), tokens + sums.tokens
+            sums.loss = sums.loss.detach()
+            total = sums if total is None else total + sums
+        assert total is not None
+        loss, tokens = total.loss.item(), total.tokens
         for parameter in trained:
             if parameter.grad is not None:
                 parameter.grad.div_(tokens)
-        gradient = clip_grad_norm_(trained, train.clip or math.inf)
-        optimizer.step()
+        gradient = clip_grad_norm_(trained, train.clip_norm or math.inf)
+        for optimizer in optimizers:
+            optimizer.step()
         try:
             StepFigures(loss / tokens, gradient.item(), get_total_norm(trained).item()).check(train.max_loss)
         except Diverged as error:
             good = str(checkpoint) if checkpoint and checkpoint.is_file() else None
-            place = str(store.folder), store.seed
             raise StageError(f"{name}: {explain(error, step, train, place, good)}") from None
         _follow(average, trained, ema_decay(step, train.ema))
+        if watch:
+            watch(step, total)
         if step % 200 == 199:
             log.info(f"{name}  {step + 1}/{train.steps}  loss {loss / tokens:.3f}")
         if checkpoint and time.monotonic() - kept > KEEP_EVERY_S:
             kept = time.monotonic()
-            _keep(checkpoint, step + 1, earlier + kept - started, trained, optimizer, average)
+            _keep(checkpoint, step + 1, earlier + kept - started, trained, optimizers, average)
     _follow(trained, average, 0.0)
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
     return earlier + time.monotonic() - started
+
+
+def make_optimizers(module: nn.Module, train: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all trained parameters; with `train.muon_lr`, Muon for matrices and AdamW for the rest.
+
+    Embeddings and the LM head are no matrices in this sense; DeepSpeed, too, knows them by their names.
+    """
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            matrix = train.muon_lr and parameter.ndim == 2 and not re.search("embed|lm_head", name.lower())
+            (matrices if matrix else rest).append(parameter)
+    found: list[torch.optim.Optimizer] = []
+    if rest:
+        betas = (train.beta1, train.beta2)
+        found.append(torch.optim.AdamW(rest, train.lr, betas, train.eps, train.weight_decay))
+    if matrices:
+        assert train.muon_lr
+        found.append(torch.optim.Muon(matrices, train.muon_lr, train.weight_decay, adjust_lr_fn="original"))
+    return found
 
 
 def shortened(train: TrainConfig, steps: int) -> TrainConfig:
@@ -141,17 +169,19 @@ def _follow(means: list[Any], values: list[Any], decay: float) -> None:
         mean.lerp_(value, 1 - decay)
 
 
-def _keep(file: Path, step: int, seconds: float, trained: Any, optimizer: Any, average: Any) -> None:
-    state = {"step": step, "seconds": seconds, "optimizer": optimizer.state_dict(), "average": average}
+def _keep(file: Path, step: int, seconds: float, trained: Any, optimizers: Any, average: Any) -> None:
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    state = {"step": step, "seconds": seconds, "optimizers": states, "average": average}
     with atomic_file(file) as partial:
         torch.save({**state, "trained": [p.detach() for p in trained]}, partial)
 
 
-def _resume(file: Path | None, trained: Any, optimizer: Any, average: Any) -> tuple[int, float]:
+def _resume(file: Path | None, trained: Any, optimizers: Any, average: Any) -> tuple[int, float]:
     if file is None or not file.is_file():
         return 0, 0.0
     state = torch.load(file)
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(kept)
     _follow(trained, state["trained"], 0.0)
     _follow(average, state["average"], 0.0)
     return state["step"], state["seconds"]
@@ -221,7 +251,8 @@ class LocalStudent:
         def batches(step: int, steps: int) -> list[Any]:
             return rolled_out(step, on_policy_fraction(step, train))
 
-        seconds = train_here(module, batches, train, f"{self.name}  k{k}", self.store, self.folder / f"k{k}.pt")
+        place = str(self.store.folder), self.store.seed
+        seconds = train_here(module, batches, train, f"{self.name}  k{k}", place, self.folder / f"k{k}.pt")
         self.spent += steps * flops.total
         return {
             "flops": steps * flops.total,

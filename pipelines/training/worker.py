@@ -30,7 +30,7 @@ from pipelines.training import deepspeed_engine as strategy
 from pipelines.training.guard import Diverged, StepFigures, explain
 from pipelines.training.job import TrainJob, fit_candidates, micro_batches
 from pipelines.training.progress import Progress
-from pipelines.training.schedule import learning_rate, on_policy_fraction
+from pipelines.training.schedule import on_policy_fraction, set_learning_rates
 from pipelines.training.step import optimizer_step
 
 DIVERGED = "diverged.txt"
@@ -42,10 +42,12 @@ def fit(job: TrainJob, relay: Any) -> None:
 
     A stage that was interrupted continues from its last checkpoint; a stage whose model is there is left alone.
 
-    Raises StageError when training has diverged, or fails more often than `train.max_failures` allows.
+    Raises StageError when training has diverged, fails more often than `train.max_failures` allows, or was begun by a
+    number of workers that cannot be changed.
     """
     if Path(job.folder, "config.json").is_file():
         return
+    strategy.check_workers(Path(job.folder, "checkpoints"), job.train)
     diverged = Path(job.folder, DIVERGED)
     diverged.unlink(missing_ok=True)
     _fit(job, relay)
@@ -133,7 +135,7 @@ def train_worker(config: dict[str, Any]) -> None:
     own_key = derive_key(job.seed, job.stage, "own")
     for step, rows in progress.waits(zip(range(start, train.steps), batches, strict=False)):
         check_order(rows, step, train.batch)
-        strategy.set_lr(engine, learning_rate(step, train))
+        set_learning_rates(engine.optimizer.param_groups, step, train)
         batches_of_step = micro_batches(job, rows, train.micro_batch, own_key, on_policy_fraction(step, train))
         sums = optimizer_step(engine, batches_of_step)
         if _diverged(job, step, strategy.figures(engine, sums), rank):

@@ -12,7 +12,7 @@ from kforcing.distillation.teachers import ARTeacher
 from kforcing.metrics.fidelity import window_scores
 from kforcing.metrics.intervals import Interval, cluster_bootstrap, over_clusters
 from kforcing.noise import derive_key, sample_anchors, window_noise
-from kforcing.readout.base import BlockScores, Draw
+from kforcing.readout.base import BlockScores
 from tests.models import VOCAB, make_backbone
 
 
@@ -22,13 +22,13 @@ class UnrolledTeacher:
     config = SimpleNamespace(design=Design())
 
     def __init__(self, backbone):
-        self.teacher = ARTeacher(backbone, inverse_cdf)
+        self.backbone, self.teacher = backbone, ARTeacher(backbone, inverse_cdf)
 
-    def draw(self, windows):
-        return Draw(self.teacher.rollout(windows), torch.empty(0))
+    def tokens(self, windows, context):
+        return self.teacher.rollout(windows, context)
 
-    def scores(self, windows, tokens):
-        return BlockScores(one_hot(self.draw(windows).tokens_BWK, VOCAB).float() * 100, torch.nn.Identity())
+    def scores(self, windows, tokens, context):
+        return BlockScores(one_hot(self.tokens(windows, context), VOCAB).float() * 100, torch.nn.Identity())
 
 
 def windows():
@@ -49,7 +49,7 @@ def test_the_unrolled_teacher_as_student_is_perfect():
 def test_a_student_that_repeats_one_token_is_scored_as_such():
     backbone = make_backbone()
     stuck = UnrolledTeacher(backbone)
-    stuck.draw = lambda w: Draw(torch.full(w.noise_BWK.shape, 5), torch.empty(0))
+    stuck.tokens = lambda w, context: torch.full(w.noise_BWK.shape, 5)
     w = windows()
     scores = window_scores(stuck, backbone, w)
     assert torch.equal(scores.match, ARTeacher(backbone, inverse_cdf).rollout(w) == 5)

@@ -15,10 +15,12 @@ from kforcing.chunking import checkpoint_layers
 from kforcing.distillation.losses import LossSums, hard_target_loss
 from kforcing.distillation.steps import StudentStep, WindowBatch
 from pipelines.config.schema import TrainConfig
+from pipelines.runs.stages import StageError
 from pipelines.training import deepspeed_engine as strategy
 from pipelines.training.guard import Diverged
 from pipelines.training.progress import Progress
-from pipelines.training.schedule import learning_rate
+from pipelines.training.schedule import learning_rate, set_learning_rates
+from pipelines.training.single_process import train_here
 from pipelines.training.step import optimizer_step, reduce_sums
 from tests.models import VOCAB, make_backbone, make_sequential
 from tests.ranks import run_ranks
@@ -97,15 +99,29 @@ def uneven_micro_batches(step, rank, world):
     return [windows(step, rows, 3) for rows in parts[rank * 4 // world : (rank + 1) * 4 // world]]
 
 
-def train(rank, world, out, zero_stage, deal, steps=3, resume_at=None, precision="fp32", module=frugal_module):
-    config = dataclasses.replace(TRAIN, zero_stage=zero_stage, workers=world, precision=precision)
+def train(
+    rank,
+    world,
+    out,
+    zero_stage,
+    deal,
+    steps=3,
+    resume_at=None,
+    length=None,
+    precision="fp32",
+    module=frugal_module,
+    **changes,
+):
+    config = dataclasses.replace(
+        TRAIN, zero_stage=zero_stage, workers=world, precision=precision, steps=length or TRAIN.steps, **changes
+    )
     engine = strategy.build_engine(module(), config, out / "checkpoints")
     average = strategy.MovingAverage(engine, config.ema)
     start = strategy.load_checkpoint(engine, average, out / "checkpoints")
     assert start == (resume_at or 0)
     losses = []
     for step in range(start, steps):
-        strategy.set_lr(engine, learning_rate(step, config))
+        set_learning_rates(engine.optimizer.param_groups, step, config)
         sums = optimizer_step(engine, deal(step, rank, world))
         average.update(step)
         losses.append(reduce_sums(sums)["loss"])
@@ -191,7 +207,7 @@ def test_every_rank_sees_that_the_step_of_one_rank_was_broken(tmp_path, zero_sta
 def _check_figures(rank, world, folder, zero_stage, precision):
     config = dataclasses.replace(TRAIN, zero_stage=zero_stage, precision=precision, clip=0.0)
     engine = strategy.build_engine(step_module(), config, folder)
-    strategy.set_lr(engine, 1e-3)
+    set_learning_rates(engine.optimizer.param_groups, 0, config)
     sums = optimizer_step(engine, even_micro_batches(0, rank, world))
     figures = strategy.figures(engine, sums)
     figures.check(100.0)
@@ -247,6 +263,47 @@ def test_a_run_of_two_ranks_is_resumed_by_one(tmp_path, plain, zero_stage):
     again = run(tmp_path, "shrunk", 1, zero_stage, even_micro_batches, steps=3, resume_at=2)
     again["losses"] = torch.cat([plain["losses"][:2], again["losses"]])
     assert_same(again, plain)
+
+
+MUON = {"muon_lr": 0.02, "clip": 0.0}
+
+
+@pytest.fixture(scope="module")
+def plain_muon():
+    """Three steps of torch's Muon for matrices and AdamW for the rest."""
+    module, losses = step_module(), []
+    place, batches = ("store", 0), lambda step, steps: [windows(step, range(8), 3)]
+    train = dataclasses.replace(TRAIN, steps=3, warmup=2, **MUON)
+    train_here(module, batches, train, "muon", place, watch=lambda _, sums: losses.append(sums.loss / sums.tokens))
+    weights = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
+    return weights | {"losses": torch.stack(losses)}
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_two_ranks_with_muon_train_like_plain_torch(tmp_path, plain_muon, zero_stage):
+    weights = run(tmp_path, "two", 2, zero_stage, even_micro_batches, **MUON, steps=3, length=3)
+    before = dict(step_module().named_parameters())
+    moved = {n: (plain_muon[n] - before[n]).norm() for n in weights if n != "losses"}
+    for name, distance in moved.items():  # DeepSpeed orthogonalises in float32, torch in bfloat16
+        assert (weights[name] - plain_muon[name]).norm() < 0.25 * distance, name
+    torch.testing.assert_close(weights["losses"], plain_muon["losses"], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_a_resumed_run_with_muon_ends_where_an_undisturbed_one_does(tmp_path, zero_stage):
+    whole = run(tmp_path, "whole", 2, zero_stage, even_micro_batches, **MUON)
+    run(tmp_path, "resumed", 2, zero_stage, even_micro_batches, steps=2, **MUON)
+    again = run(tmp_path, "resumed", 2, zero_stage, even_micro_batches, steps=3, resume_at=2, **MUON)
+    again["losses"] = torch.cat([whole["losses"][:2], again["losses"]])
+    assert_same(again, whole)
+
+
+def test_a_run_with_muon_of_two_ranks_is_not_resumed_by_one(tmp_path):
+    run(tmp_path, "shrunk", 2, 1, even_micro_batches, steps=2, **MUON)
+    config = dataclasses.replace(TRAIN, **MUON)
+    strategy.check_workers(tmp_path / "shrunk" / "checkpoints", config)
+    with pytest.raises(StageError, match=r"was written by 2 workers, .* to 1: set train.workers=2"):
+        strategy.check_workers(tmp_path / "shrunk" / "checkpoints", dataclasses.replace(config, workers=1))
 
 
 def test_the_loss_sums_of_two_ranks_reduce_to_global_means(tmp_path):
