@@ -3,14 +3,17 @@
     corpus ─► token blocks ─► AR teacher ─► PFLM(1) ─► PFLM(2) ─► PFLM(4) … ─► evaluation ─► report
                                   each stage: rollouts by the frozen teacher ─► training ─► next stage's teacher
 
-    python pipelines/distill.py [--recipe NAME | --config FILE] [section.field=value …]
+    python pipelines/distill.py [--plan] [--recipe NAME | --config FILE] [section.field=value …]
 
 Without arguments: recipe `quickstart` (a student of SmolLM2-135M-Instruct) on an embedded Ray. Run the same command again to
-continue an interrupted run; finished stages are skipped. `--help` lists every field.
+continue an interrupted run; finished stages are skipped. `--plan` starts nothing, and prints parameters, FLOPs, hours,
+memory and disk of each stage; `--flops-per-s 4e14` says how fast the trainers are (1e11 are two CPU cores). `--help` lists
+every field.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -21,6 +24,7 @@ from pipelines.config.section import ConfigError
 from pipelines.log import show_progress
 from pipelines.runs.cluster import INTERRUPTED, connected, work_of_run
 from pipelines.runs.pipeline import Pipeline
+from pipelines.runs.plan import describe_plan
 from pipelines.runs.stages import StageError, locked
 
 
@@ -36,11 +40,27 @@ def distill(config: Config) -> Path:
         return pipeline.report(prepared, teacher, seconds=time.monotonic() - started)
 
 
+def read_plan_options(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """`--plan` and its speed, and the words that are left."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--plan", action="store_true")
+    parser.add_argument("--flops-per-s", type=float, default=1e11)
+    options, left = parser.parse_known_args(words)
+    if not 0 < options.flops_per_s < float("inf"):
+        raise ConfigError(f"--flops-per-s {options.flops_per_s}: give the trainers' FLOP/s, for example 1e11")
+    return options, left
+
+
 def main() -> None:
-    """Read the command line, run, and turn mistakes into one clear line."""
+    """Read the command line, run or plan, and turn mistakes into one clear line."""
     show_progress()
     try:
-        report = distill(read_command_line(__doc__ or ""))
+        plan, words = read_plan_options(sys.argv[1:])
+        config = read_command_line(__doc__ or "", words)
+        if plan.plan:
+            print(describe_plan(config, plan.flops_per_s))
+            return
+        report = distill(config)
     except (ConfigError, StageError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

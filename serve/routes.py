@@ -22,8 +22,16 @@ from serve.protocol.responses import (
     Tokens,
     Version,
 )
+from serve.protocol.responses_api import ResponsesAnswer, ResponsesBuilder, ResponsesRequest
 from serve.service import Service
-from serve.streaming import EventStream, events, unless_disconnected, whole_answer
+from serve.streaming import (
+    EventStream,
+    events,
+    response_events,
+    unless_disconnected,
+    whole_answer,
+    whole_response,
+)
 
 Responses = dict[int | str, dict[str, Any]]
 GENERATION_RESPONSES: Responses = {200: {"content": {"text/event-stream": {}}}, **ERROR_RESPONSES}
@@ -31,7 +39,7 @@ UNAUTHORIZED: Responses = {401: ERROR_RESPONSES[401]}
 
 
 def generation_routes(service: Service) -> APIRouter:
-    """/v1/completions and /v1/chat/completions."""
+    """/v1/completions, /v1/chat/completions and /v1/responses."""
     router = APIRouter(responses=GENERATION_RESPONSES)
 
     @router.post("/v1/completions", response_model=CompletionResponse)
@@ -43,6 +51,21 @@ def generation_routes(service: Service) -> APIRouter:
     async def chat_completions(body: ChatRequest, http: Request) -> Response:
         """Continue a conversation, if the model has a chat template."""
         return await answer(body, http, chat=True)
+
+    @router.post("/v1/responses", response_model=ResponsesAnswer)
+    async def responses(body: ResponsesRequest, http: Request) -> Response:
+        """Answer as OpenAI's Responses API does. With `stream`, the answer is its events."""
+        client = http.headers.get("authorization", "")
+        if (request := await unless_disconnected(http, service.accept(body.as_chat(), client))) is None:
+            return Response()
+        builder = ResponsesBuilder(request.model.name, body.instructions)
+        if body.stream:
+            return EventStream(request, response_events(request, builder))
+        try:
+            answer = await unless_disconnected(http, whole_response(request, builder))
+        finally:
+            request.close()
+        return Response() if answer is None else AsciiJSON(answer)
 
     async def answer(body: CompletionRequest | ChatRequest, http: Request, chat: bool) -> Response:
         client = http.headers.get("authorization", "")

@@ -17,6 +17,7 @@ from serve.protocol.errors import engine_failed
 from serve.protocol.logprobs import LogprobsWriter, Scored
 from serve.protocol.requests import StreamOptions
 from serve.protocol.responses import DONE, Progress, ResponseBuilder, usage
+from serve.protocol.responses_api import ResponsesBuilder, status_of
 from serve.service import AcceptedRequest, merged
 
 T = TypeVar("T")
@@ -123,3 +124,28 @@ async def events(
     except EngineFailed as error:  # the status line has been sent, so the stream itself carries the error
         yield b"data: " + bytes(engine_failed(error).response().body) + b"\n\n"
     yield DONE
+
+
+async def whole_response(request: AcceptedRequest, builder: ResponsesBuilder) -> dict[str, Any]:
+    """The body of a response that is not streamed."""
+    text, finish, progress = "", None, Progress()
+    async with aclosing(request.choices[0]) as deltas:
+        async for delta in deltas:
+            text, finish, progress = text + delta.text, delta.finish, delta.progress
+    return builder.answer(status_of(finish), text, usage(request.prompt_tokens, [progress]))
+
+
+async def response_events(request: AcceptedRequest, builder: ResponsesBuilder) -> AsyncGenerator[bytes, None]:
+    """The events of a response: an opening, one for each step with text, and a closing that repeats the whole."""
+    text, finish, progress = "", None, Progress()
+    yield builder.opening()
+    try:
+        async with aclosing(request.choices[0]) as deltas:
+            async for delta in deltas:
+                text, finish, progress = text + delta.text, delta.finish, delta.progress
+                if delta.text:
+                    request.model.metrics.delivered(time.perf_counter() - delta.stamp)
+                    yield builder.delta(delta.text)
+        yield builder.closing(finish, text, usage(request.prompt_tokens, [progress]))
+    except EngineFailed as error:  # the status line has been sent, so the stream itself carries the error
+        yield builder.failed(engine_failed(error), text)

@@ -1,13 +1,13 @@
-"""Drafts from the context on a plain AR model: tokens a step and time, where answers repeat their prompt and where not.
+"""Exact mode on prompts: tokens a step and time, of drafts from the context, and of a student's where there is one.
 
     python -m pipelines.benchmarks.drafts [MODEL] [--prompts FILE.jsonl …] [--k K] [--new N] [--temperatures T …]
 
-MODEL is a directory, or `smollm2` (SmolLM2-135M-Instruct). Each prompt is answered twice, one after the other and alone: by
-AR decoding, and in exact mode with k tokens a step. Both give the same tokens, which is checked. Without --prompts there
-are two groups of prompts: edits and code that the answer repeats, and questions. A row gives
+MODEL is a directory of an AR model or of a student, or `smollm2` (SmolLM2-135M-Instruct). Each prompt is answered twice, one
+after the other and alone: by AR decoding, and in exact mode with k tokens a step. Both give the same tokens, which is
+checked. Without --prompts there are two groups of prompts: edits and code that the answer repeats, and questions. A row gives
 
   tokens a step   at the width that the engine chooses, and at k in every step
-  drafted         the share of steps that verified a draft, at k in every step
+  drafted         the share of steps that verified a draft, at k in every step (a student always has one)
   accepted        drafts accepted in such a step, of k − 1
   speed           seconds of AR decoding over seconds in exact mode at the chosen width: median over the prompts [quartiles]
 
@@ -27,6 +27,7 @@ from typing import Any
 from kforcing.complete import read_prompts
 from kforcing.engine import Engine, EngineConfig, EngineStats, Request, SamplingParams
 from kforcing.metrics.external import load_external
+from kforcing.readout.base import as_student
 
 LETTER = (
     "Dear Ms Garcia, thank you for your letter of the 3rd of March. The two pumps that we ordered in Januray have not "
@@ -97,8 +98,11 @@ def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
     groups = GROUPS if not given.prompts else {path.stem: _from_file(path, given.limit) for path in given.prompts}
     ids = {name: [_ids(loaded.tokenizer, text) for text in texts] for name, texts in groups.items()}
     longest = max(len(prompt) for prompts in ids.values() for prompt in prompts) + given.new
+    student = as_student(loaded.model)
+    ar: Any = student.backbone if student else loaded.model
+    coupling = student.design.coupling if student else EngineConfig.coupling
     engines = {
-        "AR": Engine(loaded.model, EngineConfig(1, longest)),
+        "AR": Engine(ar, EngineConfig(1, longest, coupling=coupling)),
         "chosen": Engine(loaded.model, EngineConfig(1, longest, given.k, "exact")),
         "k": Engine(loaded.model, EngineConfig(1, longest, given.k, "exact", adapt_width=False)),
     }

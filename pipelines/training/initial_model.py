@@ -17,6 +17,20 @@ from kforcing.modeling import PushForwardLM
 from pipelines.config.schema import TeacherConfig
 
 
+def llama_config(teacher: TeacherConfig, vocab_size: int, eos: int) -> LlamaConfig:
+    """The AR model that a run trains from scratch."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=teacher.hidden,
+        num_hidden_layers=teacher.layers,
+        num_attention_heads=teacher.heads,
+        intermediate_size=teacher.mlp,
+        max_position_embeddings=teacher.max_positions,
+        bos_token_id=eos,
+        eos_token_id=eos,
+    )
+
+
 @dataclass(frozen=True)
 class AR:
     """A new AR model of Llama's kind."""
@@ -29,18 +43,8 @@ class AR:
     def build(self, chunk: int = CHUNK) -> nn.Module:
         """A new causal LM, the same on every worker."""
         torch.manual_seed(self.seed)
-        config = LlamaConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.config.hidden,
-            num_hidden_layers=self.config.layers,
-            num_attention_heads=self.config.heads,
-            intermediate_size=self.config.mlp,
-            max_position_embeddings=self.config.max_positions,
-            bos_token_id=self.eos,
-            eos_token_id=self.eos,
-        )
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-        return ARStep(model, chunk)
+        config = llama_config(self.config, self.vocab_size, self.eos)
+        return ARStep(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), chunk)
 
 
 @dataclass(frozen=True)
