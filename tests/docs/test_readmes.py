@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from pipelines.config import schema
 from pipelines.config.command_line import read_command_line
 from pipelines.config.recipes import RECIPES
+from pipelines.distill import read_plan_options
 from pipelines.evaluation.config import evaluation_config
 from pipelines.evaluation.plan import methods_of
 from serve.protocol.requests import CompletionRequest
@@ -148,7 +149,8 @@ def test_distill_line_passes_validation(line, folder, monkeypatch):
     # The wheel of SmolLM2 need not be installed.
     monkeypatch.setattr(schema, "locate_model", lambda name: ("models/Qwen3-0.6B" if name == "smollm2" else name, None))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert read_command_line("", options_of(line, "distill")).recipe in RECIPES
+    _, words = read_plan_options(options_of(line, "distill"))
+    assert read_command_line("", words).recipe in RECIPES
 
 
 @pytest.mark.parametrize("line", EVALUATE)
