@@ -59,7 +59,7 @@ class ChoiceReader:
         special = str(stop) if self.asked.include_stop and isinstance(stop, str) and not piece.stopped else ""
         text, self._echo = self._echo + piece.text + special, ""
         drafts = output.drafts
-        progress = Progress(self.tokens, output.steps, sum(drafts.drafted), sum(drafts.accepted))
+        progress = Progress(self.tokens, output.steps, sum(drafts.drafted), sum(drafts.accepted), output.cached)
         return ChoiceDelta(self.index, text, progress, finish, stop, stamp, self._scored(output, piece.tokens))
 
     def _end(self, output: Output, stopped: bool) -> tuple[str | None, str | int | None]:

@@ -47,6 +47,7 @@ class Metrics:
         self.accepted = counter(
             "spec_decode_num_accepted_tokens_total", "Exact mode: drafts that are equal to the AR model's own tokens."
         )
+        self.cached = counter("prefix_cache_hits_total", "Prompt tokens that were taken over from earlier prompts.")
         self.engine_time = counter("engine_time_seconds_total", "Seconds for which the engine computed.")
         self.framework_time = counter("framework_time_seconds_total", "Seconds between steps while there was work.")
         self.success = counter("request_success_total", "Finished requests.", "finished_reason")
@@ -75,7 +76,7 @@ class EngineMetrics:
         metrics.per_forward.labels(**self._labels).set_function(self._tokens_per_forward)
         counters = (metrics.prompt, metrics.generated, metrics.discarded, metrics.steps, metrics.rejected)
         times = (metrics.engine_time, metrics.framework_time)
-        for counter in (*counters, *times, metrics.drafts, metrics.accepted):
+        for counter in (*counters, *times, metrics.drafts, metrics.accepted, metrics.cached):
             counter.labels(**self._labels).inc(0)
         for reason in ("stop", "length", "abort"):
             metrics.success.labels(**self._labels, finished_reason=reason).inc(0)
@@ -97,6 +98,7 @@ class EngineMetrics:
         m.framework_time.labels(**own).inc(between)
         m.discarded.labels(**own).inc(now.discarded - before.discarded)
         m.steps.labels(**own).inc(now.steps - before.steps)
+        m.cached.labels(**own).inc(now.cached_tokens - before.cached_tokens)
         m.drafts.labels(**own).inc(sum(now.drafted) - sum(before.drafted))
         m.accepted.labels(**own).inc(sum(now.accepted) - sum(before.accepted))
         self._counted = copy.deepcopy(now)

@@ -121,6 +121,8 @@ def engine_config(settings: Settings, model: Any, k: int | None, coupling: str |
         k=k,
         acceptance=automatic if settings.acceptance == "auto" else settings.acceptance,
         max_num_batched_tokens=settings.max_num_batched_tokens,
+        prefix_cache_mb=settings.prefix_cache_mb,
+        prefix_cache_device=settings.prefix_cache_device,
         batch_invariant=settings.batch_invariant,
         coupling=coupling or settings.coupling,
         row_kernel=settings.row_kernel,

@@ -46,6 +46,10 @@ class Settings(BaseModel):
     """The most requests that wait on a replica. When the waiting queue is full, the replica answers 429."""
     max_num_batched_tokens: int = Field(256, ge=1)
     """The most prompt tokens that are read between two steps."""
+    prefix_cache_mb: int = Field(256, ge=0)
+    """MiB for prompts that were read, so that a prompt with the same beginning is not read again; 0 for none."""
+    prefix_cache_device: str | None = None
+    """Where they are kept, for example `cpu`; by default the model's device."""
     batch_invariant: bool = False
     """See `EngineConfig.batch_invariant`."""
     coupling: str = "inverse_cdf"

@@ -70,6 +70,20 @@ class SlotCache:
         held = store[span.slots, :, : span.columns]
         return held[:, : self.heads], held[:, self.heads :]
 
+    @property
+    def device(self) -> torch.device:
+        """Where keys and values are."""
+        return self.layers[0].device
+
+    def take(self, slot: int, start: int, length: int) -> Tensor:
+        """A copy of some columns of a slot in all layers: (layers, 2 · H, length, E)."""
+        return torch.stack([store[slot, :, start : start + length] for store in self.layers])
+
+    def put(self, slot: int, columns_YHCE: Tensor) -> None:
+        """Write the first columns of a slot in all layers, as `take` gives them."""
+        for store, columns in zip(self.layers, columns_YHCE.to(self.device), strict=True):
+            store[slot, :, : columns.shape[1]] = columns
+
     def move(self, source: int, target: int, columns: int) -> None:
         """Copy the first columns of a slot to another."""
         for store in self.layers:

@@ -35,6 +35,11 @@ class EngineConfig:
     followed are drafts (see `drafts.py`). A student's are taken as long as they are accepted more often. 0 turns this off."""
     max_num_batched_tokens: int = 256
     """Prompt tokens that are read between two steps. This bounds how long a new prompt delays the running requests."""
+    prefix_cache_mb: int = 0
+    """MiB for keys and values of prompts that were read, so that a prompt with the same beginning starts from them (see
+    `prefix_cache.py`); 0 for none."""
+    prefix_cache_device: str | None = None
+    """Where they are kept, for example `cpu`; None for the model's device."""
     check_every: int | None = None
     """Steps between two looks at the tokens; None takes 1 on a CPU and 8 on a GPU. A request that has ended runs on until
     the next look, and the tokens that it makes meanwhile are dropped."""
@@ -62,6 +67,8 @@ class EngineStats(DraftCounts):
     steps: int = 0
     prefill_tokens: int = 0
     """Prompt tokens that were read before the first step of their request."""
+    cached_tokens: int = 0
+    """Prompt tokens that were taken over from earlier prompts instead."""
     tokens: int = 0
     """Tokens returned."""
     slot_steps: int = 0
@@ -156,6 +163,8 @@ def check_config(config: EngineConfig, student: Student | None) -> None:
             raise ValueError(f"{name}={value} must be at least 1")
     if config.context_ngram < 0:
         raise ValueError(f"context_ngram={config.context_ngram} must be at least 0 (0 for no drafts from the context)")
+    if config.prefix_cache_mb < 0:
+        raise ValueError(f"prefix_cache_mb={config.prefix_cache_mb} must be at least 0 (0 for no cache of prompts)")
     if config.quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization={config.quantization}: choose int8, or leave it out")
     if config.quantization and config.row_kernel is False:

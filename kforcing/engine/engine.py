@@ -33,6 +33,7 @@ from kforcing.engine.config import (
 )
 from kforcing.engine.graphs import Graphs, cuda_capture
 from kforcing.engine.linear import can_use_kernel, row_copy
+from kforcing.engine.prefix_cache import BLOCK, PrefixCache
 from kforcing.engine.request import Completion, DraftCounts, Output, Request, SamplingParams, TokenLogprobs
 from kforcing.engine.runner import ModelRunner, StepShape
 from kforcing.engine.scheduler import Move, Scheduler, Sequence
@@ -80,6 +81,12 @@ class Engine:
         self.widths = WidthChooser(self.k, 1 + config.context_ngram)
         self.scheduler = Scheduler(
             config.max_num_seqs, config.max_num_batched_tokens, one_by_one=config.batch_invariant
+        )
+        self.prefixes = PrefixCache(
+            self.runner.cache,
+            config.prefix_cache_mb << 20,
+            config.max_num_batched_tokens if config.batch_invariant else BLOCK,  # whole chunks keep their shapes
+            config.prefix_cache_device,
         )
         self._outputs: dict[int, deque[Output]] = {}
         self._next_id = 0
@@ -154,8 +161,11 @@ class Engine:
         """Admit requests, read a chunk of their prompts, advance those that run, and return what became final."""
         with self._device:
             self._apply(self.scheduler.drop_cancelled())
-            for sequence in self.scheduler.admit():
+            for sequence in self.scheduler.admit(self._cached):
                 self.runner.load(sequence.slot, sequence.request.prompt)
+                if sequence.cached:
+                    self.prefixes.restore(sequence.slot, sequence.request.prompt, sequence.cached)
+                    self.stats.cached_tokens += sequence.cached
             for _ in range(self.check_every):
                 self._prefill()
             outputs = self._decode() if self.scheduler.running else []
@@ -206,6 +216,12 @@ class Engine:
         for move in moves:
             self.runner.move(*move)
 
+    def _cached(self, sequence: Sequence) -> int:
+        """Tokens of a prompt that need not be read; log-probabilities of a prompt need all of them."""
+        if sequence.request.sampling.prompt_logprobs is not None:
+            return 0
+        return self.prefixes.match(sequence.request.prompt, sequence.to_fill)
+
     def _prefill(self) -> None:
         """Read a chunk of the prompts, and start the sequences whose prompt was read."""
         self._start_ready()
@@ -236,6 +252,7 @@ class Engine:
             sequence, move = ready
             if move:
                 self.runner.move(*move)
+            self.prefixes.keep(sequence.slot, sequence.request.prompt, sequence.to_fill)
             self._score_tail(sequence)
             request = sequence.request
             self.runner.start(
@@ -350,7 +367,8 @@ class Engine:
         first = sequence.steps == len(made) and sequence.request.sampling.prompt_logprobs is not None
         # A copy: the reader may be another thread, and the next step changes the counts.
         counts = DraftCounts(list(sequence.counts.drafted), list(sequence.counts.accepted))
-        return Output(sequence.id, kept, reason, stop, sequence.steps, entries, counts, scored if first else None)
+        prompt = scored if first else None
+        return Output(sequence.id, kept, reason, stop, sequence.steps, entries, counts, sequence.cached, prompt)
 
 
 def checked_sizes(model: nn.Module, config: EngineConfig) -> tuple[int, int]:
@@ -389,7 +407,7 @@ def _completion(outputs: list[Output]) -> Completion:
     last = outputs[-1]
     logprobs = None if last.logprobs is None else [entry for output in outputs for entry in output.logprobs or ()]
     reason, prompt_logprobs = last.finish_reason or "cancelled", outputs[0].prompt_logprobs
-    return Completion(tokens, reason, last.stop_id, last.steps, logprobs, last.drafts, prompt_logprobs)
+    return Completion(tokens, reason, last.stop_id, last.steps, logprobs, last.drafts, last.cached, prompt_logprobs)
 
 
 def _token_logprobs(record: list[float], n: int) -> TokenLogprobs:

@@ -152,6 +152,8 @@ class Output:
     """One entry for each token, if the request asked for them."""
     drafts: DraftCounts = field(default_factory=DraftCounts, compare=False)
     """What became of the request's drafts so far."""
+    cached: int = field(default=0, compare=False)
+    """Tokens of the prompt that were taken over from an earlier one (see `EngineConfig.prefix_cache_mb`)."""
     prompt_logprobs: list[TokenLogprobs] | None = field(default=None, compare=False)
     """In the first output, if the request asked for them: one entry for each token of the prompt from the second on."""
 
@@ -169,6 +171,8 @@ class Completion:
     """One entry for each token, if the request asked for them."""
     drafts: DraftCounts = field(default_factory=DraftCounts, compare=False)
     """What became of the request's drafts."""
+    cached: int = field(default=0, compare=False)
+    """Tokens of the prompt that were taken over from an earlier one."""
     prompt_logprobs: list[TokenLogprobs] | None = field(default=None, compare=False)
     """One entry for each token of the prompt from the second on, if the request asked for them."""
 

@@ -10,6 +10,7 @@ applies to the model runner.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -34,6 +35,8 @@ class Sequence:
     slot: int = -1
     filled: int = 0
     """Prompt tokens that were read already."""
+    cached: int = 0
+    """Those of them that were taken over from an earlier prompt."""
     new: list[int] = field(default_factory=list)
     """Tokens returned so far."""
     unread: int = field(init=False)
@@ -138,16 +141,22 @@ class Scheduler:
         self._cancelled &= {s.id for s in self.prefilling}
         return moves
 
-    def admit(self) -> list[Sequence]:
-        """Give free slots to waiting sequences and return them, short prompts first: those start while others are read."""
+    def admit(self, cached: Callable[[Sequence], int] = lambda sequence: 0) -> list[Sequence]:
+        """Give free slots to waiting sequences and return them, short prompts first: those start while others are read.
+
+        Args:
+            cached: how many tokens of a sequence's prompt need not be read. Prompts are read together that have equally many.
+        """
         free = self.max_num_seqs - len(self.running)
         if self.prefilling or not self.waiting or not free:
             return []
         size = 1 if self.one_by_one else free
-        group = [self.waiting.popleft() for _ in range(min(size, len(self.waiting)))]
+        known, group = cached(self.waiting[0]), [self.waiting.popleft()]
+        while self.waiting and len(group) < size and cached(self.waiting[0]) == known:
+            group.append(self.waiting.popleft())
         self.prefilling = sorted(group, key=lambda s: len(s.request.prompt))
         for slot, sequence in enumerate(self.prefilling, start=len(self.running)):
-            sequence.slot = slot
+            sequence.slot, sequence.filled, sequence.cached = slot, known, known
         return list(self.prefilling)
 
     def next_chunk(self) -> Chunk | None:

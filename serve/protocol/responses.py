@@ -24,6 +24,15 @@ class Progress(NamedTuple):
     """Exact mode: tokens that were drafted and verified."""
     accepted: int = 0
     """Exact mode: drafts that are equal to the AR model's own tokens."""
+    cached: int = 0
+    """Prompt tokens that were taken over from an earlier prompt."""
+
+
+class PromptDetails(BaseModel):
+    """What became of a prompt's tokens."""
+
+    cached_tokens: int
+    """Those that were taken over from an earlier prompt and not read again."""
 
 
 class Decoding(BaseModel):
@@ -45,6 +54,7 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
     decoding: Decoding
     """This endpoint's own field, beside OpenAI's."""
 
@@ -210,4 +220,5 @@ def usage(prompt: int, choices: Iterable[Progress]) -> dict[str, Any]:
         "accepted_draft_tokens": total.accepted,
     }
     tokens = {"prompt_tokens": prompt, "completion_tokens": total.tokens, "total_tokens": prompt + total.tokens}
-    return tokens | {"decoding": decoding}
+    cached = {"cached_tokens": min(total.cached, prompt)}  # of several choices, each may have taken over the same ones
+    return tokens | {"prompt_tokens_details": cached, "decoding": decoding}

@@ -15,8 +15,6 @@ from pydantic import BaseModel, Discriminator, Field, Tag, field_validator
 from serve.protocol.errors import ApiError
 from serve.protocol.requests import CHANGES_NOTHING, Accepting, ChatRequest, RequestFields, Text, Values
 
-NO_DETAILS = {"cached_tokens": 0}
-
 
 def _text_or_list(value: Any) -> str:
     return "<list>" if isinstance(value, list) else "<text>"
@@ -225,7 +223,7 @@ def status_of(finish: str | None) -> str:
 def _usage(usage: dict[str, Any]) -> dict[str, Any]:
     return {
         "input_tokens": usage["prompt_tokens"],
-        "input_tokens_details": NO_DETAILS,
+        "input_tokens_details": usage["prompt_tokens_details"],
         "output_tokens": usage["completion_tokens"],
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage["total_tokens"],

@@ -16,6 +16,7 @@ from tests.endpoint import (
     events,
     expected,
     ids_of,
+    metrics,
     save_model,
     text_of,
     without_eos,
@@ -185,3 +186,17 @@ def test_a_prompt_may_be_cut_to_its_last_tokens(http):
     assert (cut["choices"], cut["usage"]) == (short["choices"], short["usage"])
     echoed = complete(http, prompt="abcdefgh", truncate_prompt_tokens=6, echo=True)["choices"][0]["text"]
     assert echoed == "cdefgh" + short["choices"][0]["text"]
+
+
+def test_a_prompt_that_begins_like_an_earlier_one_is_not_read_again(http):
+    def usage(prompt):
+        body = {"model": "tiny", "prompt": prompt, "seed": 1, "max_tokens": 3}
+        return http.post("/v1/completions", json=body).json()["usage"]["prompt_tokens_details"]
+
+    prompt = "abcdefgh" * 5
+    before = metrics(http)
+    assert usage(prompt) == {"cached_tokens": 0}
+    assert usage(prompt + "kk") == {"cached_tokens": 32}
+    assert usage("k" + prompt) == {"cached_tokens": 0}
+    name = next(name for name in metrics(http) if "prefix_cache_hits_total" in name and 'model="tiny"' in name)
+    assert metrics(http)[name] - before[name] == 32
