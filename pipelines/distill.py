@@ -7,8 +7,8 @@
 
 Without arguments: recipe `quickstart` (a student of SmolLM2-135M-Instruct) on an embedded Ray. Run the same command again to
 continue an interrupted run; finished stages are skipped. `--plan` starts nothing, and prints parameters, FLOPs, hours,
-memory and disk of each stage; `--flops-per-s 4e14` says how fast the trainers are (1e11 are two CPU cores). `--help` lists
-every field.
+memory and disk of each stage; `--flops-per-s 4e14` says how fast all devices are together (1e11 are two CPU cores).
+`--help` lists every field.
 """
 
 from __future__ import annotations
@@ -44,8 +44,11 @@ def read_plan_options(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """`--plan` and its speed, and the words that are left."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--plan", action="store_true")
-    parser.add_argument("--flops-per-s", type=float, default=1e11)
+    parser.add_argument("--flops-per-s", type=float)
     options, left = parser.parse_known_args(words)
+    if options.flops_per_s is not None and not options.plan:
+        raise ConfigError(f"--flops-per-s {options.flops_per_s:g} belongs to --plan; add --plan, or leave it out")
+    options.flops_per_s = 1e11 if options.flops_per_s is None else options.flops_per_s
     if not 0 < options.flops_per_s < float("inf"):
         raise ConfigError(f"--flops-per-s {options.flops_per_s}: give the trainers' FLOP/s, for example 1e11")
     return options, left

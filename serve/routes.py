@@ -22,7 +22,7 @@ from serve.protocol.responses import (
     Tokens,
     Version,
 )
-from serve.protocol.responses_api import ResponsesAnswer, ResponsesBuilder, ResponsesRequest
+from serve.protocol.responses_api import ResponsesAnswer, ResponsesBuilder, ResponsesRequest, named_here
 from serve.service import Service
 from serve.streaming import (
     EventStream,
@@ -56,9 +56,13 @@ def generation_routes(service: Service) -> APIRouter:
     async def responses(body: ResponsesRequest, http: Request) -> Response:
         """Answer as OpenAI's Responses API does. With `stream`, the answer is its events."""
         client = http.headers.get("authorization", "")
-        if (request := await unless_disconnected(http, service.accept(body.as_chat(), client))) is None:
+        try:
+            request = await unless_disconnected(http, service.accept(body.as_chat(), client))
+        except ApiError as error:
+            raise named_here(error) from None
+        if request is None:
             return Response()
-        builder = ResponsesBuilder(request.model.name, body.instructions)
+        builder = ResponsesBuilder(request.model.name, body)
         if body.stream:
             return EventStream(request, response_events(request, builder))
         try:

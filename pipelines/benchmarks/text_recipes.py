@@ -19,6 +19,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -42,9 +43,10 @@ from kforcing.loading import load_tokenizer, locate_model
 from kforcing.modeling import PushForwardLM
 from pipelines.config.overrides import override
 from pipelines.config.recipes import recipe
+from pipelines.config.section import ConfigError
 from pipelines.config.stages import StageSpec, resolve
 from pipelines.files import write_json
-from pipelines.training.job import stage_job
+from pipelines.training.job import CANDIDATE_ROWS, stage_job
 from pipelines.training.single_process import count_step, shortened, train_here
 
 CORPORA = Path(__file__).resolve().parents[1] / "data" / "corpora"
@@ -53,6 +55,12 @@ HELD_OUT = 10
 """One document out of so many of the first file is held out."""
 CURVE = 50
 """Points of an arm's curve at most."""
+
+
+EFFECTIVE = (
+    r"student\..+|loss|seed|train\.(?!workers|precision|zero_stage|loss_chunk|checkpoint|log_every|max_failures).+"
+)
+"""What an arm may change."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +77,14 @@ class Arm:
         return cls(name, tuple(changes))
 
     def stage(self) -> StageSpec:
-        """The one stage of the recipe. Raises ConfigError for an unknown field or a value out of range."""
+        """The one stage of the recipe. Raises ConfigError for a field without effect here, or a value that cannot be."""
         config = recipe("quickstart")
         for change in self.changes:
             path, _, value = change.partition("=")
+            if not re.fullmatch(EFFECTIVE, path):
+                raise ConfigError(
+                    f"arm {self.name}: {path} has no effect here; change student.*, loss, seed or train.*"
+                )
             config = override(config, path, value)
         return resolve(config)[-1]
 
@@ -160,7 +172,7 @@ class Curve:
             print(json.dumps(point), flush=True)
 
     def last(self) -> float:
-        """Drafts accepted on the text, over the last tenth."""
+        """1 + the accepted drafts on the text, over the last tenth."""
         return statistics.fmean(p["text"] for p in self.points[-max(1, len(self.points) // 10) :])
 
 
@@ -183,7 +195,9 @@ def run_arm(given: argparse.Namespace, arm: Arm) -> dict[str, Any]:
     seconds = train_here(module, batches, spec.train, arm.name, ("text", spec.seed), watch=curve.watch)
     student: PushForwardLM = module.model.eval()
     if spec.design.sequential.draft_rank:
-        sample = batches(0, 1)[0]
+        rows = min(CANDIDATE_ROWS, len(tokens_RN))
+        few = dataclasses.replace(spec, train=dataclasses.replace(spec.train, batch=rows, micro_batch=rows))
+        sample = batches_of(tokens_RN, few, device)(0, 1)[0]
         student.readout.fit_candidates(student.backbone, sample.windows, sample.blocks_BWK)  # type: ignore[operator]
     windows = spec.train.steps * spec.train.batch * (block - spec.k)
     result = {
@@ -267,8 +281,13 @@ def main() -> None:
     if given.here:
         run_arm(given, arms[0])
         return
-    for arm in arms:
-        arm.stage()  # mistakes show before anything is trained
+    try:
+        for arm in arms:
+            arm.stage()  # mistakes show before anything is trained
+        if len({arm.name for arm in arms}) < len(arms):
+            raise ConfigError("two arms have one name; give each its own")
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     given.output.mkdir(parents=True, exist_ok=True)
     if not given.prepared:
         prepare(given)

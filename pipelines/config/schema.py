@@ -136,9 +136,9 @@ class TrainConfig:
     """For targets=text: this many random tokens of the vocabulary stand for all that the AR model finds unlikely, so that the
     loss does not need every logit; 0 for the whole vocabulary."""
     muon_lr: Annotated[Annotated[float, Field(gt=0, le=10)] | None, ADDED] = None
-    """Train matrices with Muon (orthogonalised momentum) and only the rest with AdamW: the peak of the spectral norm of an
-    update of a matrix that is not taller than wide; 0.02 is usual. `clip` then has no effect, and ZeRO has stage 1 or 2.
-    None for AdamW alone."""
+    """Peak learning rate of Muon (orthogonalised momentum), which then trains matrices; `lr` is that of AdamW for the rest,
+    and both follow `schedule`. An update of a matrix has about this spectral norm, times √(rows / columns) where it has
+    more rows than columns; 0.02 is usual. `clip` has no effect, and ZeRO must have stage 1 or 2. None for AdamW alone."""
     on_policy_fraction: Annotated[Share, Formerly("own_windows")] = 0.0
     """Share of sequences, in the later part of a stage, whose windows the student itself rolls out; the AR model inside
     it scores them. This needs loss=soft, an exact trunk and rollout.teacher_top_k=none."""

@@ -103,8 +103,8 @@ class StageSpec:
         """The settings that have an effect on this stage; those without one are left out or set to a fixed value.
 
         Each read-out has parts of its own. A stage that learns nothing has no training. Only cached rollouts have epochs,
-        only a soft loss has labels, and only on-policy windows have a step from which they are used. Text has no rollouts:
-        of their settings it has the number of windows alone.
+        only a soft loss has labels, and only on-policy windows have a step from which they are used. Muon's updates are not
+        clipped. Text has no rollouts: of their settings it has the number of windows alone.
         """
         design = material(self.design.effective())
         if not self.design.sequential.draft_rank:
@@ -112,6 +112,8 @@ class StageSpec:
         if not self.learns:
             return [design]
         train, rollout = material(self.train), material(self.rollout)
+        if self.train.muon_lr:
+            train["clip"] = 0.0
         if self.targets == "text":
             sampled = self.train.sampled_tokens
             return [design, {**train, "sampled_tokens": sampled}, {"windows": self.rollout.windows}, "text", self.loss]

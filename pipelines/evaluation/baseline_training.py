@@ -84,7 +84,7 @@ def noise_of(design: Design) -> NoiseConfig:
 def _train_config(training: BaselineTraining, steps: int) -> TrainConfig:
     train, teacher = training.shared.train, training.teacher_train
     if METHODS[training.method].teacher_lr and teacher is not None:
-        train = dataclasses.replace(train, lr=teacher.lr)
+        train = dataclasses.replace(train, lr=teacher.lr, muon_lr=teacher.muon_lr)
     return shortened(train, steps)
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kforcing.backbone import embeddings, head
+from kforcing.backbone import embeddings, head, text_config
 from kforcing.configuration import PushForwardConfig
-from kforcing.distillation.text import LIKELIEST, MATCH_STRIDE
+from kforcing.distillation.text import MATCH_STRIDE
 from kforcing.loading import load_tokenizer
 from kforcing.modeling import PushForwardLM
 from kforcing.readout.base import as_student
@@ -59,12 +59,12 @@ class StagePlan:
 class _Sizes:
     """Numbers of weights in matrices."""
 
-    trunk: int
+    trunk: float
     lm_head: int
     width: int
     layers: int
-    hints: int = 0
-    head: int = 0
+    hints: float = 0
+    head: float = 0
     """The read-out's own matrices, without hint layers."""
 
     def read(self, tokens: int, length: int) -> float:
@@ -94,7 +94,7 @@ def describe_plan(config: Config, flops_per_s: float) -> str:
     lines.append(
         f"in all {total:.2e} FLOPs, {total / flops_per_s / 3600:.2f} hours at {flops_per_s:.1e} FLOP/s (--flops-per-s), and "
         f"{disk / 2**30:.1f} GiB beside the corpus, of which a token takes {FLOAT} bytes. Evaluation, the start of processes "
-        "and what Python and libraries hold (about 1 GiB a process) are not counted."
+        "text that the AR model writes itself, and what Python and libraries hold (about 1 GiB a process) are not counted."
     )
     return "\n".join(lines)
 
@@ -111,7 +111,9 @@ def _meta_backbone(spec: RunSpec) -> Any:
     teacher = spec.teacher.config
     if teacher.path:
         folder, file = teacher.located()
-        config = AutoConfig.from_pretrained(folder, **({"gguf_file": file} if file else {}))
+        whole = AutoConfig.from_pretrained(folder, **({"gguf_file": file} if file else {}))
+        config = text_config(whole)
+        config.tie_word_embeddings = getattr(whole, "tie_word_embeddings", False)
     else:
         config = llama_config(teacher, _vocabulary(spec), eos=0)
     with torch.device("meta"):
@@ -134,6 +136,10 @@ def _sizes(model: Any) -> _Sizes:
     readout: Any = model.readout
     layers = getattr(readout, "layers", None)
     hints = _matrices(layers) if layers is not None else 0
+    if (
+        student.design.sequential.hints == "adapter" and layers is not None
+    ):  # the trunk's own layers, which are not trained
+        hints += round(2 / 3 * trunk * layers.config.num_hidden_layers / sizes.layers)
     tables = sum(
         p.numel()
         for n in ("queries", "positions", "candidates")
@@ -143,8 +149,12 @@ def _sizes(model: Any) -> _Sizes:
     return _Sizes(trunk, lm.numel(), lm.shape[1], sizes.layers, hints, _matrices(readout) - hints - tables)
 
 
-def _matrices(module: Any) -> int:
-    return sum(p.numel() for p in module.parameters() if p.ndim == 2)
+def _matrices(module: Any) -> float:
+    """Weights that a token is multiplied by; of experts, which are stacked in three dimensions, those that it is sent to."""
+    config = getattr(module, "config", None)
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    share = (getattr(config, "num_experts_per_tok", None) or 1) / experts
+    return sum(p.numel() * (share if p.ndim == 3 else 1) for p in module.parameters() if p.ndim in (2, 3))
 
 
 def _teacher(spec: RunSpec, config: Config, backbone: Any) -> StagePlan:
@@ -174,7 +184,10 @@ def _student(stage: StageSpec, config: Config, backbone: Any) -> StagePlan:
         windows, rollouts = rows * stage.rollout.windows, 0.0
         flops = sizes.read(tokens, block) + windows * _text_window(stage, sizes)
     else:
-        rollouts = sizes.read(tokens, block) + windows * 2 * (stage.k * (sizes.trunk + sizes.lm_head))
+        # AR targets take k − 1 passes behind the context; a student makes k / 2 tokens twice, and reads the first ones again.
+        entries = stage.k - 1 if stage.targets == "ar" or stage.k == 1 else 1.5 * stage.k
+        rollouts = sizes.read(tokens, block) + windows * 2 * (entries * sizes.trunk + stage.k * sizes.lm_head)
+        rollouts /= stage.rollout.cache_epochs if stage.rollout.cache else 1  # cached ones are made once
         flops = _window_training(stage, sizes, tokens, block, windows)
     entries = train.micro_batch * stage.rollout.windows * stage.k * sizes.width
     read = train.micro_batch * block * sizes.width * sizes.layers
@@ -190,7 +203,8 @@ def _text_window(stage: StageSpec, sizes: _Sizes) -> float:
     """FLOPs of a window whose block is the text's own, without the trunk's pass."""
     later, vocabulary = stage.k - 1, sizes.lm_head // sizes.width
     sampled = stage.train.sampled_tokens
-    scored = min(vocabulary, sampled + LIKELIEST * 80) if sampled else vocabulary
+    # The likeliest tokens of the positions of a chunk overlap: about 2,400 were counted on SmolLM2's own text.
+    scored = min(vocabulary, sampled + 2400) if sampled else vocabulary
     logits = later * 2 * 2 * scored * sizes.width  # forward, and back to the states; the LM head is not trained
     measured = later * 2 * sizes.lm_head / MATCH_STRIDE
     return 2 * sizes.lm_head + later * 6 * (sizes.hints + sizes.head) + logits + measured
@@ -214,7 +228,7 @@ def _window_training(stage: StageSpec, sizes: _Sizes, tokens: int, block: int, w
 def _worker_bytes(total: int, trained: int, train: TrainConfig, sizes: _Sizes, activations: int) -> int:
     number = 2 if train.precision == "bf16" else FLOAT
     weights = number * (total + trained)  # and their gradients
-    optimizer = (3 if train.precision == "bf16" else 2) * FLOAT * trained // train.workers
+    optimizer = 3 * FLOAT * trained // train.workers  # float32 weights of its own and two moments
     average = FLOAT * trained // train.workers if train.ema else 0
     logits = 3 * FLOAT * train.loss_chunk * sizes.lm_head // sizes.width
     return weights + optimizer + average + logits + number * activations

@@ -38,7 +38,7 @@ def _import_deepspeed() -> Any:
         from deepspeed import ops
 
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        torch.compiler.set_stance("force_eager")  # for Muon, which DeepSpeed would compile
+    torch.compiler.set_stance("force_eager")  # DeepSpeed would compile Muon, for which a machine may lack the compiler
     deepspeed.utils.logger.setLevel("ERROR")
     return deepspeed
 

@@ -58,8 +58,11 @@ def explain(error: Diverged, step: int, train: TrainConfig, store: tuple[str, in
 
 def _advice(train: TrainConfig) -> str:
     """The settings whose change can help, with the values that they have."""
-    remedies = [f"lower this stage's train.lr (it is {train.lr:g})"]
-    if not 0 < train.clip <= 1:
+    rates = f"train.lr (it is {train.lr:g})"
+    if train.muon_lr:
+        rates = f"train.muon_lr (it is {train.muon_lr:g}) and {rates}"
+    remedies = [f"lower this stage's {rates}"]
+    if not train.muon_lr and not 0 < train.clip <= 1:
         remedies.append(f"set its train.clip=1 (it is {train.clip:g})")
     if train.precision != "fp32":
         remedies.append(f"set its train.precision=fp32 (it is {train.precision})")

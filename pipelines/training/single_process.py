@@ -140,7 +140,7 @@ def train_here(
 def make_optimizers(module: nn.Module, train: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all trained parameters; with `train.muon_lr`, Muon for matrices and AdamW for the rest.
 
-    Embeddings and the LM head are no matrices in this sense; DeepSpeed, too, knows them by their names.
+    As in DeepSpeed, a matrix is every parameter of two dimensions whose name contains neither `embed` nor `lm_head`.
     """
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
@@ -180,7 +180,8 @@ def _resume(file: Path | None, trained: Any, optimizers: Any, average: Any) -> t
     if file is None or not file.is_file():
         return 0, 0.0
     state = torch.load(file)
-    for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+    states = state.get("optimizers") or [state["optimizer"]]  # earlier releases had one
+    for optimizer, kept in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(kept)
     _follow(trained, state["trained"], 0.0)
     _follow(average, state["average"], 0.0)

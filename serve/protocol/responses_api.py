@@ -15,6 +15,16 @@ from pydantic import BaseModel, Discriminator, Field, Tag, field_validator
 from serve.protocol.errors import ApiError
 from serve.protocol.requests import CHANGES_NOTHING, Accepting, ChatRequest, RequestFields, Text, Values
 
+NOT_PASSED_ON = {"max_tokens", "max_completion_tokens", "stream_options", "stream"}
+FIELDS_OF_CHAT = {"messages": "input", "max_tokens": "max_output_tokens", "max_completion_tokens": "max_output_tokens"}
+"""What the fields are called here that errors of a chat completion name."""
+
+
+def named_here(error: ApiError) -> ApiError:
+    """An error of the chat completion that answers a response, with the names that its client knows."""
+    param = error.param and FIELDS_OF_CHAT.get(error.param.partition("[")[0], error.param)
+    return ApiError(error.status, error.message, param, error.code)
+
 
 def _text_or_list(value: Any) -> str:
     return "<list>" if isinstance(value, list) else "<text>"
@@ -49,21 +59,31 @@ class InputItem(Accepting):
         return {"role": self.role, "content": whole}
 
 
+class TextOptions(Accepting):
+    """The form of an answer: none but plain text."""
+
+    changes_nothing: ClassVar[Values] = {"format": ({"type": "text"},), "verbosity": ("medium",)}
+
+
+class ReasoningOptions(Accepting):
+    """How much to reason: not at all."""
+
+    changes_nothing: ClassVar[Values] = {"effort": ("none",)}
+
+
 class ResponsesRequest(RequestFields):
     """The body of POST /v1/responses, with the same extra fields as chat completions."""
 
     changes_nothing: ClassVar[Values] = CHANGES_NOTHING | {
-        "text": ({"format": {"type": "text"}}, {}),
         "truncation": ("disabled",),
         "background": (False,),
-        "include": ([],),
+        "include": ([], ["reasoning.encrypted_content"]),
         "store": (True, False),
-        "reasoning": ({},),
     }
 
     input: Annotated[
         Annotated[Text, Tag("<text>")]
-        | Annotated[list[InputItem], Field(min_length=1, max_length=4096, fail_fast=True), Tag("<list>")],
+        | Annotated[list[InputItem], Field(min_length=1, max_length=4095, fail_fast=True), Tag("<list>")],
         Discriminator(_text_or_list),
     ]
     """The user's text, or the messages of a conversation."""
@@ -71,6 +91,14 @@ class ResponsesRequest(RequestFields):
     """A system message before the input."""
     max_output_tokens: int | None = Field(None, ge=1)
     """The most tokens to generate."""
+    text: TextOptions | None = None
+    """Accepted where it changes nothing."""
+    reasoning: ReasoningOptions | None = None
+    """Accepted where it changes nothing."""
+    max_tool_calls: int | None = None
+    """Accepted and not used, because there are no tools."""
+    prompt_cache_retention: str | None = None
+    """Accepted and not used."""
 
     @field_validator("n")
     @classmethod
@@ -92,8 +120,7 @@ class ResponsesRequest(RequestFields):
         items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else []
         items += [] if isinstance(self.input, str) else [item.message for item in self.input]
         system = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
-        own = {"input", "instructions", "max_output_tokens", "max_tokens", "max_completion_tokens", "stream_options"}
-        fields = self.model_dump(exclude=own, exclude_none=True)
+        fields = self.model_dump(include=set(ChatRequest.model_fields) - NOT_PASSED_ON, exclude_none=True)
         chat = {"messages": [*system, *items], "max_tokens": next(iter(limits), None), **fields}
         return ChatRequest.model_validate(chat)
 
@@ -128,6 +155,10 @@ class ResponsesAnswer(BaseModel):
     instructions: str | None
     model: str
     output: list[OutputMessage]
+    parallel_tool_calls: bool
+    tool_choice: Literal["auto"]
+    tools: list[Any]
+    metadata: dict[str, Any] | None
     usage: dict[str, Any] | None
 
 
@@ -136,11 +167,11 @@ class ResponsesBuilder:
 
     Args:
         model: its name.
-        instructions: of the request, which are repeated.
+        request: whose instructions and metadata are repeated.
     """
 
-    def __init__(self, model: str, instructions: str | None):
-        self.model, self.instructions = model, instructions
+    def __init__(self, model: str, request: ResponsesRequest):
+        self.model, self.instructions, self.metadata = model, request.instructions, request.metadata
         self.id, self.item = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
         self.created, self.number = int(time.time()), 0
 
@@ -161,10 +192,11 @@ class ResponsesBuilder:
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": self.instructions,
             "model": self.model,
-            "output": [] if text is None else [self._message(status, text)],
+            "output": [] if text is None else [self._message("incomplete" if error else status, text)],
             "parallel_tool_calls": True,
             "tool_choice": "auto",
             "tools": [],
+            "metadata": self.metadata,
             "usage": usage and _usage(usage),
         }
 
@@ -223,7 +255,7 @@ def status_of(finish: str | None) -> str:
 def _usage(usage: dict[str, Any]) -> dict[str, Any]:
     return {
         "input_tokens": usage["prompt_tokens"],
-        "input_tokens_details": usage["prompt_tokens_details"],
+        "input_tokens_details": usage["prompt_tokens_details"] | {"cache_write_tokens": 0},
         "output_tokens": usage["completion_tokens"],
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage["total_tokens"],

@@ -83,6 +83,10 @@ def test_instructions_and_earlier_answers_are_messages_of_the_conversation(http,
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"n": 2}, "n"),
         ({"max_tokens": 3}, "max_output_tokens"),
+        ({"max_output_tokens": 900}, "max_output_tokens"),
+        ({"input": "abc" * 50}, "input"),
+        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
     ],
 )
 def test_what_would_change_the_answer_is_refused_by_its_path(http, body, param):
@@ -90,11 +94,27 @@ def test_what_would_change_the_answer_is_refused_by_its_path(http, body, param):
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
+def test_fields_that_change_nothing_are_accepted(http):
+    plain = http.post("/v1/responses", json=asked()).json()
+    nothing = {
+        "text": {"format": {"type": "text"}, "verbosity": "medium"},
+        "reasoning": {"effort": None, "summary": None},
+        "include": ["reasoning.encrypted_content"],
+        "metadata": {"a": "b"},
+        "store": True,
+        "previous_response_id": None,
+    }
+    answer = http.post("/v1/responses", json=asked(**nothing)).json()
+    assert answer["output"][0]["content"] == plain["output"][0]["content"]
+    assert answer["metadata"] == {"a": "b"}
+
+
 def test_the_openai_client_reads_a_response_and_its_stream(served):
     client = openai.OpenAI(base_url=f"{served[0]}/v1", api_key="none", max_retries=0)
     options = {"model": "tiny", "input": "abc", "max_output_tokens": 9, "extra_body": {"seed": 1}}
     whole = client.responses.create(**options, store=True, text={"format": {"type": "text"}})
     assert whole.usage.output_tokens <= 9
+    assert whole.usage.input_tokens_details.cached_tokens == 0
     with client.responses.stream(**options) as stream:
         events = list(stream)
         last = stream.get_final_response()

@@ -13,9 +13,7 @@ from pipelines.benchmarks.text_recipes import Arm, batches_of, describe, read_ar
 from pipelines.config.section import ConfigError
 from tests.models import VOCAB, make_backbone
 
-SMALL = (
-    "train.steps=3 train.batch=2 train.micro_batch=1 train.sampled_tokens=0 student.k=2 data.block=16 rollout.windows=8"
-)
+SMALL = "train.steps=3 train.batch=2 train.micro_batch=1 train.sampled_tokens=0 student.k=2"
 
 
 def test_an_arm_changes_the_recipe_by_name():
@@ -27,6 +25,8 @@ def test_an_arm_changes_the_recipe_by_name():
 def test_an_unknown_field_of_an_arm_is_refused():
     with pytest.raises(ConfigError, match=r"train\.speed"):
         Arm.read("wrong train.speed=3").stage()
+    with pytest.raises(ConfigError, match=r"data\.block has no effect here"):
+        Arm.read("idle data.block=64").stage()
 
 
 def test_batches_are_the_rows_of_an_epoch_in_an_order_of_its_own():

@@ -7,7 +7,7 @@ from kforcing import PushForwardLM
 from kforcing.attention.windows import Windows
 from kforcing.coupling import COUPLINGS
 from kforcing.distillation.steps import ARStep, StudentStep, TokenBatch, WindowBatch
-from kforcing.distillation.teachers import ARTeacher
+from kforcing.distillation.teachers import ARTeacher, StudentTeacher
 from kforcing.distillation.text import TextBatch, TextStep
 from kforcing.metrics.flops import flop_counter
 from kforcing.noise import window_noise
@@ -81,6 +81,8 @@ def test_the_flops_of_rolled_out_windows_are_those_that_are_counted(name):
     windows, _ = batch(4)
     stage, plan = resolve(config)[-1], plan_run(config)[-1]
     teacher = ARTeacher(backbone.model, COUPLINGS[student.design.coupling])
+    if stage.targets == "self":
+        teacher = StudentTeacher(PushForwardLM.from_backbone(backbone.model, 2, student.design))
     targets = teacher.rollout(windows)
     assert plan.rollout_flops / 2 == pytest.approx(counted(lambda: teacher.rollout(windows)), rel=0.25)
     step = StudentStep(student, stage.loss)
@@ -113,6 +115,12 @@ def test_the_command_plans_without_starting_anything(tmp_path, monkeypatch, caps
     distill.main()
     assert "hours at 1.0e+12 FLOP/s" in capsys.readouterr().out
     assert not list(root.glob("*/*"))
+
+
+def test_a_speed_without_a_plan_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["distill.py", "--flops-per-s", "1e12"])
+    with pytest.raises(SystemExit, match="belongs to --plan"):
+        distill.main()
 
 
 def test_a_speed_that_is_none_is_refused(monkeypatch):
