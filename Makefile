@@ -1,4 +1,4 @@
-# make distill      a k=4 student of SmolLM2-135M-Instruct and its report, on this machine, in 20 minutes
+# make distill      a k=4 student of SmolLM2-135M-Instruct and its report, on this machine, in 30 minutes
 # make toy          every stage on a tiny model: corpus → AR teacher → k=1 → k=2 → k=4 → report
 # make evaluate     the toy's models against the AR model and the baselines: fidelity, text, speed, cost → report
 # make test         everything CI runs, in less than 15 minutes on two cores

@@ -138,7 +138,7 @@ def hf() -> Config:
 
 
 def quickstart() -> Config:
-    """A k=4 student of SmolLM2-135M-Instruct in 20 minutes of two cores, trained on conversations that it wrote itself."""
+    """A k=4 student of SmolLM2-135M-Instruct in 30 minutes of two cores, trained on conversations that it wrote itself."""
     return _smollm2("quickstart", steps=400)
 
 

@@ -45,8 +45,9 @@ def measure_exact_mode(job: ExactJob) -> dict[str, Any]:
     """The figures of a student that can verify its tokens, for `report.json`.
 
     Returns:
-        `texts` and how many of them are `equal` to the AR model's, `tokens_a_step` by temperature, and `speed` by the number
-        of prompts at a time: tokens a second over those of the AR model, median over rounds. Keys are strings, as in JSON.
+        `texts` and how many of them are `equal` to the AR model's, `tokens_a_step` by temperature where every block has k
+        tokens, and `speed` by the number of prompts at a time, where the engine chooses the width of each step: tokens a
+        second over those of the AR model, median over rounds. Keys are strings, as in JSON.
     """
     student: Any = PushForwardLM.from_pretrained(job.student).to(pick_device())
     threads = torch.get_num_threads()
@@ -63,6 +64,7 @@ def _measure(job: ExactJob, student: Any) -> dict[str, Any]:
     longest, coupling = job.config.prompt_tokens + job.config.new_tokens, student.design.coupling
     ar = Engine(student.backbone, EngineConfig(max(BATCHES), longest, coupling=coupling))
     exact = Engine(student, EngineConfig(max(BATCHES), longest, acceptance="exact"))
+    full = Engine(student, EngineConfig(max(BATCHES), longest, acceptance="exact", adapt_width=False))
 
     def run(engine: Engine, n: int, temperature: float) -> list[Completion]:
         sampling = SamplingParams(temperature=temperature)
@@ -75,7 +77,7 @@ def _measure(job: ExactJob, student: Any) -> dict[str, Any]:
 
     equal, tokens_a_step = 0, {}
     for temperature in TEMPERATURES:
-        texts, done = (run(engine, len(prompts), temperature) for engine in (ar, exact))
+        texts, done = (run(engine, len(prompts), temperature) for engine in (ar, full))
         equal += sum(a.tokens == b.tokens for a, b in zip(texts, done, strict=True))
         tokens_a_step[f"{temperature:g}"] = statistics.fmean(c.tokens_a_step for c in done)
     speed = {}
@@ -98,5 +100,6 @@ def headline(name: str, figures: dict[str, Any]) -> str:
     speeds = ", ".join(f"{value:.2f}× at batch {n}" for n, value in figures["speed"].items())
     return (
         f"{name}, exact mode: the AR model's own text ({figures['equal']} of {figures['texts']} texts are equal), tokens a "
-        f"step: {steps}; tokens a second over the AR model's in the same engine: {speeds}"
+        f"step of full width: {steps}; tokens a second over the AR model's in the same engine, at widths that the engine "
+        f"chooses: {speeds}"
     )
