@@ -2,9 +2,10 @@
 
 A step of width w brings 1 + Σ a_j tokens a request, where a_j is the share of blocks in which drafts 1 … j were accepted, and
 takes the time that earlier steps of this width took with about as many requests. The width with the most tokens a second is
-taken. Under load a step is bound by arithmetic and drafts cost more than they bring, so the width falls to 1, which is AR
-decoding. The text does not depend on the widths, so they may change with every step. Drafts of different sources are accepted
-more or less often, and a request whose context has no drafts has none, so each request counts with the drafts that it has.
+taken, unless the narrowest one is nearly as fast. Under load a step is bound by arithmetic and drafts cost more than they
+bring, so the width falls to 1, which is AR decoding. The text does not depend on the widths, so they may change with every
+step. Drafts of different sources are accepted more or less often, and a request whose context has no drafts has none, so
+each request counts with the drafts that it has.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ FIRST_LOOK = 4
 """Steps of each width that are timed before the first choice."""
 LOOK_AGAIN = 256
 """Steps after which a width that was not chosen is timed again, for one step."""
+GAIN = 1.03
+"""A wider block must be so much faster than the narrowest one, because what is expected of drafts is less certain."""
 STEP_MEMORY = 0.1
 """Weight of the newest step in the running mean of seconds."""
 BLOCK_MEMORY = 0.01
@@ -89,7 +92,12 @@ class WidthChooser:
         oldest = min(widths, key=lambda width: timings[width].last)
         if self._observations - timings[oldest].last > LOOK_AGAIN:
             return oldest
-        return max(widths, key=lambda width: self.tokens(drafts, width) / timings[width].seconds)
+
+        def speed(width: int) -> float:
+            return self.tokens(drafts, width) / timings[width].seconds
+
+        best = max(widths, key=speed)
+        return best if speed(best) > GAIN * speed(least) else least
 
     def tokens(self, drafts: Sequence[tuple[int, int]], width: int) -> float:
         """The expected tokens of a step of this width, for all requests together."""

@@ -47,6 +47,12 @@ def test_ar_decoding_is_chosen_when_drafts_are_wrong_or_arithmetic_binds():
     assert settled(chooser, 64, {1: 1.0, 2: 2.2, 3: 3.3, 4: 4.4}) == 1
 
 
+def test_drafts_are_made_only_where_they_gain_more_than_a_few_percent():
+    chooser = experienced(2, accepted=1)
+    assert settled(chooser, 1, {1: 1.0, 2: 1.97}) == 1
+    assert settled(chooser, 16, {1: 1.0, 2: 1.9}) == 2
+
+
 def test_the_choice_depends_on_the_number_of_requests():
     chooser = experienced(2, accepted=1)
     assert settled(chooser, 1, {1: 1.0, 2: 1.2}) == 2
