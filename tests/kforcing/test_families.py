@@ -89,7 +89,8 @@ def test_the_lm_head_scales_and_caps_as_the_model_does(family):
         torch.testing.assert_close(lm_head(model, states), whole)
         assert (whole - states @ model.get_output_embeddings().weight.T).abs().max() > 0.1
         student = PushForwardLM.from_backbone(model, 1, SEQUENTIAL).eval()
-        torch.testing.assert_close(student(ids, torch.tensor([[0.5]]))[:, 0], whole[:, -1])
+        # One row of states rounds otherwise than many.
+        torch.testing.assert_close(student(ids, torch.tensor([[0.5]]))[:, 0], whole[:, -1], rtol=1e-4, atol=1e-4)
 
 
 def test_rows_of_a_scaled_lm_head_are_not_taken_for_logits():

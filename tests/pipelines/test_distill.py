@@ -47,10 +47,10 @@ def test_every_stage_leaves_a_loadable_model_and_the_report_says_so(smoke):
     assert all((run / name).stat().st_size > 10_000 for name in ("match.png", "training.png"))
     assert len(report(run)["samples"]) == 3
     exact = report(run)["exact_mode"]
-    assert (exact["student"], exact["texts"], exact["equal"]) == ("k4", 12, 12)
+    assert (exact["student"], exact["texts"], exact["equal"]) == ("k4", 24, 24)
     assert all(1 <= value <= 4 for value in exact["tokens_a_step"].values())
     assert set(exact["speed"]) == {"1", "4"}
-    assert "k4, exact mode: the AR model's own text (12 of 12 texts are equal)" in text
+    assert "k4, exact mode: the AR model's own text (24 of 24 texts are equal)" in text
 
 
 def test_the_teacher_is_inside_every_student(smoke):
