@@ -23,7 +23,9 @@ def ray_here():
     """A Ray cluster inside this process."""
     import ray
 
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
+    from pipelines.runs.cluster import init_ray
+
+    init_ray(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
     yield
     ray.shutdown()
 

@@ -106,8 +106,6 @@ def connected(root: Path, work: Work) -> Iterator[None]:
 
 def _start_ray() -> None:
     """Start or join a cluster. Raises ConfigError, in one line, when that fails."""
-    import ray
-
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
     if address:
@@ -118,10 +116,26 @@ def _start_ray() -> None:
         if len(tempfile.gettempdir()) > LONGEST_TEMP:  # the names of sockets in it have a limit
             options["_temp_dir"] = os.path.join(os.sep, "tmp", "ray")
     try:
-        ray.init(**options)
+        init_ray(**options)
     except Exception as error:
         where = f"RAY_ADDRESS={address}" if address else "Ray does not start on this machine"
         raise ConfigError(f"{where}: {' '.join(str(error).split())[:300] or type(error).__name__}") from None
+
+
+def init_ray(**options: Any) -> None:
+    """`ray.init`, tried once more where it starts a cluster here.
+
+    Ray gives its own agent 15 seconds to start, which is too little on a busy machine.
+    """
+    import ray
+
+    try:
+        ray.init(**options)
+    except Exception:
+        if options.get("address") != "local" or ray.is_initialized():
+            raise
+        ray.shutdown()
+        ray.init(**options)
 
 
 def _check_address(address: str) -> None:
