@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -23,7 +23,7 @@ from serve.protocol.responses import (
     Version,
 )
 from serve.protocol.responses_api import ResponsesAnswer, ResponsesBuilder, ResponsesRequest, named_here
-from serve.service import Service
+from serve.service import AcceptedRequest, Service
 from serve.streaming import (
     EventStream,
     events,
@@ -45,41 +45,54 @@ def generation_routes(service: Service) -> APIRouter:
     @router.post("/v1/completions", response_model=CompletionResponse)
     async def completions(body: CompletionRequest, http: Request) -> Response:
         """Continue prompts. With `stream`, the answer is server-sent events that end with `data: [DONE]`."""
-        return await answer(body, http, chat=False)
+        return await completed(body, http, chat=False)
 
     @router.post("/v1/chat/completions", response_model=ChatResponse)
     async def chat_completions(body: ChatRequest, http: Request) -> Response:
         """Continue a conversation, if the model has a chat template."""
-        return await answer(body, http, chat=True)
+        return await completed(body, http, chat=True)
 
     @router.post("/v1/responses", response_model=ResponsesAnswer)
     async def responses(body: ResponsesRequest, http: Request) -> Response:
         """Answer as OpenAI's Responses API does. With `stream`, the answer is its events."""
-        client = http.headers.get("authorization", "")
+
+        def builder(request: AcceptedRequest) -> ResponsesBuilder:
+            return ResponsesBuilder(request.model.name, body)
+
         try:
-            request = await unless_disconnected(http, service.accept(body.as_chat(), client))
+            return await answer(
+                body.as_chat(),
+                http,
+                whole=lambda request: whole_response(request, builder(request)),
+                streamed=lambda request: response_events(request, builder(request)),
+            )
         except ApiError as error:
             raise named_here(error) from None
-        if request is None:
-            return Response()
-        builder = ResponsesBuilder(request.model.name, body)
-        if body.stream:
-            return EventStream(request, response_events(request, builder))
-        try:
-            answer = await unless_disconnected(http, whole_response(request, builder))
-        finally:
-            request.close()
-        return Response() if answer is None else AsciiJSON(answer)
 
-    async def answer(body: CompletionRequest | ChatRequest, http: Request, chat: bool) -> Response:
+    async def completed(body: CompletionRequest | ChatRequest, http: Request, chat: bool) -> Response:
+        def builder(request: AcceptedRequest) -> ResponseBuilder:
+            return ResponseBuilder(chat, request.model.name)
+
+        return await answer(
+            body,
+            http,
+            whole=lambda request: whole_answer(request, builder(request)),
+            streamed=lambda request: events(request, builder(request), body.stream_options),
+        )
+
+    async def answer(
+        body: CompletionRequest | ChatRequest,
+        http: Request,
+        whole: Callable[[AcceptedRequest], Coroutine[Any, Any, dict[str, Any]]],
+        streamed: Callable[[AcceptedRequest], AsyncGenerator[bytes, None]],
+    ) -> Response:
         client = http.headers.get("authorization", "")
         if (request := await unless_disconnected(http, service.accept(body, client))) is None:
             return Response()
-        builder = ResponseBuilder(chat, request.model.name)
         if body.stream:
-            return EventStream(request, events(request, builder, body.stream_options))
+            return EventStream(request, streamed(request))
         try:
-            body_of_answer = await unless_disconnected(http, whole_answer(request, builder))
+            body_of_answer = await unless_disconnected(http, whole(request))
         finally:
             request.close()
         return Response() if body_of_answer is None else AsciiJSON(body_of_answer)

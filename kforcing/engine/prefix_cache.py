@@ -1,7 +1,7 @@
 """Keys and values of prompts that were read before, so that a prompt with the same beginning need not be read whole again.
 
 Prompts are cut into blocks of `block` tokens. A block is found by its own tokens and all before them, and holds what the
-trunk made of it in every layer. What was used least recently goes first when memory is short. Texts do not change: the keys
+trunk made of it in every layer. Blocks that were used least recently are dropped first. Texts do not change: the keys
 and values are those that reading would make, up to rounding that depends on the shapes of reads, as between any two batches.
 
 Shapes: Y layers, H heads of keys, N tokens of a block, E width of a head.
@@ -69,7 +69,7 @@ class PrefixCache:
             self.bytes -= self._blocks.popitem(last=False)[1].nbytes
 
     def _used(self, names: list[bytes]) -> None:
-        """Note that blocks were used. One is of no use without those before it, so these are the newest."""
+        """Note that blocks were used. A block cannot be used without those before it, so the first block is dropped last."""
         for name in reversed(names):
             self._blocks.move_to_end(name)
 

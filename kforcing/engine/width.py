@@ -22,7 +22,8 @@ FIRST_LOOK = 4
 LOOK_AGAIN = 256
 """Steps after which a width that was not chosen is timed again, for one step."""
 GAIN = 1.03
-"""A wider block must be so much faster than the narrowest one, because what is expected of drafts is less certain."""
+"""A wider block is taken only if its tokens a second are more than this times those of the narrowest one, because the
+acceptance of drafts is an estimate."""
 STEP_MEMORY = 0.1
 """Weight of the newest step in the running mean of seconds."""
 BLOCK_MEMORY = 0.01

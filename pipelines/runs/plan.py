@@ -93,8 +93,9 @@ def describe_plan(config: Config, flops_per_s: float) -> str:
     total, disk = sum(s.flops for s in stages), sum(s.disk_bytes for s in stages)
     lines.append(
         f"in all {total:.2e} FLOPs, {total / flops_per_s / 3600:.2f} hours at {flops_per_s:.1e} FLOP/s (--flops-per-s), and "
-        f"{disk / 2**30:.1f} GiB beside the corpus, of which a token takes {FLOAT} bytes. Evaluation, the start of processes "
-        "text that the AR model writes itself, and what Python and libraries hold (about 1 GiB a process) are not counted."
+        f"{disk / 2**30:.1f} GiB beside the corpus, of which a token takes {FLOAT} bytes. Evaluation, the start of "
+        "processes, text that the AR model writes itself, and what Python and libraries hold (about 1 GiB a process) "
+        "are not counted."
     )
     return "\n".join(lines)
 
@@ -136,9 +137,8 @@ def _sizes(model: Any) -> _Sizes:
     readout: Any = model.readout
     layers = getattr(readout, "layers", None)
     hints = _matrices(layers) if layers is not None else 0
-    if (
-        student.design.sequential.hints == "adapter" and layers is not None
-    ):  # the trunk's own layers, which are not trained
+    if layers is not None and student.design.sequential.hints == "adapter":
+        # The trunk's own layers, too. They are not trained, which saves a third of their FLOPs.
         hints += round(2 / 3 * trunk * layers.config.num_hidden_layers / sizes.layers)
     tables = sum(
         p.numel()

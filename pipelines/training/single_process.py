@@ -104,13 +104,7 @@ def train_here(
         for optimizer in optimizers:
             set_learning_rates(optimizer.param_groups, step, train, muon=isinstance(optimizer, torch.optim.Muon))
             optimizer.zero_grad()
-        total: LossSums | None = None
-        for batch in batches(step, train.steps):
-            sums = module(batch)
-            sums.loss.backward()
-            sums.loss = sums.loss.detach()
-            total = sums if total is None else total + sums
-        assert total is not None
+        total = _backward(module, batches(step, train.steps))
         loss, tokens = total.loss.item(), total.tokens
         for parameter in trained:
             if parameter.grad is not None:
@@ -135,6 +129,18 @@ def train_here(
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
     return earlier + time.monotonic() - started
+
+
+def _backward(module: nn.Module, micro_batches: list[Any]) -> LossSums:
+    """Add the gradients of all micro-batches of a step to the parameters; returns their sums."""
+    total: LossSums | None = None
+    for batch in micro_batches:
+        sums = module(batch)
+        sums.loss.backward()
+        sums.loss = sums.loss.detach()
+        total = sums if total is None else total + sums
+    assert total is not None
+    return total
 
 
 def make_optimizers(module: nn.Module, train: TrainConfig) -> list[torch.optim.Optimizer]:

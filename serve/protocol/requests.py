@@ -90,7 +90,8 @@ class Accepting(BaseModel):
 # brackets, which no path of a field contains.
 
 
-def _text_or_list(value: Any) -> str:
+def text_or_list(value: Any) -> str:
+    """The tag of a value that is text or a list."""
     return "<list>" if isinstance(value, list) else "<text>"
 
 
@@ -98,7 +99,7 @@ def _kind_of_prompt(value: Any) -> str:
     first = value[0] if isinstance(value, list) and value else None
     if isinstance(first, str | list):
         return "<texts>" if isinstance(first, str) else "<lists>"
-    return _text_or_list(value)
+    return text_or_list(value)
 
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=1_000_000)]
@@ -116,7 +117,7 @@ Prompt = Annotated[
 Stop = Annotated[
     Annotated[StopText, Tag("<text>")]
     | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True), Tag("<list>")],
-    Discriminator(_text_or_list),
+    Discriminator(text_or_list),
 ]
 
 
@@ -258,7 +259,7 @@ class Message(Accepting):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Field(fail_fast=True), Tag("<list>")],
-        Discriminator(_text_or_list),
+        Discriminator(text_or_list),
     ] = Field(None, validate_default=True)
     """Text; the assistant's messages may have none."""
     name: str | None = None

@@ -13,21 +13,17 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator
 
 from serve.protocol.errors import ApiError
-from serve.protocol.requests import CHANGES_NOTHING, Accepting, ChatRequest, RequestFields, Text, Values
+from serve.protocol.requests import CHANGES_NOTHING, Accepting, ChatRequest, RequestFields, Text, Values, text_or_list
 
-NOT_PASSED_ON = {"max_tokens", "max_completion_tokens", "stream_options", "stream"}
+NOT_PASSED_ON = {"max_tokens", "max_completion_tokens", "stream_options"}
 FIELDS_OF_CHAT = {"messages": "input", "max_tokens": "max_output_tokens", "max_completion_tokens": "max_output_tokens"}
-"""What the fields are called here that errors of a chat completion name."""
+"""Field of a chat completion → its name in this API."""
 
 
 def named_here(error: ApiError) -> ApiError:
-    """An error of the chat completion that answers a response, with the names that its client knows."""
+    """The error of a chat completion, with the field names of this API."""
     param = error.param and FIELDS_OF_CHAT.get(error.param.partition("[")[0], error.param)
     return ApiError(error.status, error.message, param, error.code)
-
-
-def _text_or_list(value: Any) -> str:
-    return "<list>" if isinstance(value, list) else "<text>"
 
 
 class InputPart(Accepting):
@@ -45,7 +41,7 @@ class InputItem(Accepting):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         Annotated[str, Tag("<text>")] | Annotated[list[InputPart], Field(fail_fast=True), Tag("<list>")],
-        Discriminator(_text_or_list),
+        Discriminator(text_or_list),
     ]
     id: str | None = None
     """Accepted and not used."""
@@ -84,7 +80,7 @@ class ResponsesRequest(RequestFields):
     input: Annotated[
         Annotated[Text, Tag("<text>")]
         | Annotated[list[InputItem], Field(min_length=1, max_length=4095, fail_fast=True), Tag("<list>")],
-        Discriminator(_text_or_list),
+        Discriminator(text_or_list),
     ]
     """The user's text, or the messages of a conversation."""
     instructions: str | None = None

@@ -123,7 +123,7 @@ def test_a_speed_without_a_plan_is_refused(monkeypatch):
         distill.main()
 
 
-def test_a_speed_that_is_none_is_refused(monkeypatch):
+def test_a_speed_of_zero_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["distill.py", "--plan", "--flops-per-s", "0"])
     with pytest.raises(SystemExit, match="give the trainers' FLOP/s"):
         distill.main()
