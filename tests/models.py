@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
@@ -32,9 +34,9 @@ CONFIGS = {
 
 
 def make_backbone(name: str = "llama", seed: int = 0, scale: float = 8.0):
-    """A random backbone whose distributions are far from uniform."""
+    """A random backbone whose distributions are far from uniform. Its config is its own: a test may change it."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name]), attn_implementation="sdpa").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
