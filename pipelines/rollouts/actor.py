@@ -27,7 +27,15 @@ from kforcing.device import peak_gpu_mb, peak_rss_mb, pick_device
 from kforcing.distillation.teachers import ARTeacher, StudentTeacher
 from kforcing.modeling import PushForwardLM
 from kforcing.noise import derive_key, sample_anchors, uniform, window_noise
-from pipelines.data.rows import epochs_of, sequences_of, tokens_of, with_rollout, with_rollout_cost
+from pipelines.data.rows import (
+    epochs_of,
+    positions_of,
+    sequences_of,
+    tokens_of,
+    with_rollout,
+    with_rollout_cost,
+)
+from pipelines.tracking.metrics import set_gauge
 
 # Sequences in one forward pass on a CPU, where larger batches are not faster.
 CPU_BATCH = 16
@@ -55,6 +63,8 @@ class RolloutJob:
     threads: int
     draws: int = 1
     """Windows of each anchor, with independent noise."""
+    run: str = ""
+    """Name of the run, for its metrics."""
 
 
 class RolloutActor:
@@ -76,6 +86,8 @@ class RolloutActor:
         batch = self.job.batch or self._fitting(tokens_of(rows.slice(0, 1)).shape[1])
         rolled = pa.concat_tables([self._roll_out(rows.slice(i, batch)) for i in range(0, len(rows), batch)])
         seconds = (time.monotonic() - started) / len(rolled)
+        reached = float(positions_of(rows).max()) + 1
+        set_gauge("kforcing_rollout_rows", reached, self.job.run, self.job.stage)
         cost = {"rollout_s": seconds, "rollout_rss_mb": peak_rss_mb(), "rollout_gpu_mb": peak_gpu_mb()}
         return with_rollout_cost(rolled, cost)
 

@@ -1,4 +1,5 @@
-"""The one place that a pipeline reports to: a JSONL log always, MLflow as far as it can be reached, progress lines.
+"""The one place that a pipeline reports to: a JSONL log always, MLflow as far as it can be reached, progress lines, and
+metrics for Prometheus.
 
 MLflow runs in the driver alone. Train workers hand their metrics to the `Relay` actor without waiting; a thread of the
 driver drains it. So a slow, dead or unreachable tracking server delays that thread and nothing else, and sqlite is
@@ -20,6 +21,7 @@ from pipelines.config.stages import RunSpec
 from pipelines.data.tokenise import Prepared
 from pipelines.files import strict_json
 from pipelines.log import log, without_passwords
+from pipelines.tracking.metrics import publish, set_gauge
 from pipelines.tracking.pipeline_runs import OpenStage, PipelineRuns
 
 LOG = "log.jsonl"
@@ -38,6 +40,7 @@ class Tracker:
     def __init__(self, run: RunSpec, params: dict[str, Any], drain: Callable[[], list[Record]]):
         self.params, self.drain, self.log = params, drain, run.root / LOG
         self.mlflow = PipelineRuns(run, params, self._mlflow_failed)
+        self.run = run.root.name
 
     def write(self, **record: Any) -> None:
         """Append a record to the run's JSONL log."""
@@ -59,6 +62,7 @@ class Tracker:
     def stage(self, name: str, fingerprint: str, params: dict[str, Any]) -> Iterator[None]:
         """A child run; records that workers leave while it is open are logged to it and shown as progress."""
         self.write(event="stage_started", stage=name, fingerprint=fingerprint)
+        set_gauge("kforcing_stage_running", 1, self.run, name)
         self.mlflow.open(OpenStage(name, fingerprint, params))
         done = threading.Event()
         pump = threading.Thread(target=self._pump, args=(done, fingerprint), daemon=True)
@@ -74,6 +78,7 @@ class Tracker:
             done.set()
             pump.join(timeout=30)
             self.write(event="stage_ended", stage=name, status=status)
+            set_gauge("kforcing_stage_running", 0, self.run, name)
             self.mlflow.close(status)
 
     def _pump(self, done: threading.Event, fingerprint: str) -> None:
@@ -88,6 +93,7 @@ class Tracker:
             for record in records:
                 self.write(event="train", fingerprint=fingerprint, **record)
                 log.info(progress_line(record))
+                publish(record, self.run)
                 self.mlflow.metrics(flatten(record), record["step"])
             if last:
                 return
@@ -120,7 +126,7 @@ def flatten(record: dict[str, Any]) -> dict[str, float]:
     """A worker's record as MLflow metrics; lists become `name_1`, `name_2`, …"""
     flat: dict[str, float] = {}
     for key, value in record.items():
-        if key in ("tokens_seen", "step", "steps", "stage"):
+        if key in ("tokens_seen", "rows_seen", "saved_at", "step", "steps", "stage"):
             continue
         if isinstance(value, list):
             flat |= {f"train/{key}_{j + 1}": v for j, v in enumerate(value)}

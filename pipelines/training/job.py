@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -69,6 +70,7 @@ def stage_job(spec: StageSpec, folder: str, store: str, teacher: str, previous: 
         spec.rollout.batch,
         threads=max(1, int(spec.rollout.cpus_per_actor)),
         draws=spec.rollout.draws,
+        run=Path(folder).parent.name,
     )
     return TrainJob(spec.name, folder, store, spec.seed, spec.train, spec.rollout, rollout_job, init)
 

@@ -41,7 +41,7 @@ class Progress:
 
     def __init__(self, job: TrainJob, start: int, relay: Any | None):
         self.job, self.relay, self.step = job, relay, start
-        self.first, self.began = start, time.monotonic()
+        self.first, self.began, self.saved_at = start, time.monotonic(), time.time()
         self.wait = 0.0
         self.mark, self.tokens = self.began, 0
 
@@ -59,6 +59,10 @@ class Progress:
             else:
                 self.wait += time.monotonic() - asked
             yield batch
+
+    def saved(self) -> None:
+        """Note that a checkpoint has been written now."""
+        self.saved_at = time.time()
 
     def stepped(self, step: int, rows: pa.Table, sums: Any) -> None:
         """Count a finished step. Every `log_every` steps, reduce the figures over the ranks and report them."""
@@ -80,6 +84,8 @@ class Progress:
             "seconds": now - self.mark,
             "tokens_per_s": self.tokens / (now - self.mark),
             "tokens_seen": self.step * means["tokens"],
+            "rows_seen": self.step * self.job.train.batch,
+            "saved_at": self.saved_at,
             "data_wait": wait / (now - self.mark),
             "eta_s": (now - self.began) / (self.step - self.first) * (self.job.train.steps - self.step),
             "train_rss_mb": peak_rss_mb(),

@@ -26,6 +26,7 @@ from pipelines.files import added_files, atomic_write
 from pipelines.rollouts.plan import StepPlan
 from pipelines.rollouts.stream import training_rows
 from pipelines.runs.stages import StageError
+from pipelines.tracking.metrics import count
 from pipelines.training import deepspeed_engine as strategy
 from pipelines.training.guard import Diverged, StepFigures, explain
 from pipelines.training.job import TrainJob, fit_candidates, micro_batches
@@ -47,11 +48,13 @@ def fit(job: TrainJob, relay: Any) -> None:
     """
     if Path(job.folder, "config.json").is_file():
         return
+    strategy.set_changed_aside(Path(job.folder, "checkpoints"))
     strategy.check_workers(Path(job.folder, "checkpoints"), job.train)
     diverged = Path(job.folder, DIVERGED)
     diverged.unlink(missing_ok=True)
     _fit(job, relay)
     if diverged.is_file():
+        count("kforcing_diverged_total", 1, Path(job.folder).parent.name, job.stage)
         raise StageError(f"stage {job.stage}: {diverged.read_text()}")
 
 
@@ -145,6 +148,7 @@ def train_worker(config: dict[str, Any]) -> None:
         progress.stepped(step, rows, sums)
         if (step + 1) % train.checkpoint_every == 0 and step + 1 < train.steps:
             strategy.save_checkpoint(engine, average, checkpoints, step + 1)
+            progress.saved()
     if progress.step != train.steps:
         raise RuntimeError(f"the data of stage {job.stage} ended at step {progress.step} of {train.steps}")
     weights = strategy.whole_weights(engine, average)
