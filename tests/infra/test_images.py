@@ -82,6 +82,8 @@ def test_it_installs_within_the_constraints():
         assert "-c constraints.txt" in line
         for name, version in re.findall(r"([\w-]+)==([\d.]+)", line):
             assert PINS[name] == version
+    assert "'.[train,serve]' boto3" in lines[-1]
+    assert "boto3" in PINS
     makefile = re.search(r"torch==([\d.]+)$", (ROOT / "Makefile").read_text(), re.M)[1]
     assert makefile == PINS["torch"]
 
