@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from kforcing.backbone import embeddings, load_ar, quantised, text_config
+from kforcing.conventions import check_conventions, write_conventions
 from kforcing.generation import eos_ids
 from kforcing.modeling import PushForwardLM
 from kforcing.prompts import end_ids
@@ -149,6 +150,7 @@ def load_tokenizer(path: str | Path, gguf_file: str | None = None) -> Any:
         gguf_file: the file in it that holds the tokenizer, when it is GGUF.
     Raises:
         FileNotFoundError: when a directory has no tokenizer, or there is no such directory.
+        ValueError: when the tokenizer does not fit `conventions.json` beside it; names the difference.
     """
     folder = Path(path)
     if gguf_file:
@@ -158,8 +160,17 @@ def load_tokenizer(path: str | Path, gguf_file: str | None = None) -> Any:
         raise FileNotFoundError(f"no tokenizer in {path}; put tokenizer.json and tokenizer_config.json there")
     # AutoTokenizer takes the class from tokenizer_config.json. Without one it would look for that of a student's config.
     if (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    return AutoTokenizer.from_pretrained(str(path))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    check_conventions(folder, tokenizer, saved_generation_config(folder))
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
+    """Write a tokenizer to the directory of a model (which is there already) or of a corpus, and `conventions.json`."""
+    tokenizer.save_pretrained(folder)
+    write_conventions(Path(folder), tokenizer, saved_generation_config(folder))
 
 
 def saved_generation_config(path: str | Path) -> GenerationConfig | None:

@@ -256,7 +256,7 @@ def _check_tokenizer(config: Config, vocabulary: int | None) -> None:
         tokenizer = load_tokenizer(path, corpus.gguf_file)
     except Exception as error:
         raise ConfigError(
-            f"no tokenizer in {path}: {_first_line(error)}; give one beside the teacher's weights or in tokenizer.path"
+            f"no tokenizer in {path} fits: {_first_line(error)}; give one beside the teacher's weights or in tokenizer.path"
         ) from None
     eos_id(tokenizer)
     size = len(tokenizer)
@@ -284,4 +284,4 @@ def _check_positions(config: Config, positions: int) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import shutil
 import time
+from pathlib import Path
 
-from kforcing.loading import load_tokenizer
+from kforcing.conventions import CONVENTIONS
+from kforcing.loading import load_tokenizer, save_tokenizer
 from pipelines.data.tokenise import Prepared
-from pipelines.runs.stages import Stage
+from pipelines.runs.stages import Stage, StageError
 from pipelines.tracking.registry import model_files
 
 
-def finish_stage(stage: Stage, prepared: Prepared) -> None:
+def finish_stage(stage: Stage, prepared: Prepared, teacher: Path | None = None) -> None:
     """Complete the folder of a stage whose model has been written, and mark the stage as finished.
 
-    The tokenizer is written beside the model, so that the folder can be loaded alone. What only a resumed stage needs (the
-    checkpoints, and Ray Train's record of them) is deleted. `manifest.json` comes last: it makes the stage finished.
-    Before it, `training.worker.write_model` has written the model; after it, `Pipeline.student` evaluates and registers it.
+    The tokenizer is written beside the model with the record of its conventions, so that the folder can be loaded alone. What
+    only a resumed stage needs (the checkpoints, and Ray Train's record of them) is deleted. `manifest.json` comes last: it
+    makes the stage finished. Before it, `training.worker.write_model` has written the model; after it, `Pipeline.student`
+    evaluates and registers it.
+
+    Args:
+        teacher: folder of the AR model, whose conventions a student keeps; None for the AR model itself.
+    Raises:
+        StageError: when the student's tokenizer or EOS ids do not fit them.
     """
-    load_tokenizer(prepared.tokenizer).save_pretrained(stage.folder)
+    save_tokenizer(load_tokenizer(prepared.tokenizer), stage.folder)
+    if teacher and (teacher / CONVENTIONS).is_file():  # an AR model of an earlier release has no record
+        shutil.copy(teacher / CONVENTIONS, stage.folder)
+        try:
+            load_tokenizer(stage.folder)
+        except ValueError as error:
+            raise StageError(f"stage {stage.name}: {error}") from None
     for leftover in ("checkpoints", "ray_train"):
         shutil.rmtree(stage.folder / leftover, ignore_errors=True)
     stage.finish(files=[file.name for file in model_files(stage.folder)], finished=time.time())

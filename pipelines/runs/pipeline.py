@@ -112,7 +112,7 @@ class Pipeline:
             with self.tracker.stage(spec.name, name, spec.params()):
                 if not stage.manifest:
                     self._train_student(spec, stage, prepared, teacher, previous)
-                    finish_stage(stage, prepared)
+                    finish_stage(stage, prepared, teacher.folder)
                 self._evaluate(spec, scores, prepared, teacher, stage)
         self.tracker.register(stage.folder, spec.k, name)
         cost = student_cost(self._records(stage), spec)

@@ -66,6 +66,7 @@ def model_files(folder: Path) -> list[Path]:
     names = (
         "config.json",
         "generation_config.json",
+        "conventions.json",
         "model*.safetensors*",
         "tokenizer*",
         "special_tokens_map.json",
