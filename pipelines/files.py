@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import os
 import shutil
 import uuid
+import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -135,6 +138,31 @@ def hash_file(digest: hashlib.blake2b, path: Path) -> None:
             digest.update(piece)
 
 
+def checksum(path: Path) -> int:
+    """The CRC-32 of a file's content, which shows a flipped byte; 0.25 s a GiB on one core, beside reading the file."""
+    value = 0
+    with open(path, "rb") as stream:
+        while piece := stream.read(1 << 22):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+def changed(folder: Path, checksums: dict[str, int]) -> list[str]:
+    """The files of a folder, out of those with a checksum, that are missing or do not hold what was written to them."""
+
+    def differs(name: str) -> bool:
+        return not (folder / name).is_file() or checksum(folder / name) != checksums[name]
+
+    with ThreadPoolExecutor(8) as pool:  # `zlib` lets threads run side by side
+        return [name for name, wrong in zip(checksums, pool.map(differs, checksums), strict=True) if wrong]
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Log a warning, once in a process."""
+    log.warning(text)
+
+
 def read_json(path: Path) -> Any:
     """The record in a JSON file; None where there is none, or where the file is empty or cut, which a warning says."""
     try:
@@ -142,7 +170,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        log.warning(f"{path} is empty or cut ({error}) and is left aside")
+        warn_once(f"{path} is empty or cut ({error}) and is left aside")
         return None
 
 

@@ -19,15 +19,24 @@ CONFIG_FILE = "config.yaml"
 
 
 def save_config(config: Config) -> None:
-    """Write the config to its run directory, atomically."""
-    atomic_write(config.root / CONFIG_FILE, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    """Write the config to its run directory, atomically.
+
+    The first line is `---` and the last one `...`, so that a file that was cut does not read as a shorter config.
+    """
+    tree = dataclasses.asdict(config)
+    atomic_write(
+        config.root / CONFIG_FILE, yaml.safe_dump(tree, sort_keys=False, explicit_start=True, explicit_end=True)
+    )
 
 
 def load_config(file: Path) -> Config:
-    """The config that `save_config` wrote. Raises ConfigError for a file that is missing or that this release cannot read.
+    """The config that `save_config` wrote. Raises ConfigError for a file that is missing, cut, or of another release.
 
     The file holds every field, so it does not depend on what this release's recipe of the same name says.
     """
+    text = file.read_bytes() if file.is_file() else b"none"
+    if not text or (text.startswith(b"---") and not text.endswith(b"...\n")):
+        raise ConfigError(f"{file} is empty or cut; run pipelines/distill.py once more with the settings of the run")
     tree = load_file(file)
     name = tree.pop("recipe", None)
     if not isinstance(name, str):

@@ -23,7 +23,7 @@ from pipelines.data.token_store import write_manifest, write_shard
 COUNTS = ("documents", "null", "blank", "special")
 """Documents in the blocks; rows left out: without a text, and blank ones; special tokens that documents spell out."""
 PACKED = pa.schema(
-    [("split", pa.string()), ("file", pa.string()), ("rows", pa.int64())]
+    [("split", pa.string()), ("file", pa.string()), ("rows", pa.int64()), ("crc32", pa.int64())]
     + [(name, pa.int64()) for name in COUNTS]
     + [("tokens", pa.list_(pa.int32())), ("docs", pa.list_(pa.int64()))]
 )
@@ -51,11 +51,12 @@ def write_blocks(folder: Path, tokens: np.ndarray, docs: np.ndarray, block: int)
     """Write the whole blocks of `pack`'s arrays as one shard, named by its content and ordered at random.
 
     Returns:
-        the shard's `file` and `rows` (0 without a whole block, and so without a file), and the `tokens` and `docs` left over.
+        the shard's `file`, `rows` (0 without a whole block, and so without a file) and `crc32`, and the `tokens` and `docs`
+        left over.
     """
     n = len(tokens) // block
     end = n * block
-    entry: dict[str, Any] = {"file": "", "rows": 0}
+    entry: dict[str, Any] = {"file": "", "rows": 0, "crc32": 0}
     if n:
         blocks, owners = tokens[:end].reshape(n, block), docs[:end:block]
         seq = sequence_ids(blocks)
@@ -79,7 +80,7 @@ class SplitWriter:
     def add(self, row: dict[str, Any]) -> None:
         """Take a row of `PACKED`."""
         if row["rows"]:
-            self.shards.append({"file": row["file"], "rows": row["rows"]})
+            self.shards.append({name: row[name] for name in ("file", "rows", "crc32")})
         self.counts.update({name: row[name] for name in COUNTS})
         self.left.append((np.array(row["tokens"], np.int32), np.array(row["docs"], np.int64)))
         self.left_tokens += len(row["tokens"])

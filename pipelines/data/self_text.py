@@ -31,7 +31,7 @@ from pipelines.config.fingerprint import fingerprint
 from pipelines.config.schema import SelfTextConfig
 from pipelines.config.section import node_selector
 from pipelines.config.stages import model_digest
-from pipelines.data.token_store import MANIFEST, write_manifest, write_shard
+from pipelines.data.token_store import is_complete, shard_entries, write_manifest, write_shard
 from pipelines.log import log
 
 SCHEMA = pa.schema([("number", pa.int64()), ("temperature", pa.float32()), ("text", pa.string())])
@@ -104,28 +104,27 @@ class TextActor:
         columns = [[d.number for d in kept], [d.temperature for d in kept], texts]
         tokens, seconds = sum(len(d.tokens) for d in kept), round(time.monotonic() - began, 2)
         facts = json.dumps({"tokens": tokens, "dropped": dropped, "seconds": seconds})
-        write_shard(self.job.folder, _name(shard), pa.table(columns, schema=SCHEMA.with_metadata({FACTS: facts})))
-        return _entry(self.job.folder / f"{_name(shard)}.parquet")
+        table = pa.table(columns, schema=SCHEMA.with_metadata({FACTS: facts}))
+        return _with_facts(self.job.folder, write_shard(self.job.folder, _name(shard), table))
 
 
 def _name(shard: int) -> str:
     return f"text-{shard:06d}"
 
 
-def _entry(file: Path) -> dict[str, Any]:
-    """A written shard's entry in the manifest, with the `tokens`, `dropped` and `seconds` that its file holds."""
-    parquet = pq.ParquetFile(file)
-    return {"file": file.name, "rows": parquet.metadata.num_rows, **json.loads(parquet.schema_arrow.metadata[FACTS])}
+def _with_facts(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    """A shard's entry in the manifest, with the `tokens`, `dropped` and `seconds` that its file holds."""
+    return {**entry, **json.loads(pq.read_schema(folder / entry["file"]).metadata[FACTS])}
 
 
 def write_self_text(job: TextJob) -> Path:
     """Write the corpus, unless it exists already; returns its folder."""
     folder = job.folder
-    if (folder / MANIFEST).is_file():
+    if is_complete(folder):
         log.info(f"text  {folder} is up to date")
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    entries = [_entry(file) for file in sorted(folder.glob("*.parquet"))]
+    entries = [_with_facts(folder, entry) for entry in shard_entries(folder)]
     done = {entry["file"] for entry in entries}
     missing = [shard for shard in range(job.shards) if f"{_name(shard)}.parquet" not in done]
     log.info(f"text  the AR model writes {job.config.documents:,} documents, {len(missing)} of {job.shards} shards")

@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 
 from kforcing.noise import derive_key
 from pipelines.data.rows import with_place
-from pipelines.files import atomic_file, write_json
+from pipelines.files import atomic_file, changed, checksum, read_json, write_json
+from pipelines.log import log
 
 ROWS_PER_GROUP = 64
 LANES = 16
@@ -30,11 +31,47 @@ MANIFEST = "manifest.json"
 
 
 def write_shard(folder: Path, name: str, table: pa.Table) -> dict[str, Any]:
-    """Write one shard atomically. Returns its entry for the manifest of the store."""
+    """Write one shard atomically. Returns its entry for the manifest of the store: `file`, `rows`, `crc32`."""
     final = folder / f"{name}.parquet"
     with atomic_file(final) as partial:
         pq.write_table(table, partial, row_group_size=ROWS_PER_GROUP, compression="zstd")
-    return {"file": final.name, "rows": len(table)}
+        return {"file": final.name, "rows": len(table), "crc32": checksum(partial)}
+
+
+def shard_entries(folder: Path) -> list[dict[str, Any]]:
+    """The entries of the shards that an interrupted run left. One that is cut is removed, which a warning says."""
+    entries = ((file, _rows(file)) for file in sorted(folder.glob("*.parquet")))
+    return [{"file": file.name, "rows": rows, "crc32": checksum(file)} for file, rows in entries if rows is not None]
+
+
+def _rows(file: Path) -> int | None:
+    """Rows of a shard, from its footer; None for one that is cut or missing, which is removed."""
+    try:
+        return pq.read_metadata(file).num_rows
+    except (pa.ArrowInvalid, FileNotFoundError):
+        _remove(file)
+        return None
+
+
+def _remove(file: Path) -> None:
+    log.warning(f"{file} is missing or does not hold what was written to it; it is made again")
+    file.unlink(missing_ok=True)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a store has its manifest, and its shards hold what was written to them.
+
+    The whole store is read for it. A shard that was changed is removed, which a warning says. Shards of earlier releases have
+    no checksum, so only their footers are read.
+    """
+    manifest = read_json(folder / MANIFEST)
+    if manifest is None:
+        return False
+    shards = {shard["file"]: shard for shard in manifest["shards"]}
+    wrong = changed(folder, {name: shard["crc32"] for name, shard in shards.items() if "crc32" in shard})
+    for name in wrong:
+        _remove(folder / name)
+    return not wrong and all("crc32" in s or _rows(folder / name) == s["rows"] for name, s in shards.items())
 
 
 def write_manifest(folder: Path, shards: list[dict[str, Any]], **facts: Any) -> None:

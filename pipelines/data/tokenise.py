@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -25,16 +26,16 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from kforcing.loading import load_tokenizer
+from kforcing.loading import load_tokenizer, save_tokenizer
 from pipelines.config.fingerprint import fingerprint
 from pipelines.config.schema import DataConfig, TokenizerConfig
 from pipelines.config.section import ConfigError
 from pipelines.config.stages import CorpusSpec
 from pipelines.data.corpus import check_source, documents, is_heldout, plain_errors, source_digest
 from pipelines.data.encoding import bounded_words, eos_id, special_spellings, token_ids
-from pipelines.data.listing import CHAT, SELF, Listing, is_remote, list_files
+from pipelines.data.listing import CHAT, SELF, Listing, cut, is_remote, list_files
 from pipelines.data.packing import PACKED, SplitWriter, pack, write_blocks
-from pipelines.data.token_store import MANIFEST
+from pipelines.data.token_store import MANIFEST, is_complete
 from pipelines.files import atomic_folder, content_digest
 from pipelines.log import log, without_passwords
 
@@ -82,7 +83,7 @@ def prepare(spec: CorpusSpec) -> Prepared:
     listing = listing_of(spec)
     places = [Prepared(spec.cache / name) for name in _names(spec, listing)]
     for prepared in places:
-        if (prepared.split("heldout") / MANIFEST).is_file():
+        if _is_whole(prepared):
             log.info(f"corpus  {prepared.folder} is up to date")
             if prepared != places[-1]:
                 log.info(
@@ -94,6 +95,19 @@ def prepare(spec: CorpusSpec) -> Prepared:
     with FileLock(prepared.folder / ".lock"), plain_errors():
         _make(spec, prepared, listing)
     return prepared
+
+
+def _is_whole(prepared: Prepared) -> bool:
+    """Whether a corpus is complete and on disk as it was made. Its tokenizer is removed if it is not, to be made again."""
+    if not (prepared.split(SPLITS[-1]) / MANIFEST).is_file():
+        return False
+    try:
+        load_tokenizer(prepared.tokenizer)
+    except Exception as error:  # files that are cut raise many kinds
+        log.warning(f"{prepared.tokenizer} is cut or changed and is made again ({cut(' '.join(str(error).split()))})")
+        shutil.rmtree(prepared.tokenizer, ignore_errors=True)
+        return False
+    return all(is_complete(prepared.split(name)) for name in SPLITS)
 
 
 def listing_of(spec: CorpusSpec) -> Listing | None:
@@ -155,7 +169,7 @@ def _make(spec: CorpusSpec, prepared: Prepared, listing: Listing | None) -> None
     if not prepared.tokenizer.is_dir():
         with atomic_folder(prepared.tokenizer) as partial:
             if spec.given_tokenizer:
-                load_tokenizer(spec.given_tokenizer, spec.gguf_file).save_pretrained(partial)
+                save_tokenizer(load_tokenizer(spec.given_tokenizer, spec.gguf_file), partial)
             else:
                 log.info(f"corpus  training a byte-level BPE of {spec.tokenizer.vocab_size} tokens")
                 ray.get(_train_tokenizer.remote(spec.data, spec.tokenizer, str(partial)))
@@ -187,7 +201,7 @@ def _train_tokenizer(data: DataConfig, config: TokenizerConfig, folder: str) -> 
     )
     tokenizer.train_from_iterator(texts(), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
-    fast.save_pretrained(folder)
+    save_tokenizer(fast, folder)
 
 
 @functools.lru_cache(maxsize=1)

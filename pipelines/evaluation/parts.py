@@ -15,7 +15,7 @@ from typing import Any
 
 from pipelines.config.fingerprint import fingerprint
 from pipelines.log import log
-from pipelines.runs.stages import Stage, StageError, open_stage
+from pipelines.runs.stages import Stage, StageError, open_whole_stage
 
 Results = dict[str, Any]
 """JSON by the name of the part."""
@@ -72,7 +72,8 @@ def run_parts(parts: list[Part], root: Path, cpus: float, gpus: float, alone_cpu
             results[part.name], seconds = ray.get(done[0])
         except ray.exceptions.RayTaskError as error:
             raise StageError(f"part {part.name} of the evaluation failed: {error.cause or error}") from error
-        stages[part.name].finish(result=results[part.name], seconds=seconds)
+        stage = stages[part.name]
+        stage.finish(result=results[part.name], seconds=seconds, checksums=stage.checksums)
         left = len(todo) + len(running)
         took = f"done in {seconds:.0f} s  ({left} to go, {time.monotonic() - started:.0f} s so far)"
         log.info(f"{part.name:<36}{took}")
@@ -84,7 +85,7 @@ def _open(parts: list[Part], root: Path) -> dict[str, Stage]:
     keys: dict[str, str] = {}
     for part in parts:
         keys[part.name] = fingerprint(part.name, *part.inputs, *(keys[name] for name in part.needs))
-    return {name: open_stage(root, name, key) for name, key in keys.items()}
+    return {name: open_whole_stage(root, name, key) for name, key in keys.items()}
 
 
 def ready_parts(todo: list[Part], results: Results, places: int, busy: bool) -> list[Part]:

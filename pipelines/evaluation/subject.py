@@ -23,7 +23,7 @@ from pipelines.config.section import ConfigError
 from pipelines.config.stages import RunSpec, resolve_run
 from pipelines.data.tokenise import prepare
 from pipelines.evaluation.config import EvaluationConfig
-from pipelines.files import content_digest, write_json
+from pipelines.files import atomic_folder, content_digest, read_json, write_json
 from pipelines.runs.cluster import with_lasting_root
 from pipelines.tracking.pipeline_runs import made_by
 from pipelines.tracking.registry import Registered, registered_student
@@ -83,9 +83,7 @@ def block_sizes(k: int) -> list[int]:
 
 def _mark(folder: Path) -> Any:
     """What tells the contents of a folder: the fingerprint of its stage, else its weights."""
-    manifest = folder / "manifest.json"
-    if manifest.is_file():
-        record = json.loads(manifest.read_text())
+    if record := read_json(folder / "manifest.json"):
         return record.get("fingerprint") or folder.parent.name
     return [content_digest(file) for file in sorted(folder.glob("*.safetensors"))]
 
@@ -110,9 +108,8 @@ def open_subject(target: str, options: EvaluationConfig) -> tuple[RunSpec, Path]
     saved = root / CONFIG_FILE
     config = load_config(saved) if saved.is_file() else config_of(_last_config(root / LOG), target)
     run = resolve_run(dataclasses.replace(config, output_dir=str(root)))
-    missing = [
-        n for n in ("teacher", *(spec.name for spec in run.students)) if not (root / n / "manifest.json").is_file()
-    ]
+    stages = ("teacher", *(spec.name for spec in run.students))
+    missing = [name for name in stages if read_json(root / name / "manifest.json") is None]
     if missing:
         raise ConfigError(
             f"{target}: {', '.join(missing)} not finished; run pipelines/distill.py output_dir={target} to its end"
@@ -174,7 +171,7 @@ def _last_config(log: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     with open(log) as lines:
         for line in lines:
-            if '"event": "config"' in line:
+            if '"event": "config"' in line and line.endswith("}\n"):  # a killed run may have cut its last line
                 found = json.loads(line)
     return found
 
@@ -182,7 +179,7 @@ def _last_config(log: Path) -> dict[str, str]:
 def _downloaded(found: Registered, root: Path) -> Student:
     folder = root / "model"
     marker, version = folder / "version.json", {"name": found.name, "version": found.version}
-    if not (marker.is_file() and json.loads(marker.read_text()) == version):
+    if read_json(marker) != version:
         for old in (folder, root / "teacher"):
             shutil.rmtree(old, ignore_errors=True)
         found.download(folder)
@@ -197,6 +194,6 @@ def _teacher_inside(student: Student, root: Path) -> str:
         raise ConfigError("teacher=none: this student does not hold its AR model; give teacher=FOLDER")
     folder = root / "teacher"
     if not (folder / "config.json").is_file():
-        with torch.no_grad():
-            PushForwardLM.from_pretrained(student.path).backbone.save_pretrained(folder)
+        with torch.no_grad(), atomic_folder(folder) as partial:
+            PushForwardLM.from_pretrained(student.path).backbone.save_pretrained(partial)
     return str(folder)

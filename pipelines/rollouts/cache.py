@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines.config.schema import RolloutConfig, TrainConfig
 from pipelines.data.rows import positions_of, without_place
 from pipelines.data.token_store import (
-    MANIFEST,
     TokenStore,
+    is_complete,
+    shard_entries,
     write_manifest,
     write_shard,
 )
@@ -29,11 +29,12 @@ def cache_rollouts(
 ) -> str:
     """Write the rollouts of `steps · batch / cache_epochs` rows to Parquet, unless they exist. Returns the store's folder.
 
-    Shards are written atomically under names that follow from their rows, so an interrupted run writes only the missing ones.
+    Shards are written atomically under names that follow from their rows, so an interrupted run writes only the missing ones,
+    and a shard that was changed is written again.
     """
     folder = stage.folder / "rollouts"
     folder.mkdir(exist_ok=True)
-    if (folder / MANIFEST).is_file():
+    if is_complete(folder):
         return str(folder)
     per_epoch = TokenStore(store, seed).rows_per_epoch
     rows = min(per_epoch, -(-train.steps * train.batch // rollout.cache_epochs))
@@ -42,7 +43,7 @@ def cache_rollouts(
         log.info(f"{stage.name}  the corpus has {rows} rows: cached rollouts will be trained on {epochs:.1f} times")
     # One shard for every `batch` rows: a plan of one worker and one step a chunk numbers them.
     plan = StepPlan(train.batch, 1, -(-rows // train.batch), 0, 1)
-    entries = [{"file": f.name, "rows": pq.ParquetFile(f).metadata.num_rows} for f in folder.glob("*.parquet")]
+    entries = shard_entries(folder)
     done = {entry["file"] for entry in entries}
     missing = [i for i in range(plan.chunks) if f"{_shard_name(i)}.parquet" not in done]
     started = time.monotonic()

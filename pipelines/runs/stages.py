@@ -5,7 +5,8 @@
 
 A folder of the same fingerprint with a manifest is finished and skipped; without one it is resumed. A folder of
 another fingerprint is moved to `archive/` and comes back from there if the config changes back: nothing is deleted.
-One whose fingerprint cannot be read is moved there as `<stage>-unmarked`, `<stage>-unmarked-2` and so on.
+One whose fingerprint cannot be read is moved there as `<stage>-unmarked`, `<stage>-unmarked-2` and so on, and one of an
+evaluation whose files have changed as `<stage>-changed`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from pipelines.config.recipes import FORMER_NAMES
 from pipelines.config.section import ConfigError
-from pipelines.files import read_json, write_json
+from pipelines.files import changed, checksum, read_json, write_json
 from pipelines.log import log
 
 
@@ -43,6 +44,13 @@ class Stage:
         """The facts of a finished stage, or None."""
         return read_json(self.folder / "manifest.json")
 
+    @property
+    def checksums(self) -> dict[str, int]:
+        """Of the files that its work has left, for a manifest; without files of lines (`.jsonl`), which may be added to."""
+        files = (file for file in self.folder.rglob("*") if file.is_file())
+        own = [f for f in files if f.name not in ("stage.json", "manifest.json") and f.suffix != ".jsonl"]
+        return {str(file.relative_to(self.folder)): checksum(file) for file in own}
+
     def finish(self, **facts: Any) -> None:
         """Mark the stage as finished."""
         write_json(self.folder / "manifest.json", {"stage": self.name, "fingerprint": self.fingerprint, **facts})
@@ -54,7 +62,11 @@ def open_stage(root: Path, name: str, fingerprint: str) -> Stage:
     found = _fingerprint_in(folder)
     if found != fingerprint:
         if folder.exists():
-            _move_away(folder, archive, found)
+            place = _move_away(folder, archive, found or "unmarked")
+            if not found:
+                log.warning(
+                    f"{folder} does not say which settings it was made with; it is now {place}, and the stage starts anew"
+                )
         earlier = archive / f"{name}-{fingerprint}"
         if earlier.exists():
             earlier.rename(folder)
@@ -64,17 +76,27 @@ def open_stage(root: Path, name: str, fingerprint: str) -> Stage:
     return Stage(name, fingerprint, folder)
 
 
-def _move_away(folder: Path, archive: Path, found: str | None) -> None:
-    """Keep the folder of other work in the archive, under a name that is free there."""
+def open_whole_stage(root: Path, name: str, fingerprint: str) -> Stage:
+    """`open_stage`, of work whose manifest has `checksums`. If a file is not what it was, the work starts anew."""
+    stage = open_stage(root, name, fingerprint)
+    wrong = changed(stage.folder, (stage.manifest or {}).get("checksums", {}))
+    if not wrong:
+        return stage
+    place = _move_away(stage.folder, root / "archive", "changed")
+    log.warning(
+        f"{stage.folder / wrong[0]} does not hold what was written to it; its folder is now {place}, and {name} starts anew"
+    )
+    return open_stage(root, name, fingerprint)
+
+
+def _move_away(folder: Path, archive: Path, found: str) -> Path:
+    """Keep the folder of other work in the archive, under a name that is free there, which is returned."""
     archive.mkdir(exist_ok=True)
-    name = f"{folder.name}-{found or 'unmarked'}"
+    name = f"{folder.name}-{found}"
     places = (archive / (name if number == 1 else f"{name}-{number}") for number in count(1))
     place = next(place for place in places if not place.exists())
     folder.rename(place)
-    if not found:
-        log.warning(
-            f"{folder} does not say which settings it was made with; it is now {place}, and the stage starts anew"
-        )
+    return place
 
 
 def _fingerprint_in(folder: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from torch.nn.utils import get_total_norm
 
 from kforcing.distillation.losses import LossSums
 from pipelines.config.schema import TrainConfig
-from pipelines.files import atomic_folder, read_json, write_json
+from pipelines.files import atomic_folder, changed, checksum, read_json, warn_once, write_json
 from pipelines.log import log
 from pipelines.runs.stages import StageError
 from pipelines.training.guard import StepFigures
@@ -164,13 +165,47 @@ def save_checkpoint(engine: Any, average: MovingAverage | None, folder: Path, st
     engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
     if average:
         save_file(average.average, folder / tag / f"average-{dist.get_rank()}.safetensors")
-    dist.barrier()
+    checksums = _checksums(folder / tag)
     if dist.get_rank() == 0:
-        sizes = {file.name: file.stat().st_size for file in (folder / tag).iterdir()}
-        record = {"tag": tag, "step": step, "world_size": dist.get_world_size(), "bytes": sizes}
+        sizes = {name: (folder / tag / name).stat().st_size for name in checksums}
+        record = {"tag": tag, "step": step, "world_size": dist.get_world_size(), "bytes": sizes, "crc32": checksums}
         write_json(folder / tag / LATEST, record)
         write_json(folder / LATEST, record)
     dist.barrier()
+
+
+def _checksums(checkpoint: Path) -> dict[str, int]:
+    """The checksum of every file of a checkpoint, on all ranks. Each rank reads what it has written."""
+    rank, files = dist.get_rank(), [file for file in checkpoint.iterdir() if file.is_file()]
+    every: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(every, {file.name: checksum(file) for file in files if _writer(file.name) == rank})
+    return {name: value for some in every for name, value in some.items()}
+
+
+def _writer(name: str) -> int:
+    """The rank that has written a file of a checkpoint."""
+    found = re.search(r"(?:pp_rank_|average-)(\d+)", name)
+    return int(found[1]) if found else 0
+
+
+def set_changed_aside(folder: Path) -> None:
+    """Rename the newest checkpoint if a file of it does not hold what was written to it, and look at the one before.
+
+    The whole checkpoint is read for it. A warning names the file and the checkpoint's new name.
+    """
+    while latest := latest_checkpoint(folder):
+        place = folder / latest["tag"]
+        wrong = changed(place, latest.get("crc32", {}))
+        if not wrong:
+            break
+        aside = folder / f"changed-{place.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        place.rename(aside)
+        (folder / LATEST).unlink(missing_ok=True)
+        log.warning(
+            f"{place / wrong[0]} does not hold what was written to it; the checkpoint is now {aside}, and an earlier one is "
+            "used if there is one"
+        )
 
 
 def latest_checkpoint(folder: Path) -> dict[str, Any] | None:
@@ -187,7 +222,7 @@ def _whole(checkpoint: Path, sizes: dict[str, int]) -> bool:
     for name, size in sizes.items():
         file = checkpoint / name
         if not file.is_file() or file.stat().st_size != size:
-            log.warning(
+            warn_once(
                 f"{file} is missing or cut; the checkpoint is left aside, and an earlier one is used if there is one"
             )
             return False

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import re
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,6 +186,9 @@ def _keep(file: Path, step: int, seconds: float, trained: Any, optimizers: Any, 
 def _resume(file: Path | None, trained: Any, optimizers: Any, average: Any) -> tuple[int, float]:
     if file is None or not file.is_file():
         return 0, 0.0
+    if not is_whole(file):
+        log.warning(f"{file} does not hold what was written to it; its training starts anew")
+        return 0, 0.0
     state = torch.load(file)
     states = state.get("optimizers") or [state["optimizer"]]  # earlier releases had one
     for optimizer, kept in zip(optimizers, states, strict=True):
@@ -192,6 +196,15 @@ def _resume(file: Path | None, trained: Any, optimizers: Any, average: Any) -> t
     _follow(trained, state["trained"], 0.0)
     _follow(average, state["average"], 0.0)
     return state["step"], state["seconds"]
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a file of `torch.save` holds what was written to it: such files are zip archives, which have checksums."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except Exception:  # a flipped byte of a header raises many kinds
+        return False
 
 
 class LocalStudent:

@@ -1,11 +1,23 @@
 import hashlib
 import json
+import logging
 import os
+import zlib
 
 import pytest
 
 from pipelines import files
-from pipelines.files import added_files, atomic_file, atomic_folder, atomic_write, strict_json, write_json
+from pipelines.files import (
+    added_files,
+    atomic_file,
+    atomic_folder,
+    atomic_write,
+    changed,
+    checksum,
+    read_json,
+    strict_json,
+    write_json,
+)
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
@@ -103,3 +115,27 @@ def test_a_digest_needs_no_folder_to_be_kept_in(tmp_path, monkeypatch):
     (tmp_path / "no folder").write_bytes(b"x")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no folder"))
     assert files.content_digest(tmp_path / "no folder") == hashlib.blake2b(b"x", digest_size=16).hexdigest()
+
+
+def test_a_flipped_byte_a_cut_file_and_a_missing_one_are_told_from_what_was_written(tmp_path):
+    content = bytes(range(256)) * 40_000  # more than is read at once
+    for name in "abcd":
+        (tmp_path / name).write_bytes(content)
+    sums = {name: checksum(tmp_path / name) for name in "abcd"}
+    assert set(sums.values()) == {zlib.crc32(content)}
+    assert changed(tmp_path, sums) == []
+    (tmp_path / "a").write_bytes(content[:5_000_000] + b"\x01" + content[5_000_001:])
+    (tmp_path / "b").write_bytes(content[:-1])
+    (tmp_path / "c").unlink()
+    assert changed(tmp_path, sums) == ["a", "b", "c"]
+
+
+def test_a_cut_record_is_named_once_and_read_as_none(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("kforcing"), "propagate", True)
+    for text in ("", '{"a": 1'):
+        (tmp_path / "a.json").write_text(text)
+        assert [read_json(tmp_path / "a.json"), read_json(tmp_path / "a.json")] == [None, None]
+    assert read_json(tmp_path / "none.json") is None
+    assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
+        f"{tmp_path}/a.json is empty or cut"
+    ] * 2

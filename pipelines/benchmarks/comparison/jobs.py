@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from pipelines.benchmarks.comparison.figures import conditional_figures, joint_f
 from pipelines.benchmarks.comparison.variants import Options, TrainingJob, Variant, config_of
 from pipelines.config.fingerprint import fingerprint
 from pipelines.config.stages import resolve
-from pipelines.files import write_json
+from pipelines.files import read_json, write_json
 from pipelines.log import log
 from pipelines.training.single_process import LocalStudent
 
@@ -30,12 +29,12 @@ def run_job(job: TrainingJob) -> dict[str, Any]:
     """Train a job's stages and measure each k."""
     torch.set_num_threads(1)
     file = Path(job.folder, "result.json")
-    if file.is_file():
-        return json.loads(file.read_text())
+    if result := read_json(file):
+        return result
     student = student_of(job)
     teacher = load_ar(job.teacher)
     previous: Path | None = None
-    result: dict[str, Any] = {"variant": job.variant.name, "seed": job.seed, "k": {}}
+    result = {"variant": job.variant.name, "seed": job.seed, "k": {}}
     for k in (stage.k for stage in job.stages):
         fixed = student.stages[k].train.steps if not job.budgets else None
         cost = student.stage(k, fixed, job.budgets.get(k), previous)

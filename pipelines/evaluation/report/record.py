@@ -8,7 +8,6 @@ results of all parts ─► report_record ─┬─► report.json
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from pipelines.evaluation.report.markdown import markdown
 from pipelines.evaluation.report.plots import write_plots
 from pipelines.evaluation.report.samples_page import write_page
 from pipelines.evaluation.subject import Subject
-from pipelines.files import atomic_write, write_json
+from pipelines.files import atomic_write, read_json, write_json
 from pipelines.tracking.pipeline_runs import made_by
 
 Record = dict[str, Any]
@@ -142,10 +141,11 @@ def _stage_seconds(subject: Subject) -> dict[str, Record]:
     """
     run, found = subject.run, {}
     root = run.root
-    if not (root / "report.json").is_file() or made_by(root).get("parent") != subject.parent:
+    report = read_json(root / "report.json")
+    if not report or made_by(root).get("parent") != subject.parent:
         return {}
     specs = {spec.name: spec for spec in run.students}
-    for cost in json.loads((root / "report.json").read_text())["costs"]:
+    for cost in report["costs"]:
         stage = specs.get(cost["name"])
         train = stage.train if stage else run.teacher.config.train
         rollout = stage.rollout if stage else run.teacher.rollout

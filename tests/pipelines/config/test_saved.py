@@ -79,3 +79,20 @@ def test_an_evaluation_of_an_older_run_reads_its_log_or_says_how_to_get_the_file
     log.write_text(json.dumps({"event": "config", "recipe": "smoke", "train.stride": "9"}) + "\n")
     with pytest.raises(ConfigError, match=r"unknown config key 'train.stride'.*run pipelines/distill.py once more"):
         open_subject(str(tmp_path), EvaluationConfig())
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_a_saved_config_that_was_cut_is_refused_and_does_not_read_as_a_shorter_one(tmp_path, share):
+    saved("toy", tmp_path, CHANGES)
+    file = tmp_path / "config.yaml"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ConfigError, match=r"config.yaml is empty or cut; run pipelines/distill.py once more"):
+        load_config(file)
+
+
+def test_a_saved_config_of_an_earlier_release_has_no_last_line(tmp_path):
+    config = saved("toy", tmp_path, CHANGES)
+    file = tmp_path / "config.yaml"
+    file.write_text(file.read_text().removeprefix("---\n").removesuffix("...\n"))
+    assert load_config(file) == config

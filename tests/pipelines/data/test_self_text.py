@@ -32,7 +32,7 @@ def teacher(tmp_path):
 SIZES = {"documents": 10, "docs_per_shard": 4, "user_tokens": 30, "answer_tokens": 16, "repetition": 1.0}
 
 
-def test_a_killed_run_continues_with_the_missing_shards(ray_here, teacher, tmp_path):
+def test_a_killed_run_continues_with_the_missing_shards_and_a_changed_one_is_written_again(ray_here, teacher, tmp_path):
     job = TextJob(str(teacher), None, 0, SelfTextConfig(**SIZES), tmp_path / "cache")
     folder = write_self_text(job)
     manifest = json.loads((folder / MANIFEST).read_text())
@@ -53,6 +53,12 @@ def test_a_killed_run_continues_with_the_missing_shards(ray_here, teacher, tmp_p
         manifest["tokens"],
         manifest["dropped"],
     )
+    content = bytearray((folder / names[2]).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / names[2]).write_bytes(content)
+    write_self_text(job)
+    assert pq.read_table(folder / names[2]).equals(tables[names[2]])
+    assert (folder / names[0]).stat().st_mtime_ns == before
 
 
 def test_a_run_prepares_text_of_its_teacher(ray_here, teacher, tmp_path):

@@ -1,8 +1,12 @@
+import json
+import logging
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.data.rows import to_numpy, token_rows
-from pipelines.data.token_store import LANES, TokenStore, write_manifest, write_shard
+from pipelines.data.token_store import LANES, TokenStore, is_complete, shard_entries, write_manifest, write_shard
 
 
 @pytest.fixture
@@ -57,3 +61,60 @@ def test_a_store_with_fewer_groups_than_lanes_reads_every_row_once(store):
     s = store([3])
     assert sorted(s.read(np.arange(3))["seq"].to_pylist()) == [0, 1, 2]
     assert s.read(np.arange(7))["epoch"].to_pylist() == [0, 0, 0, 1, 1, 1, 2]
+
+
+def flip(file, where=0.5):
+    """Flip a bit of a byte of a file."""
+    content = bytearray(file.read_bytes())
+    content[int(where * len(content))] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("kforcing"), "propagate", True)
+    return caplog
+
+
+@pytest.mark.parametrize("where", [0, 0.2, 0.5, 0.999])
+def test_a_flipped_bit_of_a_shard_is_named_and_the_shard_removed(store, warnings, where):
+    folder = store([100, 64]).folder
+    assert is_complete(folder)
+    assert warnings.records == []
+    flip(folder / "shard-1.parquet", where)
+    assert not is_complete(folder)
+    assert not (folder / "shard-1.parquet").exists()
+    (line,) = (record.getMessage() for record in warnings.records)
+    assert line == f"{folder}/shard-1.parquet is missing or does not hold what was written to it; it is made again"
+    assert shard_entries(folder) == TokenStore(folder, 0).manifest["shards"][:1]
+
+
+@pytest.mark.parametrize("text", ["", '{"rows": 1'])
+def test_a_store_with_a_cut_manifest_is_not_complete(store, warnings, text):
+    folder = store([100]).folder
+    (folder / "manifest.json").write_text(text)
+    assert not is_complete(folder)
+    assert f"{folder}/manifest.json is empty or cut" in warnings.text
+    assert [entry["rows"] for entry in shard_entries(folder)] == [100]
+
+
+def test_a_store_of_an_earlier_release_has_no_checksums_and_its_cut_shards_are_found(store, warnings):
+    folder = store([100, 64]).folder
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        del shard["crc32"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert is_complete(folder)
+    file = folder / "shard-0.parquet"
+    file.write_bytes(file.read_bytes()[:-9])
+    assert not is_complete(folder)
+    assert f"{file} is missing or does not hold" in warnings.text
+
+
+def test_a_cut_shard_of_an_interrupted_run_is_removed(store, warnings):
+    folder = store([100, 64]).folder
+    (folder / "manifest.json").unlink()
+    (folder / "shard-0.parquet").write_bytes(b"")
+    assert [entry["file"] for entry in shard_entries(folder)] == ["shard-1.parquet"]
+    assert [file.name for file in folder.iterdir()] == ["shard-1.parquet"]
+    assert pq.read_table(folder / "shard-1.parquet").num_rows == 64

@@ -214,3 +214,43 @@ def test_every_row_is_a_document_or_left_out_and_counted(ray_here, tmp_path, cap
     assert not (eos[:, 1:] & eos[:, :-1]).any()
     with_tokens = prepare(corpus_for(tmp_path, folder, "data.id_column=id", "data.special_tokens=true"))
     assert with_tokens.facts()["train"]["tokens"] < prepared.facts()["train"]["tokens"]
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "train/*.parquet": flip,
+    "heldout/*.parquet": lambda file: file.write_bytes(file.read_bytes()[:-10]),
+    "train/manifest.json": lambda file: file.write_text('{"rows": 1'),
+    "heldout/manifest.json": lambda file: file.write_text(""),
+    "tokenizer/tokenizer.json": lambda file: file.write_text(""),
+    "tokenizer/conventions.json": lambda file: file.write_text(file.read_text().replace("endoftext", "other")),
+}
+
+
+@pytest.mark.cluster
+def test_a_damaged_file_of_a_corpus_is_named_and_made_again(ray_here, tmp_path, caplog):
+    spec = corpus_for(tmp_path, write_corpus(tmp_path / "corpus", "text"))
+    prepared = prepare(spec)
+
+    def contents():
+        files = (file for file in prepared.folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+        return {str(f.relative_to(prepared.folder)): f.read_bytes() for f in files if f.name != MANIFEST}
+
+    whole = contents()
+    for pattern, damage in DAMAGES.items():
+        caplog.clear()
+        file = next(prepared.folder.glob(pattern))
+        damage(file)
+        assert prepare(spec) == prepared
+        assert contents() == whole
+        warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len(warned) == 1, pattern
+        assert warned[0].startswith(str(file.parent if file.parent == prepared.tokenizer else file))
+    caplog.clear()
+    prepare(spec)
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []

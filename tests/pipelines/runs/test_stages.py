@@ -1,13 +1,15 @@
 """State files of a run directory that are empty or cut, and places where a run cannot be."""
 
+import json
 import logging
 from pathlib import Path
 
 import pytest
 
 from pipelines.config.section import ConfigError
-from pipelines.runs.stages import claim, hold, open_stage
-from pipelines.training.deepspeed_engine import latest_checkpoint
+from pipelines.files import checksum
+from pipelines.runs.stages import claim, hold, open_stage, open_whole_stage
+from pipelines.training.deepspeed_engine import latest_checkpoint, set_changed_aside
 
 
 @pytest.fixture
@@ -72,10 +74,60 @@ def test_the_newest_whole_checkpoint_is_used_whatever_was_cut(tmp_path, warnings
     assert f"{last / 'weights.pt'} is missing or cut" in warnings.text
 
 
+def checksummed(folder, step):
+    place = checkpoint(folder, step)
+    record = json.loads((place / "latest.json").read_text()) | {"crc32": {"weights.pt": checksum(place / "weights.pt")}}
+    for file in (place / "latest.json", folder / "latest.json"):
+        file.write_text(json.dumps(record))
+    return place
+
+
+def test_a_checkpoint_with_a_flipped_byte_is_set_aside_and_the_one_before_is_used(tmp_path, warnings):
+    first, last = checksummed(tmp_path, 8), checksummed(tmp_path, 16)
+    set_changed_aside(tmp_path)
+    assert latest_checkpoint(tmp_path)["step"] == 16
+    assert warnings.records == []
+    (last / "weights.pt").write_text("whOle")
+    set_changed_aside(tmp_path)
+    assert latest_checkpoint(tmp_path)["step"] == 8
+    assert (tmp_path / "changed-step-00000016" / "weights.pt").read_text() == "whOle"
+    (first / "weights.pt").write_text("Whole")
+    set_changed_aside(tmp_path)
+    assert latest_checkpoint(tmp_path) is None
+    assert [record.getMessage().split(";")[0] for record in warnings.records] == [
+        f"{place / 'weights.pt'} does not hold what was written to it" for place in (last, first)
+    ]
+
+
 def test_a_checkpoint_of_an_earlier_release_has_no_sizes(tmp_path):
     (tmp_path / "step-00000008").mkdir()
     (tmp_path / "latest.json").write_text('{"tag": "step-00000008", "step": 8, "world_size": 1}')
+    set_changed_aside(tmp_path)
     assert latest_checkpoint(tmp_path)["step"] == 8
+
+
+def finished_part(root):
+    stage = open_whole_stage(root, "references", "f00")
+    (stage.folder / "inner").mkdir()
+    (stage.folder / "inner" / "blocks.npz").write_text("blocks")
+    (stage.folder / "verdicts.jsonl").write_text("{}\n")
+    stage.finish(result=1, checksums=stage.checksums)
+    return stage.folder
+
+
+@pytest.mark.parametrize("text", ["", "block", "blOcks"])
+def test_a_part_of_an_evaluation_starts_anew_when_a_file_of_it_has_changed(tmp_path, warnings, text):
+    folder = finished_part(tmp_path)
+    (folder / "verdicts.jsonl").write_text("{}\n{}\n")  # lines are added when questions are asked
+    assert open_whole_stage(tmp_path, "references", "f00").manifest["result"] == 1
+    (folder / "inner" / "blocks.npz").write_text(text)
+    again = open_whole_stage(tmp_path, "references", "f00")
+    assert again.manifest is None
+    assert [file.name for file in folder.iterdir()] == ["stage.json"]
+    (line,) = (record.getMessage() for record in warnings.records)
+    place = tmp_path / "archive" / "references-changed"
+    assert line.startswith(f"{folder}/inner/blocks.npz does not hold what was written to it; its folder is now {place}")
+    assert (place / "inner" / "blocks.npz").read_text() == text
 
 
 def test_places_where_a_run_cannot_be_are_refused_in_one_line(tmp_path):

@@ -207,6 +207,24 @@ def test_a_store_that_forgot_the_run_gets_a_new_one(tmp_path, prepared, caplog):
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
+@pytest.mark.parametrize("text", ["", '{"uri": "sqli'])
+def test_a_cut_record_of_runs_is_named_once_and_made_again(tmp_path, prepared, caplog, text):
+    config, tracker = tracker_for(tmp_path, f"sqlite:///{tmp_path}/one.db")
+    tracker.begin(prepared)
+    (config.root / "mlflow.json").write_text(text)
+    _, again = tracker_for(tmp_path, tracker.mlflow.uri)
+    again.begin(prepared)
+    with again.stage("k2", "f00", PARAMS):
+        pass
+    again.finish("FINISHED")
+    state = json.loads((config.root / "mlflow.json").read_text())
+    client = MlflowClient(again.mlflow.uri)
+    for run in (state["parent"], state["children"]["k2-f00"]):
+        assert client.get_run(run).info.status == "FINISHED"
+    (line,) = (record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
+    assert line.startswith(f"{config.root}/mlflow.json is empty or cut")
+
+
 def test_tracking_can_be_off(tmp_path, prepared, caplog):
     _, tracker = tracker_for(tmp_path, "off", [RECORD])
     tracker.begin(prepared)

@@ -228,6 +228,24 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(tmp_path, plain, zero_
     assert_same(again, plain)
 
 
+def test_a_flipped_byte_of_a_checkpoint_is_noticed_and_the_checkpoint_before_it_is_the_latest(tmp_path):
+    run(tmp_path, "flipped", 2, 2, even_micro_batches, steps=2)
+    run(tmp_path, "flipped", 2, 2, even_micro_batches, steps=3, resume_at=2)
+    checkpoints = tmp_path / "flipped" / "checkpoints"
+    latest = strategy.latest_checkpoint(checkpoints)
+    files = {file.name for file in (checkpoints / latest["tag"]).iterdir()}
+    assert set(latest["crc32"]) == set(latest["bytes"]) == files - {"latest.json"}
+    assert {"average-1.safetensors", "mp_rank_00_model_states.pt"} < files
+    strategy.set_changed_aside(checkpoints)
+    assert strategy.latest_checkpoint(checkpoints) == latest
+    (part,) = (checkpoints / latest["tag"]).glob("*zero_pp_rank_1_*")
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    strategy.set_changed_aside(checkpoints)
+    assert strategy.latest_checkpoint(checkpoints)["step"] == 2
+
+
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_a_frozen_trunk_stays_out_of_training_and_resuming(tmp_path, zero_stage):
     """Weights that come back are the trained ones, and those of plain torch; 2 ranks, then resumed by 1."""
