@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,9 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(
 INTERRUPTED = "interrupted; run the same command to continue"
 LONGEST_TEMP = 40
 """Characters of a temporary directory in which the names of Ray's sockets still fit."""
+
+CONNECT_S, ANSWER_S = 5, 14
+"""Seconds in which the GCS of a cluster must take a connection, and answer."""
 
 _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -151,9 +155,24 @@ def _check_address(address: str) -> None:
     if not (host and port.isdigit() and int(port) < 2**16):
         raise ConfigError(f"RAY_ADDRESS={address} is not HOST:PORT; {example}")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
     except OSError as error:
         raise ConfigError(f"RAY_ADDRESS={address}: no cluster answers there ({error}); {example}") from None
+    if problem := _no_gcs(address):
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: what listens there is not the GCS of a cluster ({problem}); {example}"
+        )
+
+
+def _no_gcs(address: str) -> str | None:
+    """What is wrong with a GCS, asked by Ray's own client: in a process of its own, because it tries for 40 s."""
+    ask = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
+    try:
+        done = subprocess.run([sys.executable, "-c", ask, address], capture_output=True, text=True, timeout=ANSWER_S)
+    except subprocess.TimeoutExpired:
+        return f"no answer in {ANSWER_S} s"
+    lines = done.stderr.split("\n") if done.returncode else []
+    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), None)
 
 
 def _environment_of_workers() -> dict[str, str]:

@@ -1,14 +1,17 @@
 """Addresses that no cluster answers at, and what a job's own environment keeps."""
 
+import http.server
 import json
 import signal
+import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from pipelines.config.section import ConfigError
-from pipelines.runs.cluster import _environment_of_workers, connected
+from pipelines.runs.cluster import ANSWER_S, CONNECT_S, _environment_of_workers, connected
 from tests.pipeline_runs import environment
 from tests.waiting import wait_until
 
@@ -28,6 +31,34 @@ def test_an_address_without_a_cluster_is_one_line_at_once(tmp_path, monkeypatch,
     with pytest.raises(ConfigError, match=problem.replace("(", r"\(")) as error, connected(tmp_path, {}):
         pass
     assert "\n" not in str(error.value)
+
+
+def http_server():
+    """A server that knows HTTP and nothing of Ray."""
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server.server_address[1], server.shutdown
+
+
+def silent_socket():
+    """It takes connections and says nothing."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    return listening.getsockname()[1], listening.close
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("start", [http_server, silent_socket])
+def test_an_address_where_something_else_listens_is_one_line_within_20_s(tmp_path, monkeypatch, start):
+    port, stop = start()
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    with pytest.raises(ConfigError) as error, connected(tmp_path, {}):
+        pass
+    stop()
+    assert str(error.value) == (
+        f"RAY_ADDRESS=127.0.0.1:{port}: what listens there is not the GCS of a cluster (no answer in {ANSWER_S} s); "
+        "give HOST:6379 of the head node, or submit the run with `ray job submit`, which sets it"
+    )
+    assert ANSWER_S + CONNECT_S < 20
 
 
 def test_variables_that_a_job_sets_itself_are_left_to_it(monkeypatch):
