@@ -48,14 +48,12 @@ def write_conventions(folder: Path, tokenizer: Any, config: GenerationConfig | N
 
 
 def check_conventions(folder: Path, tokenizer: Any, config: GenerationConfig | None) -> None:
-    """Compare a folder's tokenizer and generation config with its record; models of earlier releases have none.
+    """Compare a folder's tokenizer and generation config with its record.
 
     Raises:
         ValueError: names the first thing that differs, or says that the record is cut.
     """
     file = folder / CONVENTIONS
-    if not file.is_file():
-        return
     try:
         record = json.loads(file.read_bytes())
     except ValueError as error:

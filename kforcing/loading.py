@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from kforcing.backbone import embeddings, load_ar, quantised, text_config
-from kforcing.conventions import check_conventions, write_conventions
+from kforcing.conventions import CONVENTIONS, check_conventions, write_conventions
 from kforcing.generation import eos_ids
 from kforcing.modeling import PushForwardLM
 from kforcing.prompts import end_ids
@@ -163,7 +163,8 @@ def load_tokenizer(path: str | Path, gguf_file: str | None = None) -> Any:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     else:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
-    check_conventions(folder, tokenizer, saved_generation_config(folder))
+    if (folder / CONVENTIONS).is_file():  # models of earlier releases have none
+        check_conventions(folder, tokenizer, saved_generation_config(folder))
     return tokenizer
 
 

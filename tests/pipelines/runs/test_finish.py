@@ -14,7 +14,7 @@ from pipelines.config.recipes import recipe
 from pipelines.config.stages import resolve
 from pipelines.data.tokenise import Prepared
 from pipelines.runs.finish import finish_stage
-from pipelines.runs.stages import open_stage
+from pipelines.runs.stages import StageError, open_stage
 from pipelines.runs.teacher import copy_teacher
 from pipelines.tracking.registry import model_files
 from pipelines.training.job import stage_job
@@ -46,7 +46,7 @@ def stages(tmp_path):
         stage = open_stage(tmp_path / "run", spec.name, "f0")
         previous = str(done[-1].folder) if len(done) > 1 else None
         begin(stage_job(spec, str(stage.folder), "none", str(done[0].folder), previous))
-        finish_stage(stage, prepared)
+        finish_stage(stage, prepared, done[0].folder)
         done.append(stage)
     return [stage.folder for stage in done]
 
@@ -58,6 +58,27 @@ def test_every_stage_holds_the_conventions_of_the_teacher(stages):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.eos_token == "|"
         assert LETTERS[3] in tokenizer.all_special_tokens
+
+
+def test_every_stage_has_the_record_of_the_teachers_conventions(stages):
+    records = [json.loads((folder / "conventions.json").read_text()) for folder in stages]
+    assert records[0]["eos"] == {LETTERS[SECOND_EOS]: SECOND_EOS, "|": EOS}
+    assert records == [records[0]] * 3
+
+
+def test_a_student_that_lost_an_eos_id_on_the_way_is_not_finished(stages, tmp_path):
+    folder = stages[-1]
+    (folder / "manifest.json").unlink()
+    GenerationConfig(eos_token_id=EOS).save_pretrained(folder)
+    stage = open_stage(tmp_path / "run", "k2", "f0")
+    with pytest.raises(
+        StageError, match=r"stage k2: eos of the tokenizer in .* is {'\|': 22}, and was {'h': 7, '\|': 22}"
+    ):
+        finish_stage(stage, Prepared(tmp_path / "corpus"), stages[0])
+    assert stage.manifest is None
+    (stages[0] / "conventions.json").unlink()  # as an earlier release left its AR model
+    finish_stage(stage, Prepared(tmp_path / "corpus"), stages[0])
+    assert json.loads((folder / "conventions.json").read_text())["eos"] == {"|": EOS}
 
 
 def test_the_registry_gets_all_of_these_files(stages):
