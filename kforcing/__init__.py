@@ -4,6 +4,7 @@ from kforcing.configuration import PushForwardConfig
 from kforcing.design import Design, NoiseConfig, SequentialConfig
 from kforcing.llm import LLM, CompletionOutput, RequestOutput, SamplingParams
 from kforcing.modeling import PushForwardLM
+from kforcing.structured import StructuredOutputs
 from kforcing.version import __version__
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "SequentialConfig",
+    "StructuredOutputs",
     "__version__",
 ]

@@ -21,6 +21,7 @@ from kforcing.engine import DraftCounts, Engine, EngineConfig, Request, TokenLog
 from kforcing.loading import eos_token_ids, load_model, load_tokenizer, saved_generation_config
 from kforcing.noise import choice_seed
 from kforcing.prompts import prompt_ids
+from kforcing.structured import Grammars, StructuredOutputs
 
 Prompt = str | Sequence[int]
 
@@ -45,6 +46,8 @@ class SamplingParams(engine.SamplingParams):
     """Tokens a step at most; None for the engine's k."""
     acceptance: str | None = None
     """`exact` or `fixed` (see `kforcing.engine.Request`); None for the engine's mode."""
+    structured_outputs: StructuredOutputs | None = None
+    """The form of the text, for example `StructuredOutputs(json=schema)`."""
 
     def check(self) -> None:
         """Raise ValueError for a value out of range."""
@@ -131,6 +134,7 @@ class LLM:
         self.engine = Engine(loaded, EngineConfig(**options))
         config = loaded.generation_config if isinstance(model, nn.Module) else saved_generation_config(model)
         self.eos_ids = eos_token_ids(config, self.tokenizer, self.engine.vocabulary)
+        self.grammars = Grammars(self.tokenizer, self.engine.vocabulary, self.eos_ids)
 
     def generate(
         self,
@@ -155,11 +159,12 @@ class LLM:
             answer = RequestOutput(prompt if isinstance(prompt, str) else None, ids, [])
             answers.append(answer)
             stops, special = self.detokenizer.split_stops(chosen.stop_strings)
-            for request in self._requests(ids, chosen, special):
-                try:
-                    self.engine.check(request)
-                except ValueError as error:
-                    raise ValueError(f"prompt {number}: {error}") from None
+            try:
+                continuations = self._requests(ids, chosen, special)
+                self.engine.check(continuations[0])
+            except ValueError as error:
+                raise ValueError(f"prompt {number}: {error}") from None
+            for request in continuations:
                 answer.outputs.append(CompletionOutput(len(answer.outputs)))
                 requests.append(
                     (request, answer.outputs[-1], TextStream(self.detokenizer, stops, ids, chosen.min_tokens))
@@ -181,8 +186,11 @@ class LLM:
         seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
         stop_ids = frozenset([*params.stop_token_ids, *special_stops])
         stop_ids |= frozenset() if params.ignore_eos else self.eos_ids
+        grammar = self.grammars.compile(params.structured_outputs) if params.structured_outputs else None
         return [
-            Request(ids, params.max_tokens, choice_seed(seed, i), stop_ids, params.k, params, params.acceptance)
+            Request(
+                ids, params.max_tokens, choice_seed(seed, i), stop_ids, params.k, params, params.acceptance, grammar
+            )
             for i in range(max(params.n, 1))
         ]
 

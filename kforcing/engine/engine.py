@@ -120,6 +120,8 @@ class Engine:
                 f"{N} prompt tokens + {new or 1} new ones exceed the context of {self.max_model_len} tokens; shorten "
                 "the prompt, ask for fewer, or give the engine a larger max_model_len"
             )
+        if request.grammar and request.grammar.eos_ids.isdisjoint(request.stop_ids):
+            raise ValueError("ignore_eos=True: a structured output ends with EOS; leave ignore_eos out")
         acceptance = request.acceptance or self.config.acceptance
         check_acceptance(acceptance, self.student)
         k = checked_k(request.k, self.k if self.student or acceptance == "exact" else 1)
@@ -254,28 +256,21 @@ class Engine:
                 self.runner.move(*move)
             self.prefixes.keep(sequence.slot, sequence.request.prompt, sequence.to_fill)
             self._score_tail(sequence)
-            request = sequence.request
-            self.runner.start(
-                sequence.slot,
-                len(request.prompt),
-                request.seed,
-                sequence.k,
-                sequence.exact,
-                request.sampling,
-                request.stop_ids,
-            )
+            self.runner.start(sequence.slot, sequence.request, sequence.k, sequence.exact)
             self._apply(self.scheduler.drop_cancelled())
 
     def _decode(self) -> list[Output]:
         """`check_every` steps of the running sequences."""
         running = list(self.scheduler.running)
+        self.runner.constraints.keep(len(running))
+        step = self.runner.step if any(s.request.grammar for s in running) else self._step  # a grammar runs on the host
         width, read = self._width(running)
         began = time.perf_counter()
         lengths = [s.length for s in running]
         steps, shapes = [], []
         for ahead in range(self.check_every):
             shapes.append(self._shape(running, lengths, width, read, ahead))
-            steps.append(self._step(shapes[-1])[: len(running)])
+            steps.append(step(shapes[-1])[: len(running)])
             for sequence in running:
                 sequence.made_block(min(sequence.k, width))
         made_RSX = torch.stack(steps, dim=1)
@@ -312,7 +307,7 @@ class Engine:
     def _shape(self, running: list[Sequence], lengths: list[int], width: int, read: int, ahead: int) -> StepShape:
         """The shape of the step that comes `ahead` steps after the known lengths."""
         n, most = len(running), self.runner.cache.columns
-        plain = all(s.request.sampling.plain for s in running)
+        plain = all(s.request.plain for s in running)
         asked = [s.request.sampling.logprobs for s in running]
         logprobs = max((n for n in asked if n is not None), default=None)
         context = self.config.context_ngram > 0 and any(s.exact and s.k > 1 for s in running)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kforcing.structured import Grammar
+
 MAX_LOGPROBS = 20
 """The largest number of likeliest tokens whose log-probabilities are returned, as in vLLM."""
 
@@ -106,6 +108,14 @@ class Request:
     """`exact`: the tokens of a block are drafts, and those are kept that the AR model draws itself under the same noise; the
     text is the AR model's, and a step brings 1 to k tokens. `fixed`: every step brings exactly k tokens, none of them
     verified. None for the engine's mode."""
+    grammar: Grammar | None = None
+    """The form of the text (`kforcing.structured`). EOS, which ends it, must be among `stop_ids`. With an argmax student a
+    heuristic: hints of the same block have not seen what is allowed."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether tokens are drawn from the distributions as they are, but for temperature."""
+        return self.sampling.plain and self.grammar is None
 
 
 class TokenLogprobs(NamedTuple):

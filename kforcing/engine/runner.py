@@ -24,7 +24,7 @@ Shapes: S slots, R the slots of a step, P tokens read, K tokens made, C columns,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -36,9 +36,10 @@ from kforcing.attention.windows import Windows
 from kforcing.backbone import embeddings, head, key_heads, lm_head
 from kforcing.coupling import Coupling
 from kforcing.engine.cache import SlotCache
+from kforcing.engine.constraints import Constraints
 from kforcing.engine.drafts import DraftSources, find_drafts
 from kforcing.engine.layers import Stack, build_stack
-from kforcing.engine.request import SamplingParams
+from kforcing.engine.request import Request
 from kforcing.engine.sampler import Sampler, log_probabilities
 from kforcing.noise import derive_key, uniform
 from kforcing.readout.base import Pick, Turn, as_student
@@ -151,6 +152,7 @@ class ModelRunner:
             self.stacks = {model: torch.compile(stack, dynamic=True) for model, stack in self.stacks.items()}
         vocabulary = head(backbone).weight.shape[0]
         self.sampler = Sampler(slots, vocabulary, self.readout, device)
+        self.constraints = Constraints(slots, vocabulary, device)
         self.tokens_SC = torch.zeros(slots, columns, dtype=torch.int64, device=device)
         self.noise_SC = torch.full((slots, columns), 0.5, dtype=torch.float64, device=device)
         self.length_S = torch.ones(slots, dtype=torch.int64, device=device)
@@ -168,26 +170,19 @@ class ModelRunner:
         self.exact_S[slot] = False
         self.drafted_S[slot] = 0
 
-    def start(
-        self,
-        slot: int,
-        length: int,
-        seed: int,
-        k: int,
-        exact: bool,
-        sampling: SamplingParams,
-        stop_ids: Iterable[int] = (),
-    ) -> None:
-        """Let the request whose prompt of this length was read run, with at most k tokens a step."""
+    def start(self, slot: int, request: Request, k: int, exact: bool) -> None:
+        """Let a request whose prompt was read run, with at most k tokens a step."""
+        length = len(request.prompt)
         columns_C = torch.arange(self.cache.columns, device=self.tokens_SC.device)
         zero = torch.zeros(1, dtype=torch.int64, device=columns_C.device)
-        self.noise_SC[slot] = uniform(derive_key(seed, "decode"), zero, 0, columns_C)
+        self.noise_SC[slot] = uniform(derive_key(request.seed, "decode"), zero, 0, columns_C)
         self.length_S[slot] = length
         self.stride_S[slot] = k
         self.exact_S[slot] = exact
         self.drafted_S[slot] = 0
         self.sources.join(slot)
-        self.sampler.join(slot, sampling, self.tokens_SC[slot, :length], stop_ids)
+        self.sampler.join(slot, request.sampling, self.tokens_SC[slot, :length], request.stop_ids)
+        self.constraints.join(slot, request.grammar.matcher() if request.grammar else None, length)
 
     def move(self, source: int, target: int, columns: int) -> None:
         """Copy a request to another slot, whose first `columns` columns it needs."""
@@ -196,6 +191,7 @@ class ModelRunner:
         for state in (*slots, *self.sources.state):
             state[target] = state[source]
         self.sampler.move(source, target)
+        self.constraints.move(source, target)
 
     def prefill(self, slots: slice, start: int, length: int) -> Tensor:
         """Read the positions from `start` on of consecutive slots; what lies beyond a prompt is overwritten later.
@@ -296,7 +292,13 @@ class ModelRunner:
         drafted_RP = torch.arange(P, device=start_R.device) >= known_R[:, None]
         noise_RP = self._at(self.noise_SC, start_R + 1, P)
         logits_RPV = lm_head(self.backbone, states_RPD)
-        own_RP = self.sampler.along_drafts(logits_RPV, noise_RP, tokens_RP, drafted_RP, shape.plain)
+
+        def allowed(i: int) -> Tensor | None:
+            return self.constraints.allowed(self.tokens_SC, start_R + i + 1, [])
+
+        own_RP = self.sampler.along_drafts(
+            logits_RPV, noise_RP, tokens_RP, drafted_RP, None if shape.plain else allowed
+        )
         if shape.logprobs is not None:
             records.append(log_probabilities(logits_RPV, own_RP, shape.logprobs))
         agrees_RP = torch.cat([torch.ones_like(drafted_RP[:, :1]), own_RP[:, :-1] == tokens_RP[:, 1:]], dim=1)
@@ -329,9 +331,12 @@ class ModelRunner:
             prefix_BWP=None if tokens_RP is None else tokens_RP[:, None],
         )
         counts_RV = None if shape.plain else self.sampler.counts_SV[:R].clone()
+        before = [] if first_R is None else [first_R]
 
         def pick(logits_BWV: Tensor, offset: int) -> Tensor:
-            token_R = self.sampler(logits_BWV[:, 0], noise_RK[:, offset], counts_RV)
+            allowed_RV = None if shape.plain else self.constraints.allowed(self.tokens_SC, end_R, before)
+            token_R = self.sampler(logits_BWV[:, 0], noise_RK[:, offset], counts_RV, allowed_RV)
+            before.append(token_R)
             if counts_RV is not None:
                 counts_RV.scatter_add_(1, token_R[:, None], torch.ones_like(token_R, dtype=counts_RV.dtype)[:, None])
             return token_R[:, None]

@@ -6,7 +6,7 @@ Shapes: S slots, R the slots of a step, P tokens that a step verifies, V vocabul
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -83,25 +83,33 @@ class Sampler:
             if isinstance(state, Tensor):
                 state[target] = state[source]
 
-    def __call__(self, logits_RV: Tensor, z_R: Tensor, counts_RV: Tensor | None) -> Tensor:
+    def __call__(
+        self, logits_RV: Tensor, z_R: Tensor, counts_RV: Tensor | None, allowed_RV: Tensor | None = None
+    ) -> Tensor:
         """(R,) tokens of the first R slots.
 
         Args:
             counts_RV: how often each token occurred before, for penalties. None says that no slot has options beyond a
                 temperature; the tokens are the same as with counts, and come faster.
+            allowed_RV: bool, the tokens that grammars allow; needs counts.
         """
         R = len(logits_RV)
         temperature_R = self.temperature_S[:R]
         if counts_RV is None:
             return self.draw(logits_RV, z_R, temperature_R)
         if self.one_by_one:
-            return self._each(logits_RV, z_R, counts_RV)
-        logits_RV = self._changed(slice(0, R), logits_RV, counts_RV)
+            return self._each(logits_RV, z_R, counts_RV, allowed_RV)
+        logits_RV = _only(self._changed(slice(0, R), logits_RV, counts_RV), allowed_RV)
         drawn_R = self.draw(self._filtered(logits_RV, temperature_R), z_R, temperature_R)
         return torch.where(self.greedy_S[:R], logits_RV.argmax(dim=-1), drawn_R)
 
     def along_drafts(
-        self, logits_RPV: Tensor, z_RP: Tensor, tokens_RP: Tensor, drafted_RP: Tensor, plain: bool
+        self,
+        logits_RPV: Tensor,
+        z_RP: Tensor,
+        tokens_RP: Tensor,
+        drafted_RP: Tensor,
+        allowed: Callable[[int], Tensor | None] | None,
     ) -> Tensor:
         """(R, P) the AR model's own tokens behind each of P tokens, of which some are drafts.
 
@@ -109,16 +117,17 @@ class Sampler:
             logits_RPV: the AR model's logits behind each token.
             tokens_RP: the tokens; drafts count for penalties at the positions behind them.
             drafted_RP: bool, which of them are drafts; the others are counted already.
-            plain: no slot has options beyond a temperature.
+            allowed: the tokens (R, V) that grammars allow behind token i. None says that no slot has options beyond a
+                temperature.
         """
         R, P = tokens_RP.shape
-        if plain:
+        if allowed is None:
             return self.draw(logits_RPV, z_RP, self.temperature_S[:R, None])
         counts_RV = self.counts_SV[:R].clone()
         drawn = []
         for i in range(P):
             counts_RV.scatter_add_(1, tokens_RP[:, i : i + 1], drafted_RP[:, i : i + 1].float())
-            drawn.append(self(logits_RPV[:, i], z_RP[:, i], counts_RV))
+            drawn.append(self(logits_RPV[:, i], z_RP[:, i], counts_RV, allowed(i)))
         return torch.stack(drawn, dim=1)
 
     def count(self, tokens_RL: Tensor, final_RL: Tensor) -> None:
@@ -145,7 +154,7 @@ class Sampler:
         keep &= p >= min_p * p[:, :1]
         return logits_RV.masked_fill(~torch.zeros_like(keep).scatter(1, order, keep), -torch.inf)
 
-    def _each(self, logits_RV: Tensor, z_R: Tensor, counts_RV: Tensor) -> Tensor:
+    def _each(self, logits_RV: Tensor, z_R: Tensor, counts_RV: Tensor, allowed_RV: Tensor | None) -> Tensor:
         """(R,) tokens, each row by its own options."""
         token_R = torch.empty(len(z_R), dtype=torch.int64)
         drawn, rows = [], []
@@ -153,6 +162,8 @@ class Sampler:
             logits_V, own = logits_RV[i].float(), slice(i, i + 1)
             if options.changes_logits:
                 logits_V = self._changed(own, logits_RV[own], counts_RV[own])[0]
+            if allowed_RV is not None:
+                logits_V = _only(logits_V, allowed_RV[i])
             if options.temperature == 0:
                 token_R[i] = first_largest(logits_V)
             elif options.filters:
@@ -164,6 +175,15 @@ class Sampler:
         if drawn:
             token_R[drawn] = self.draw(torch.stack(rows), z_R[drawn], self.temperature_S[drawn])
         return token_R
+
+
+def _only(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    """(…, V) logits with −inf for tokens that are not allowed (V,); where that leaves none, all allowed ones are equal."""
+    if allowed is None:
+        return logits
+    masked = logits.masked_fill(~allowed, -torch.inf)
+    none = masked.isneginf().all(dim=-1, keepdim=True)
+    return torch.where(none, torch.zeros_like(logits).masked_fill(~allowed, -torch.inf), masked)
 
 
 def _probabilities(logits: Tensor, temperature: Tensor) -> Tensor:
