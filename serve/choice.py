@@ -9,6 +9,7 @@ from kforcing.engine import Output, Request
 from serve.engine_requests import Choices
 from serve.protocol.logprobs import Scored
 from serve.protocol.responses import Progress
+from serve.tool_calls import CallDelta
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,12 @@ class ChoiceDelta:
     """Of the choice."""
     text: str
     """May be empty while the detokenizer holds text back. The first has the prompt before it, if that is echoed."""
+    calls: list[CallDelta]
+    """What was added to calls of tools, which are no part of the text."""
     progress: Progress
     """Of the choice so far."""
     finish: str | None
-    """`stop` or `length` for the last one."""
+    """`stop`, `length` or `tool_calls` for the last one."""
     stop: str | int | None
     """The stop string or stop token id that ended it."""
     stamp: float
@@ -45,6 +48,7 @@ class ChoiceReader:
         self.text = TextStream(
             asked.detokenizer, asked.stops, self.request.prompt, asked.min_tokens, asked.include_stop
         )
+        self.tools = asked.tools.stream() if asked.tools else None
         self.tokens = 0
         self._echo = asked.echo[index] if asked.echo else ""
 
@@ -58,9 +62,16 @@ class ChoiceReader:
         finish, stop = self._end(output, piece.stopped)
         special = str(stop) if self.asked.include_stop and isinstance(stop, str) and not piece.stopped else ""
         text, self._echo = self._echo + piece.text + special, ""
+        calls: list[CallDelta] = []
+        if self.tools:
+            parts = self.tools.push(text, last=finish is not None)
+            text = "".join(part for part in parts if isinstance(part, str))
+            calls = [part for part in parts if not isinstance(part, str)]
+            if self.tools.calls and finish == "stop" and self.asked.tools and not self.asked.tools.named:
+                finish = "tool_calls"
         drafts = output.drafts
         progress = Progress(self.tokens, output.steps, sum(drafts.drafted), sum(drafts.accepted), output.cached)
-        return ChoiceDelta(self.index, text, progress, finish, stop, stamp, self._scored(output, piece.tokens))
+        return ChoiceDelta(self.index, text, calls, progress, finish, stop, stamp, self._scored(output, piece.tokens))
 
     def _end(self, output: Output, stopped: bool) -> tuple[str | None, str | int | None]:
         """The finish reason, and what stopped the text: a stop string or the id of a stop token that is not EOS."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,20 @@ from kforcing.detokenizer import Detokenizer
 from kforcing.engine import Request, SamplingParams
 from kforcing.noise import choice_seed
 from kforcing.prompts import prompt_ids
+from kforcing.structured import Grammar, StructuredOutputs
 from serve.models import ServedModel
 from serve.protocol.errors import ApiError
 from serve.protocol.requests import MAX_CHOICES, ChatRequest, CompletionRequest, Message
+from serve.protocol.tools import Function
+from serve.tool_calls import (
+    ToolUse,
+    call_text,
+    definition,
+    knows_tools,
+    tool_format,
+    tools_grammar,
+    tools_prompt,
+)
 
 CHARACTERS_PER_TOKEN = 100
 """A prompt with more characters than this per token of context is refused before it is tokenised."""
@@ -43,6 +54,8 @@ class Choices:
     """The text ends behind the stop string."""
     silent: bool
     """Return no token: the prompt alone is of interest."""
+    tools: ToolUse | None
+    """How the answers may call tools, if there are any."""
 
 
 async def read_choices(model: ServedModel, body: CompletionRequest | ChatRequest, worker: Executor) -> Choices:
@@ -62,13 +75,15 @@ async def read_choices(model: ServedModel, body: CompletionRequest | ChatRequest
         raise ApiError(400, str(error), "stop") from None
     stop_ids = frozenset([*(body.stop_token_ids or ()), *special, *(() if body.ignore_eos else model.eos)])
     sampling = _sampling(body)
+    tools = _tools(model, body)
+    grammar = await _grammar(model, body, tools, worker)
     requests: list[Request] = []
     for each in given:
         prompt = await _token_ids(model, body, each, worker)
         limit = _token_limit(model.engine.max_model_len - len(prompt), body)
         seed = secrets.randbits(62) if body.seed is None else body.seed
         requests += [
-            Request(prompt, limit, choice_seed(seed, i), stop_ids, body.k, sampling, body.acceptance)
+            Request(prompt, limit, choice_seed(seed, i), stop_ids, body.k, sampling, body.acceptance, grammar)
             for i in range(copies)
         ]
     echo = None
@@ -76,7 +91,35 @@ async def read_choices(model: ServedModel, body: CompletionRequest | ChatRequest
         as_given = [each if isinstance(each, str) and not body.truncate_prompt_tokens else None for each in given]
         echo = [as_given[i // copies] or detokenizer.decode(request.prompt) for i, request in enumerate(requests)]
     include_stop, silent = bool(body.include_stop_str_in_output), body.token_limit == 0
-    return Choices(requests, detokenizer, stops, special, echo, sampling.min_tokens, include_stop, silent)
+    return Choices(requests, detokenizer, stops, special, echo, sampling.min_tokens, include_stop, silent, tools)
+
+
+def _tools(model: ServedModel, body: CompletionRequest | ChatRequest) -> ToolUse | None:
+    if not isinstance(body, ChatRequest) or not body.functions:
+        return None
+    names = frozenset(function.name for function in body.functions)
+    return ToolUse(tool_format(str(model.tokenizer.chat_template)), names, body.named is not None)
+
+
+async def _grammar(
+    model: ServedModel, body: CompletionRequest | ChatRequest, tools: ToolUse | None, worker: Executor
+) -> Grammar | None:
+    """The grammar of the form that the answer has to have, compiled in the worker's thread."""
+    form, field = body.form()
+    if tools and isinstance(body, ChatRequest):
+        if form is not None:
+            raise ApiError(400, f"{field} and tools cannot be combined; send one of them", field)
+        if body.must_call or any(function.strict for function in body.functions):
+            functions = [each for each in body.functions if body.named in (None, each.name)]
+            several = body.parallel_tool_calls is not False and body.named is None
+            field = "tools"
+            form = StructuredOutputs(grammar=tools_grammar(functions, tools.form, body.must_call, several))
+    if form is None:
+        return None
+    try:
+        return await asyncio.get_running_loop().run_in_executor(worker, model.grammars.compile, form)
+    except ValueError as error:
+        raise ApiError(400, str(error), field) from None
 
 
 async def _token_ids(
@@ -86,7 +129,8 @@ async def _token_ids(
     if isinstance(given, list) and isinstance(given[0], int):
         ids = given
     else:
-        ids = await asyncio.get_running_loop().run_in_executor(worker, tokens_of, model, given)
+        functions = body.functions if isinstance(body, ChatRequest) else []
+        ids = await asyncio.get_running_loop().run_in_executor(worker, tokens_of, model, given, True, functions)
     ids = ids[-(body.truncate_prompt_tokens or len(ids)) :]
     _check_length(model.engine.max_model_len, len(ids), body)
     return ids
@@ -144,8 +188,13 @@ def _given_prompts(body: CompletionRequest | ChatRequest) -> list[Any]:
     return [given] if isinstance(given, str) or isinstance(given[0], int) else given
 
 
-def tokens_of(model: ServedModel, given: str | list[Message], add_special_tokens: bool = True) -> list[int]:
-    """The token ids of a text to continue, or of a conversation. Raises ApiError with status 400."""
+def tokens_of(
+    model: ServedModel,
+    given: str | list[Message],
+    add_special_tokens: bool = True,
+    functions: Sequence[Function] = (),
+) -> list[int]:
+    """The token ids of a text to continue, or of a conversation with tools. Raises ApiError with status 400."""
     if isinstance(given, str):
         _check_characters(model, len(given), "prompt")
         if add_special_tokens:
@@ -154,27 +203,26 @@ def tokens_of(model: ServedModel, given: str | list[Message], add_special_tokens
     if not getattr(model.tokenizer, "chat_template", None):
         raise ApiError(400, f"{model.name} has no chat template; use /v1/completions", "messages", "no_chat_template")
     _check_characters(model, sum(len(message.text) for message in given), "messages")
-    text = _rendered(model.tokenizer, given)  # templates write the special tokens themselves
+    text = _rendered(
+        model.tokenizer, given, [definition(function) for function in functions]
+    )  # templates write the special tokens themselves
     return _tokenised("messages", lambda: model.tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _rendered(tokenizer: Any, messages: list[Message]) -> str:
+def _rendered(tokenizer: Any, messages: list[Message], tools: list[dict[str, Any]]) -> str:
     """The conversation in the form of the chat template. Raises ApiError where the template would leave something out."""
+    template = str(tokenizer.chat_template)
+    turns = [_turn(message, template) for message in messages]
+    if tools and not knows_tools(template):
+        turns.insert(0, {"role": "system", "content": tools_prompt(tools)})
+    options: dict[str, Any] = {"tools": tools} if tools and knows_tools(template) else {}
 
     def render(names: bool) -> str:
-        turns = [
-            {"role": role_in_template(message.role), "content": message.text}
-            | ({"name": message.name} if names and message.name else {})
-            for message in messages
-        ]
+        shown = turns if names else [{key: turn[key] for key in turn if key != "name"} for turn in turns]
         try:
-            return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+            return str(tokenizer.apply_chat_template(shown, add_generation_prompt=True, tokenize=False, **options))
         except Exception as error:  # a template may raise anything, for example about the order of roles
             raise ApiError(400, f"the chat template refuses these messages: {error}", "messages") from None
-
-    def role_in_template(role: str) -> str:
-        """OpenAI's newer name of the system's role is `developer`; few templates know it."""
-        return "system" if role == "developer" and "developer" not in str(tokenizer.chat_template) else role
 
     text = render(names=True)
     named = next((i for i, message in enumerate(messages) if message.name), None)
@@ -189,6 +237,22 @@ def _rendered(tokenizer: Any, messages: list[Message]) -> str:
             what = f"the model's chat template leaves out this message of the role {message.role}"
             raise ApiError(400, what, f"messages[{i}]")
     return text
+
+
+def _turn(message: Message, template: str) -> dict[str, Any]:
+    """A message as the chat template expects it; calls and their answers as text where it knows no tools."""
+    role, content = message.role, message.text
+    if role == "developer" and "developer" not in template:
+        role = "system"  # `developer` is OpenAI's newer name, which few templates know
+    turn: dict[str, Any] = {}
+    if knows_tools(template):
+        turn |= {"tool_calls": [call.for_template() for call in message.tool_calls]} if message.tool_calls else {}
+        turn |= {"tool_call_id": message.tool_call_id} if message.tool_call_id else {}
+    elif role == "tool":
+        role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
+    else:
+        content = "\n".join([*filter(None, [content]), *map(call_text, message.tool_calls or ())])
+    return {"role": role, "content": content, **({"name": message.name} if message.name else {}), **turn}
 
 
 def _check_characters(model: ServedModel, characters: int, field: str) -> None:

@@ -17,6 +17,7 @@ from kforcing.loading import (
     saved_generation_config,
 )
 from kforcing.model_uri import PREFIX, parse_model_uri
+from kforcing.structured import Grammars
 from serve.engine_thread import AsyncEngine, EngineThread
 from serve.metrics import EngineMetrics, Metrics
 from serve.settings import Settings
@@ -31,6 +32,7 @@ class ServedModel:
         self.detokenizer = Detokenizer(self.tokenizer)
         self.literal = Detokenizer(self.tokenizer, keep_special=True)
         self.eos = eos_token_ids(saved_generation_config(path), self.tokenizer, engine.vocabulary)
+        self.grammars = Grammars(self.tokenizer, engine.vocabulary, self.eos)
         # Warm-up: this request packs the weights, chooses kernels and captures graphs before the first client comes.
         engine.generate([Request([0], 2 * engine.k)])
         engine.stats = EngineStats()

@@ -19,6 +19,7 @@ from serve.protocol.requests import StreamOptions
 from serve.protocol.responses import DONE, Progress, ResponseBuilder, usage
 from serve.protocol.responses_api import ResponsesBuilder, status_of
 from serve.service import AcceptedRequest, merged
+from serve.tool_calls import add_to
 
 T = TypeVar("T")
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -68,13 +69,15 @@ async def unless_disconnected(http: Request, work: Coroutine[Any, Any, T]) -> T 
 async def whole_answer(request: AcceptedRequest, builder: ResponseBuilder) -> dict[str, Any]:
     """The body of an answer that is not streamed."""
     empty = {"text": "", "logprobs": None, "finish_reason": None, "stop_reason": None}
-    choices: list[dict[str, Any]] = [{"index": i, **empty} for i in range(len(request.choices))]
+    choices: list[dict[str, Any]] = [{"index": i, "calls": [], **empty} for i in range(len(request.choices))]
     scored: dict[int, list[Scored]] = {}
     progress = [Progress()] * len(choices)
     async with aclosing(merged(request.choices)) as deltas:
         async for delta in deltas:
             choice = choices[delta.index]
             choice["text"] += delta.text
+            for call in delta.calls:
+                add_to(choice["calls"], call)
             choice["finish_reason"], choice["stop_reason"] = delta.finish, delta.stop
             progress[delta.index] = delta.progress
             if delta.scored is not None:
@@ -106,7 +109,7 @@ async def events(
         async with aclosing(merged(request.choices)) as deltas:
             async for delta in deltas:
                 progress[delta.index] = delta.progress
-                if not (delta.text or delta.finish or delta.scored or options.continuous_usage_stats):
+                if not (delta.text or delta.calls or delta.finish or delta.scored or options.continuous_usage_stats):
                     continue
                 logprobs = None
                 if delta.scored is not None:
@@ -116,7 +119,9 @@ async def events(
                 chunks = b"" if delta.index in started else builder.first_chunk(delta.index)
                 started.add(delta.index)
                 so_far = usage(request.prompt_tokens, progress) if options.continuous_usage_stats else None
-                chunks += builder.chunk(delta.index, delta.text, logprobs, delta.finish, delta.stop, so_far)
+                chunks += builder.chunk(
+                    delta.index, delta.text, delta.calls, logprobs, delta.finish, delta.stop, so_far
+                )
                 request.model.metrics.delivered(time.perf_counter() - delta.stamp)
                 yield chunks
         if options.include_usage:

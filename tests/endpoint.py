@@ -33,7 +33,7 @@ def save_model(folder, student=None, chat=False, eos=True, template=CHAT):
     student.save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(LETTERS)}, unk_token="u"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="|" if eos else None)
     if chat:
         fast.chat_template = template

@@ -11,8 +11,6 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     StringConstraints,
@@ -23,15 +21,12 @@ from pydantic import (
 )
 
 from kforcing.engine.request import MAX_LOGPROBS
+from serve.protocol.accepting import Accepting, Values
 from serve.protocol.errors import ApiError
-
-Values = dict[str, tuple[Any, ...]]
+from serve.protocol.structured import FormFields
+from serve.protocol.tools import ToolCall, ToolFields
 
 CHANGES_NOTHING: Values = {
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "store": (False,),
@@ -58,32 +53,13 @@ CHANGES_NOTHING: Values = {
 """Fields of OpenAI's API and of other servers that this endpoint does not have, with the values at which they change nothing.
 Any other value is refused."""
 
-MAX_FIELDS = 100
+NO_TOOLS: Values = {"tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False)}
+"""The same where there are no tools."""
+
 MAX_CHOICES = 128
 """The most choices (prompts × n) of a request."""
 MAX_STOPS = 64
 """The most stop strings, and the most stop token ids, of a request."""
-
-
-class Accepting(BaseModel):
-    """A part of a request, without its fields that change nothing."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    changes_nothing: ClassVar[Values] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_what_changes_nothing(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        kept = {
-            name: value
-            for name, value in given.items()
-            if value is not None and (name in cls.model_fields or value not in cls.changes_nothing.get(name, ()))
-        }
-        if len(kept) > MAX_FIELDS:
-            raise ValueError(f"{len(kept)} fields are given; at most {len(cls.model_fields)} are possible")
-        return kept
 
 
 # What tells the members of a union apart, so that an error comes from the one that the client meant. Their tags are in angle
@@ -124,17 +100,17 @@ Stop = Annotated[
 class StreamOptions(Accepting):
     """Which usage statistics a stream contains."""
 
-    changes_nothing = {"include_obfuscation": (True, False)}  # no chunk is obfuscated
+    changes_nothing: ClassVar[Values] = {"include_obfuscation": (True, False)}  # no chunk is obfuscated
     include_usage: bool | None = None
     """Send a last chunk with the usage of the whole request."""
     continuous_usage_stats: bool | None = None
     """Send the usage so far in every chunk."""
 
 
-class RequestFields(Accepting):
+class RequestFields(FormFields):
     """The fields that completions and chat completions share."""
 
-    changes_nothing = CHANGES_NOTHING
+    changes_nothing: ClassVar[Values] = CHANGES_NOTHING
 
     model: str | None = None
     """A name from `/v1/models`; the first of them when this is left out."""
@@ -217,6 +193,8 @@ class RequestFields(Accepting):
 class CompletionRequest(RequestFields):
     """The body of POST /v1/completions."""
 
+    changes_nothing: ClassVar[Values] = CHANGES_NOTHING | NO_TOOLS
+
     prompt: Prompt
     """Text, token ids, or a list of either."""
     max_tokens: int | None = Field(None, ge=0)
@@ -254,15 +232,23 @@ class Message(Accepting):
     """One message of a conversation."""
 
     # What answers of this and other servers carry beside the text, so that they can be sent back as they are.
-    changes_nothing = {"tool_calls": ([],), "annotations": ([],), "reasoning_content": ("",), "refusal": ("",)}
+    changes_nothing: ClassVar[Values] = {
+        "annotations": ([],),
+        "reasoning_content": ("",),
+        "refusal": ("",),
+    }
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
         Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Field(fail_fast=True), Tag("<list>")],
         Discriminator(text_or_list),
     ] = Field(None, validate_default=True)
     """Text; the assistant's messages may have none."""
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    """What the assistant called."""
+    tool_call_id: str | None = None
+    """The call that a message of the role `tool` answers."""
 
     @field_validator("content", mode="before")
     @classmethod
@@ -277,7 +263,7 @@ class Message(Accepting):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatRequest(RequestFields):
+class ChatRequest(RequestFields, ToolFields):
     """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
@@ -295,13 +281,17 @@ class ChatRequest(RequestFields):
     def _check_chat(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, f"top_logprobs={self.top_logprobs} needs logprobs=true", "top_logprobs")
+        self.check_tools()
+        for i, message in enumerate(self.messages):
+            if message.tool_calls and message.role != "assistant":
+                raise ApiError(400, "only the assistant calls tools", f"messages[{i}].tool_calls")
         return self
 
 
 class TokenizeRequest(Accepting):
     """The body of POST /tokenize: a prompt or a conversation."""
 
-    changes_nothing = {"add_generation_prompt": (True,)}
+    changes_nothing: ClassVar[Values] = {"add_generation_prompt": (True,)}
     model: str | None = None
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel
 
 from serve.protocol.logprobs import ChatLogprobs, CompletionLogprobs
+from serve.tool_calls import CallDelta
 
 
 class Progress(NamedTuple):
@@ -81,11 +82,28 @@ class CompletionResponse(BaseModel):
     usage: Usage
 
 
+class CallOfFunction(BaseModel):
+    """A function with its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class CallOfTool(BaseModel):
+    """A call that the model asks for."""
+
+    id: str
+    type: Literal["function"]
+    function: CallOfFunction
+
+
 class AssistantMessage(BaseModel):
     """The message that the model wrote."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    """None for calls alone."""
+    tool_calls: list[CallOfTool] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -94,7 +112,7 @@ class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: str | int | None = None
 
 
@@ -169,30 +187,37 @@ class ResponseBuilder:
         """The body of an answer that is not streamed.
 
         Args:
-            choices: dictionaries with `index`, `text`, `logprobs`, `finish_reason` and `stop_reason`.
+            choices: dictionaries with `index`, `text`, `calls`, `logprobs`, `finish_reason` and `stop_reason`.
         """
-        if not self.chat:
-            return self._envelope("text_completion", choices, usage)
-        chats = [{"message": {"role": "assistant", "content": choice.pop("text")}, **choice} for choice in choices]
-        return self._envelope("chat.completion", chats, usage)
+        written = []
+        for choice in choices:
+            text, calls = choice.pop("text"), choice.pop("calls")
+            message = {"role": "assistant", "content": text}
+            if calls:
+                message |= {"content": text or None, "tool_calls": calls}
+            written.append(({"message": message} if self.chat else {"text": text}) | choice)
+        return self._envelope("chat.completion" if self.chat else "text_completion", written, usage)
 
     def first_chunk(self, index: int) -> bytes:
         """The chunk before the first text of a choice: the role of the message, and nothing for completions."""
-        return self.chunk(index, None, None, None, None, None) if self.chat else b""
+        return self.chunk(index, None, (), None, None, None, None) if self.chat else b""
 
     def chunk(
         self,
         index: int,
         text: str | None,
+        calls: Iterable[CallDelta],
         logprobs: dict[str, Any] | None,
         finish: str | None,
         stop: str | int | None,
         usage: dict[str, Any] | None,
     ) -> bytes:
-        """One server-sent event with new text of a choice."""
+        """One server-sent event with what is new of a choice."""
         choice: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": finish, "stop_reason": stop}
         if self.chat:
             choice["delta"] = {"role": "assistant", "content": ""} if text is None else {"content": text}
+            if more := [call.as_delta() for call in calls]:
+                choice["delta"] = ({"content": text} if text else {}) | {"tool_calls": more}
         else:
             choice["text"] = text or ""
         return self._event([choice], usage)

@@ -12,11 +12,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator
 
+from serve.protocol.accepting import Accepting, Values
 from serve.protocol.errors import ApiError
-from serve.protocol.requests import CHANGES_NOTHING, Accepting, ChatRequest, RequestFields, Text, Values, text_or_list
+from serve.protocol.requests import CHANGES_NOTHING, NO_TOOLS, ChatRequest, RequestFields, Text, text_or_list
 
 NOT_PASSED_ON = {"max_tokens", "max_completion_tokens", "stream_options"}
-FIELDS_OF_CHAT = {"messages": "input", "max_tokens": "max_output_tokens", "max_completion_tokens": "max_output_tokens"}
+FIELDS_OF_CHAT = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+}
 """Field of a chat completion → its name in this API."""
 
 
@@ -55,10 +61,24 @@ class InputItem(Accepting):
         return {"role": self.role, "content": whole}
 
 
-class TextOptions(Accepting):
-    """The form of an answer: none but plain text."""
+class TextFormat(Accepting):
+    """The same as `response_format` of chat completions, with the schema's fields beside `type`."""
 
-    changes_nothing: ClassVar[Values] = {"format": ({"type": "text"},), "verbosity": ("medium",)}
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    """Accepted and not used."""
+    description: str | None = None
+    """Accepted and not used."""
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+    """Accepted and not used: the schema always holds."""
+
+
+class TextOptions(Accepting):
+    """The form of an answer."""
+
+    changes_nothing: ClassVar[Values] = {"verbosity": ("medium",)}
+    format: TextFormat | None = None
 
 
 class ReasoningOptions(Accepting):
@@ -70,12 +90,16 @@ class ReasoningOptions(Accepting):
 class ResponsesRequest(RequestFields):
     """The body of POST /v1/responses, with the same extra fields as chat completions."""
 
-    changes_nothing: ClassVar[Values] = CHANGES_NOTHING | {
-        "truncation": ("disabled",),
-        "background": (False,),
-        "include": ([], ["reasoning.encrypted_content"]),
-        "store": (True, False),
-    }
+    changes_nothing: ClassVar[Values] = (
+        CHANGES_NOTHING
+        | NO_TOOLS
+        | {
+            "truncation": ("disabled",),
+            "background": (False,),
+            "include": ([], ["reasoning.encrypted_content"]),
+            "store": (True, False),
+        }
+    )
 
     input: Annotated[
         Annotated[Text, Tag("<text>")]
@@ -88,7 +112,7 @@ class ResponsesRequest(RequestFields):
     max_output_tokens: int | None = Field(None, ge=1)
     """The most tokens to generate."""
     text: TextOptions | None = None
-    """Accepted where it changes nothing."""
+    """The answer is a JSON object, or a JSON document of a schema."""
     reasoning: ReasoningOptions | None = None
     """Accepted where it changes nothing."""
     max_tool_calls: int | None = None
@@ -116,8 +140,13 @@ class ResponsesRequest(RequestFields):
         items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else []
         items += [] if isinstance(self.input, str) else [item.message for item in self.input]
         system = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
-        fields = self.model_dump(include=set(ChatRequest.model_fields) - NOT_PASSED_ON, exclude_none=True)
+        fields = self.model_dump(
+            include=set(ChatRequest.model_fields) - NOT_PASSED_ON, exclude_none=True, by_alias=True
+        )
         chat = {"messages": [*system, *items], "max_tokens": next(iter(limits), None), **fields}
+        if self.text and (form := self.text.format):
+            schema = {"json_schema": {"schema": form.schema_}} if form.schema_ is not None else {}
+            chat["response_format"] = {"type": form.type, **schema}
         return ChatRequest.model_validate(chat)
 
 

@@ -85,7 +85,6 @@ def test_instructions_and_earlier_answers_are_messages_of_the_conversation(http,
         ({"max_tokens": 3}, "max_output_tokens"),
         ({"max_output_tokens": 900}, "max_output_tokens"),
         ({"input": "abc" * 50}, "input"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
     ],
 )
