@@ -23,8 +23,6 @@ class Machine(NamedTuple):
     """Numbers of 32 bits in a vector."""
     sums: int
     """Vectors of sums that fit into the registers beside what is added to them."""
-    most_rows: int
-    """Rows up to which our products are faster than torch's."""
 
 
 @cache
@@ -38,8 +36,7 @@ def machine() -> Machine | None:
     features = llvm.get_host_cpu_features()
     if llvm.get_process_triple().startswith("x86") and not features.get("fma"):
         return None
-    lanes, sums, most_rows = (16, 24, 20) if features.get("avx512f") else (8, 10, 8)
-    return Machine(lanes, sums, most_rows)
+    return Machine(16, 24) if features.get("avx512f") else Machine(8, 10)
 
 
 def _target() -> Any:

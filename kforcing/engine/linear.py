@@ -1,4 +1,4 @@
-"""Linear maps for decoding on a CPU: few rows go through `cpu/products.py`, many through torch.
+"""Linear maps for decoding on a CPU: up to 128 rows go through `cpu/products.py`, more through torch.
 
 `row_copy` gives a model such maps. They share the weights of the model, or hold them as int8 with one scale an output:
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from kforcing.cpu.compiler import machine
-from kforcing.cpu.products import can_multiply, multiply
+from kforcing.cpu.products import MOST_ROWS, can_multiply, multiply
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,8 +37,7 @@ class RowLinear(nn.Linear):
         if int8:
             weight_MK, self.scale_M = quantise(self.weight.detach())
             self.weight = nn.Parameter(weight_MK, requires_grad=False)
-        found = machine()
-        self.most_rows = found.most_rows if found and can_multiply(self.weight) else 0
+        self.most_rows = MOST_ROWS if can_multiply(self.weight) else 0
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out)."""
