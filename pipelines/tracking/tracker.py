@@ -21,7 +21,7 @@ from pipelines.config.stages import RunSpec
 from pipelines.data.tokenise import Prepared
 from pipelines.files import strict_json
 from pipelines.log import log, without_passwords
-from pipelines.tracking.metrics import publish, set_gauge
+from pipelines.tracking.metrics import RunMetrics
 from pipelines.tracking.pipeline_runs import OpenStage, PipelineRuns
 
 LOG = "log.jsonl"
@@ -40,7 +40,7 @@ class Tracker:
     def __init__(self, run: RunSpec, params: dict[str, Any], drain: Callable[[], list[Record]]):
         self.params, self.drain, self.log = params, drain, run.root / LOG
         self.mlflow = PipelineRuns(run, params, self._mlflow_failed)
-        self.run = run.root.name
+        self.prometheus = RunMetrics(run.root.name)
 
     def write(self, **record: Any) -> None:
         """Append a record to the run's JSONL log."""
@@ -62,7 +62,7 @@ class Tracker:
     def stage(self, name: str, fingerprint: str, params: dict[str, Any]) -> Iterator[None]:
         """A child run; records that workers leave while it is open are logged to it and shown as progress."""
         self.write(event="stage_started", stage=name, fingerprint=fingerprint)
-        set_gauge("kforcing_stage_running", 1, self.run, name)
+        self.prometheus.started(name)
         self.mlflow.open(OpenStage(name, fingerprint, params))
         done = threading.Event()
         pump = threading.Thread(target=self._pump, args=(done, fingerprint), daemon=True)
@@ -78,13 +78,14 @@ class Tracker:
             done.set()
             pump.join(timeout=30)
             self.write(event="stage_ended", stage=name, status=status)
-            set_gauge("kforcing_stage_running", 0, self.run, name)
+            self.prometheus.ended(name)
             self.mlflow.close(status)
 
     def _pump(self, done: threading.Event, fingerprint: str) -> None:
         """Take the workers' records until the stage has ended and none is left."""
         while True:
             last = done.wait(0.5)
+            self.prometheus.repeat()
             try:
                 records = self.drain()
             except Exception as error:  # the mailbox restarts empty; training does not depend on it
@@ -93,7 +94,7 @@ class Tracker:
             for record in records:
                 self.write(event="train", fingerprint=fingerprint, **record)
                 log.info(progress_line(record))
-                publish(record, self.run)
+                self.prometheus.publish(record)
                 self.mlflow.metrics(flatten(record), record["step"])
             if last:
                 return

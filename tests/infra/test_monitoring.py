@@ -78,6 +78,13 @@ def test_the_dashboards_show_what_operators_ask_first():
     assert {"Checkpoint age", "Stage", "NaN guard"} <= set(titles)
 
 
+def test_dashboards_remember_a_gauge_that_nobody_repeats():
+    """A rollout actor sets its gauge once a call, and Ray forgets it after 20 s."""
+    asking = [query for _, query in queries() if "rollout_rows" in query]
+    assert asking
+    assert all("last_over_time(ray_kforcing_rollout_rows" in query for query in asking)
+
+
 @pytest.mark.parametrize("name", DASHBOARDS)
 def test_the_panels_of_a_dashboard_do_not_overlap(name):
     panels = dashboard(name)["panels"]

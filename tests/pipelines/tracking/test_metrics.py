@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 import urllib.request
 
 import numpy as np
@@ -17,7 +18,7 @@ from pipelines.config.stages import resolve_run
 from pipelines.data.rows import token_rows, with_place
 from pipelines.rollouts.actor import RolloutActor, RolloutJob
 from pipelines.runs.cluster import init_ray
-from pipelines.tracking.metrics import COUNTERS, GAUGES, count, set_gauge
+from pipelines.tracking.metrics import COUNTERS, GAUGES, RunMetrics, count, set_gauge
 from pipelines.tracking.tracker import Tracker
 from tests.models import VOCAB, make_backbone
 from tests.waiting import wait_until
@@ -89,7 +90,19 @@ def test_a_stage_shows_its_records_while_it_runs_and_that_it_has_ended(scrape, t
             "train_wait_seconds_total": 0.5,
         }.items():
             appears(scrape, f"kforcing_{name}", "mine", "k2", value)
+        for _ in range(8):  # Ray would forget a gauge within two seconds here
+            time.sleep(0.5)
+            assert scrape()["ray_kforcing_train_step", "mine", "k2"] == 20
     appears(scrape, "kforcing_stage_running", "mine", "k2", 0)
+
+
+def test_a_record_that_comes_after_the_end_of_its_stage_is_counted(scrape):
+    metrics = RunMetrics("late")
+    metrics.started("k2")
+    metrics.ended("k2")
+    metrics.publish(RECORD)
+    appears(scrape, "kforcing_train_tokens_total", "late", "k2", 2000)
+    assert ("ray_kforcing_train_step", "late", "k2") not in scrape()
 
 
 def test_a_rollout_actor_shows_how_far_it_is(scrape, tmp_path):
