@@ -51,11 +51,15 @@ class EngineConfig:
     compiled: bool = False
     """Run the layers through torch.compile. On a CPU it needs a C++ compiler and excludes `row_kernel`, which gains more."""
     row_kernel: bool | None = None
-    """Multiply up to 128 rows by the weights with our own kernel (`cpu/products.py`): 16 rows take 1.7 times as long as one, and
-    half as long as with torch. None means yes where it can run: on a CPU under Linux with llvmlite."""
+    """Multiply up to 128 rows by the weights with our own kernel (`cpu/products.py`): 16 rows take 1.7 times as long as one,
+    and half as long as with torch. None means yes where it can run: on a CPU under Linux with llvmlite."""
     quantization: str | None = None
     """`int8` holds the weights of linear maps (`nn.Linear`) as 8-bit numbers with a scale for each output. AR decoding on a
     CPU is 1.5 to 2 times as fast, and the model changes a little: exact mode then gives the text of that AR model."""
+    int8_drafts: bool | None = None
+    """Make the drafts of a sequential student with weights of 8 bits in steps all of whose requests verify them: such
+    weights are read faster, and the text does not depend on drafts. None means yes where `row_kernel` runs and `acceptance`
+    is exact."""
     graphs: bool | None = None
     """Replay steps as CUDA graphs, one for each shape of a step; None means yes on a GPU."""
 

@@ -58,7 +58,7 @@ class Engine:
         backbone: Any = student.backbone if student else model
         cuda = backbone.device.type == "cuda"
         self.check_every = (8 if cuda else 1) if config.check_every is None else config.check_every
-        model = _prepared(model, config)
+        model, drafter = _prepared(model, config)
         self.model, self.config, self.student = model, config, as_student(model)
         self.runner = ModelRunner(
             model,
@@ -68,6 +68,7 @@ class Engine:
             COUPLINGS[config.coupling],
             config.compiled,
             config.context_ngram,
+            drafter,
         )
         self.vocabulary = self.runner.sampler.vocabulary
         graphs = cuda if config.graphs is None else config.graphs
@@ -325,9 +326,10 @@ class Engine:
             return StepShape(
                 n, min(_power_of_two(columns, 256), most), read, width, plain, verify, context, logprobs=logprobs
             )
+        light = self.runner.drafter is not None and all(s.exact for s in running)
         known = ahead == 0 or self.k == 1  # the lengths at this step
         alike = read == 1 and not hints and not verify and known and min(lengths) == max(lengths)
-        return StepShape(n, columns, read, width, plain, verify, context, not alike, logprobs)
+        return StepShape(n, columns, read, width, plain, verify, context, not alike, logprobs, light)
 
     def _count_drafts(self, sequence: Sequence, verified: int, accepted: int) -> None:
         """Note that a step verified so many drafts of a sequence, and how many of them it accepted."""
@@ -381,8 +383,11 @@ def checked_sizes(model: nn.Module, config: EngineConfig) -> tuple[int, int]:
     return k, max_model_len
 
 
-def _prepared(model: nn.Module, config: EngineConfig) -> nn.Module:
-    """The model with the linear maps that the settings ask for. Raises ValueError where it cannot have them."""
+def _prepared(model: nn.Module, config: EngineConfig) -> tuple[nn.Module, nn.Module | None]:
+    """The model with the linear maps that the settings ask for, and a light read-out for drafts that are verified, if any.
+
+    Raises ValueError where the model cannot have them.
+    """
     possible = can_use_kernel(model) and not config.compiled
     wanted = "row_kernel=True" if config.row_kernel else f"quantization={config.quantization}"
     if (config.row_kernel or config.quantization) and not possible:
@@ -391,8 +396,11 @@ def _prepared(model: nn.Module, config: EngineConfig) -> nn.Module:
             "(pip install 'kforcing[cpu]'); leave it out or provide these"
         )
     if not (possible if config.row_kernel is None else config.row_kernel):
-        return model
-    return row_copy(model, int8=config.quantization == "int8")
+        return model, None
+    student = as_student(model)
+    light = config.acceptance == "exact" if config.int8_drafts is None else config.int8_drafts
+    drafter = row_copy(student.readout, int8=True) if light and student and student.design.exact_trunk else None
+    return row_copy(model, int8=config.quantization == "int8"), drafter
 
 
 def _completion(outputs: list[Output]) -> Completion:

@@ -66,6 +66,8 @@ class StepShape(NamedTuple):
     """False when all slots use exactly `columns` columns and one token is read."""
     logprobs: int | None = None
     """N, how many likeliest tokens are returned with log-probabilities; None when no slot asks for any."""
+    light: bool = False
+    """All slots verify, and the drafts are those of the light read-out."""
 
 
 class ARReadout:
@@ -119,6 +121,7 @@ class ModelRunner:
         slots, max_model_len, k: the step's shape and the longest request; there are max_model_len + k columns.
         compiled: run the layers through `torch.compile`.
         context_ngram: tokens that must agree at most where drafts are taken from the context.
+        drafter: a light copy of a sequential student's read-out, for drafts that are verified.
     """
 
     def __init__(
@@ -130,6 +133,7 @@ class ModelRunner:
         coupling: Coupling,
         compiled: bool,
         context_ngram: int = 0,
+        drafter: nn.Module | None = None,
     ):
         backbone: Any = model
         self.readout: Any = ARReadout(coupling)
@@ -146,8 +150,11 @@ class ModelRunner:
         columns = max_model_len + k
         self.cache = SlotCache(backbone.config.num_hidden_layers, slots, columns, *key_heads(backbone), dtype, device)
         self.stacks: dict[nn.Module, Stack] = {trunk: build_stack(trunk, self.cache)}
-        if hasattr(self.readout, "layers"):
-            self.stacks[self.readout.layers] = build_stack(self.readout.layers, self.cache)
+        self.drafter: Any = drafter
+        readouts: list[Any] = [self.readout, drafter]
+        for readout in readouts:
+            if hasattr(readout, "layers"):
+                self.stacks[readout.layers] = build_stack(readout.layers, self.cache)
         if compiled:
             self.stacks = {model: torch.compile(stack, dynamic=True) for model, stack in self.stacks.items()}
         vocabulary = head(backbone).weight.shape[0]
@@ -349,7 +356,8 @@ class ModelRunner:
             return first_R[:, None]
         if counts_RV is not None:
             counts_RV.scatter_add_(1, first_R[:, None], torch.ones_like(first_R, dtype=counts_RV.dtype)[:, None])
-        turns = self.readout.drafts(self.backbone, windows, reader, trunk_RD[:, None], first_R[:, None], pick)
+        readout = self.drafter if shape.light else self.readout
+        turns = readout.drafts(self.backbone, windows, reader, trunk_RD[:, None], first_R[:, None], pick)
         return torch.cat([first_R[:, None], self._tokens(turns, shape, records)], dim=1)
 
     def _tokens(self, turns: Iterator[Turn], shape: StepShape, records: list[Tensor]) -> Tensor:

@@ -1,6 +1,7 @@
 """The kernel for few rows and the linear maps that use it."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -159,3 +160,19 @@ def test_int8_with_settings_that_exclude_it_is_refused():
         Engine(model, EngineConfig(2, 64, quantization="int8", row_kernel=False))
     with pytest.raises(ValueError, match="quantization=int8 needs a model in fp32 or bf16 on a CPU"):
         Engine(model, EngineConfig(2, 64, quantization="int8", compiled=True))
+
+
+def test_verified_drafts_may_come_from_weights_of_8_bits_and_change_no_text():
+    student = make_sequential(random_llama(**SMALL), 4, hint_layers=1, shortlist=8, draft_rank=16)
+    mixed = [Request([i + 3] * 5, 30, seed=i, acceptance=("exact", "exact", "fixed")[i]) for i in range(3)]
+    texts, drafts = [], []
+    for int8 in (True, False):
+        engine = Engine(student, EngineConfig(3, 64, acceptance="exact", int8_drafts=int8))
+        assert (engine.runner.drafter is not None) == int8
+        texts.append([c.tokens for c in engine.generate(mixed[:2]) + engine.generate(mixed)])
+        drafts.append(engine.runner.drafter)
+    assert texts[0] == texts[1]
+    light: Any = drafts[0]
+    assert light.block.qkv.weight.dtype == light.candidates.up.weight.dtype == torch.int8
+    assert student.readout.block.qkv.weight.dtype == torch.float32
+    assert Engine(student, EngineConfig(3, 64)).runner.drafter is None
