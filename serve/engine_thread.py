@@ -58,6 +58,8 @@ class PendingRequest:
     """Whether it still waits for a slot."""
     ended: bool = False
     cancelled: bool = False
+    read: bool = False
+    """Whether somebody has begun to read its outputs, and counts its end."""
 
 
 Delivery = tuple[PendingRequest, Item]

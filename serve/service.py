@@ -42,6 +42,9 @@ class AcceptedRequest:
         """Cancel the choices that have not ended."""
         for pending in self.pending:
             self.model.async_engine.cancel(pending)
+            if not pending.read:
+                pending.read = True
+                self.model.metrics.finished("abort", time.perf_counter() - pending.submitted, 0.0, 0, 0)
 
 
 class Service:
@@ -175,6 +178,7 @@ async def _deltas(
     model: ServedModel, index: int, pending: PendingRequest, asked: Choices
 ) -> AsyncGenerator[ChoiceDelta, None]:
     """The deltas of one choice. Closing the iterator before its end cancels the choice."""
+    pending.read = True
     reader = ChoiceReader(index, asked, model.eos)
     first, reason = None, "abort"
     try:

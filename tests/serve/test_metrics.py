@@ -1,8 +1,12 @@
 """The metrics of a replica."""
 
+import asyncio
+
+import httpx
 import pytest
 
-from tests.endpoint import complete, metrics
+from serve.protocol.requests import CompletionRequest
+from tests.endpoint import complete, endpoint, metrics, save_model
 
 pytestmark = pytest.mark.cluster
 
@@ -37,3 +41,18 @@ def test_metrics_count_tokens_steps_and_requests(http):
     assert after[f"kforcing_num_requests_running{own}"] == 0
     assert 0 < after[f"kforcing_tokens_per_forward{own}"] <= 4
     assert http.head("/metrics").status_code == 200
+
+
+def test_a_request_whose_client_leaves_before_its_first_event_counts_as_aborted_once(tmp_path):
+    with endpoint(save_model(tmp_path / "m"), max_model_len=56) as (url, service), httpx.Client(base_url=url) as http:
+
+        async def left():
+            request = await service.accept(CompletionRequest(prompt="abc"))
+            request.close()
+            request.close()
+
+        asyncio.run(left())
+        name = 'kforcing_request_success_total{finished_reason="abort",model="tiny",replica="test"}'
+        assert metrics(http)[name] == 1
+        complete(http)
+        assert metrics(http)[name] == 1
