@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,11 @@ def environment(**extra):
     """This process's environment without its settings of Ray and MLflow, and without network access to the hub."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
     return {**clean, "HF_HUB_OFFLINE": "1", **extra}
+
+
+def hear_interrupts():
+    """A shell lets its background jobs ignore SIGINT, and their children inherit that; a run in a terminal hears it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_command(line, cwd, timeout=600, **extra):

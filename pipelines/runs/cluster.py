@@ -159,9 +159,7 @@ def _check_address(address: str) -> None:
     except OSError as error:
         raise ConfigError(f"RAY_ADDRESS={address}: no cluster answers there ({error}); {example}") from None
     if problem := _no_gcs(address):
-        raise ConfigError(
-            f"RAY_ADDRESS={address}: what listens there is not the GCS of a cluster ({problem}); {example}"
-        )
+        raise ConfigError(f"RAY_ADDRESS={address}: no cluster can be joined there ({problem}); {example}")
 
 
 def _no_gcs(address: str) -> str | None:

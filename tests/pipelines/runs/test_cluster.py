@@ -12,7 +12,7 @@ import pytest
 
 from pipelines.config.section import ConfigError
 from pipelines.runs.cluster import ANSWER_S, CONNECT_S, _environment_of_workers, connected
-from tests.pipeline_runs import environment
+from tests.pipeline_runs import environment, hear_interrupts
 from tests.waiting import wait_until
 
 
@@ -55,7 +55,7 @@ def test_an_address_where_something_else_listens_is_one_line_within_20_s(tmp_pat
         pass
     stop()
     assert str(error.value) == (
-        f"RAY_ADDRESS=127.0.0.1:{port}: what listens there is not the GCS of a cluster (no answer in {ANSWER_S} s); "
+        f"RAY_ADDRESS=127.0.0.1:{port}: no cluster can be joined there (no answer in {ANSWER_S} s); "
         "give HOST:6379 of the head node, or submit the run with `ray job submit`, which sets it"
     )
     assert ANSWER_S + CONNECT_S < 20
@@ -78,11 +78,6 @@ with connected(Path("run"), {}):
     print("connected", flush=True)
     ray.get(ray.remote(num_cpus=0)(lambda: time.sleep(600)).remote())
 """
-
-
-def hear_interrupts():
-    """A shell lets its background jobs ignore SIGINT, and their children inherit that; a run in a terminal hears it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.cluster
