@@ -1,8 +1,12 @@
 """The whole pipeline for real: embedded Ray, DeepSpeed on two ranks, sqlite MLflow, processes killed in the middle."""
 
+import contextlib
 import json
+import os
 import re
+import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from kforcing import PushForwardLM
 from tests.models import CONFIGS
-from tests.pipeline_runs import command, copy_of, distill, environment, report, run_command
+from tests.pipeline_runs import command, copy_of, distill, environment, hear_interrupts, report, run_command
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
@@ -115,6 +119,68 @@ def test_a_second_run_skips_what_is_finished(smoke, tmp_path):
     assert before == {name: (run / name / "model.safetensors").stat().st_mtime_ns for name in before}
 
 
+def in_the_middle_of_k2(words, folder, step=40):
+    """A run whose stage k2 has 240 steps, at this step or a little later; `out.txt` and `err.txt` hold what it says."""
+    out, err = folder / "out.txt", folder / "err.txt"
+    with open(out, "w") as stdout, open(err, "w") as stderr:
+        line = command("distill.py", *words)
+        process = subprocess.Popen(
+            line, stdout=stdout, stderr=stderr, cwd=folder, env=environment(), preexec_fn=hear_interrupts
+        )
+
+    def said():
+        return out.read_text() + err.read_text()
+
+    def far_enough():
+        assert process.poll() is None, said()
+        return any(int(made) >= step for made in re.findall(r"k2 +step (\d+)/240", said()))
+
+    wait_until(far_enough, said, 400)
+    return process
+
+
+def worker_below(process, title):
+    """The id of the one process below another whose title begins like this; Ray names its workers."""
+    parents, found = {}, []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if (folder / "cmdline").read_text().startswith(title):
+                found.append(int(folder.name))
+
+    def is_below(pid):
+        return pid in parents and (parents[pid] == process or is_below(parents[pid]))
+
+    (pid,) = filter(is_below, found)
+    return pid
+
+
+def test_an_interrupted_training_and_one_whose_controller_died_end_in_one_line_and_go_on(smoke, tmp_path):
+    """Ctrl-C at step 40, the controller of Ray Train killed at step 100, then to the end."""
+    run = copy_of(smoke[0], tmp_path / "run", "k2", "k4")
+    words = (*same_data(smoke), "student.k=2", "stages.k2.train.steps=240", f"output_dir={run}")
+
+    def last_line(process):
+        assert process.wait(timeout=300) == 1
+        assert "Traceback" not in (tmp_path / "out.txt").read_text()
+        lines = (tmp_path / "err.txt").read_text().splitlines()
+        (line,) = (line for line in lines if "logging.cc" not in line)  # Ray says at its start how much it will say
+        return line
+
+    process = in_the_middle_of_k2(words, tmp_path)
+    process.send_signal(signal.SIGINT)
+    assert last_line(process) == "interrupted; run the same command to continue"
+    process = in_the_middle_of_k2(words, tmp_path, step=100)
+    os.kill(worker_below(process.pid, "ray::TrainController"), signal.SIGKILL)
+    assert last_line(process) == (
+        "error: stage k2: the controller of Ray Train died. Its last checkpoint is kept. Remove the cause and run the same "
+        "command again: it continues from there"
+    )
+    done = distill(*words, cwd=tmp_path)
+    assert int(re.search(r"k2 +step (\d+)/240", done.stdout)[1]) > 96  # from the last checkpoint, not from the start
+    assert (run / "k2" / "manifest.json").is_file()
+
+
 def test_a_killed_run_continues_to_the_same_figures(smoke, tmp_path):
     """A longer k2 from the same finished stages, undisturbed and killed in the middle."""
     words = (*same_data(smoke), "student.k=2", "stages.k2.train.steps=240")
@@ -123,17 +189,7 @@ def test_a_killed_run_continues_to_the_same_figures(smoke, tmp_path):
         copy_of(smoke[0], run, "k2", "k4")
     distill(*words, f"output_dir={runs['undisturbed']}", cwd=tmp_path)
     again = (*words, f"output_dir={runs['killed']}")
-    log = tmp_path / "out.txt"
-    with open(log, "w") as out:
-        process = subprocess.Popen(
-            command("distill.py", *again), stdout=out, stderr=out, cwd=tmp_path, env=environment()
-        )
-
-    def far_enough():
-        assert process.poll() is None, log.read_text()
-        return re.search(r"k2 +step (40|44|48)/240", log.read_text())
-
-    wait_until(far_enough, log.read_text, 400)
+    process = in_the_middle_of_k2(again, tmp_path)
     process.kill()
     process.wait(timeout=60)
     done = distill(*again, cwd=tmp_path)
