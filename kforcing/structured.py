@@ -14,7 +14,6 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -24,6 +23,8 @@ log = logging.getLogger(__name__)
 
 KEPT = 64
 """Grammars that are kept compiled."""
+LIMITS: Any = {"max_items_in_row": 500, "step_max_items": 20_000}
+"""Bounds of the work for one token, so that an ambiguous grammar does not hold up other requests."""
 JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON is written as `json.dumps` writes it: a model that may add blanks can go on with blanks for ever."""
 
@@ -44,7 +45,7 @@ class StructuredOutputs:
     """The text is derived from `start` of this Lark grammar."""
 
     def source(self) -> str:
-        """The grammar in the words of llguidance. Raises ValueError for what is none."""
+        """The grammar in the words of llguidance. Raises ValueError for a form that is not valid."""
         from llguidance import LLMatcher
 
         given = [field.name for field in fields(self) if getattr(self, field.name) not in (None, False)]
@@ -64,7 +65,7 @@ class StructuredOutputs:
         schema: Any = {"type": "object"} if self.json_object else self.json
         try:
             schema = json.loads(schema) if isinstance(schema, str) else schema
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"the schema is not JSON: {error}") from None
         if not isinstance(schema, Mapping):
             raise ValueError("a JSON schema must be an object")
@@ -90,8 +91,8 @@ class Grammars:
         """The grammar of a form; the first one takes about a second more.
 
         Raises:
-            ValueError: for a form that is none or that llguidance does not know, and where structured outputs are impossible:
-                without llguidance, a fast tokenizer or EOS.
+            ValueError: for a form that is not valid or that llguidance does not know, and where structured outputs are
+                impossible: without llguidance, a fast tokenizer or EOS.
         """
         if find_spec("llguidance") is None:
             raise ValueError(
@@ -109,7 +110,7 @@ class Grammars:
             return self._kept[source]
 
     def _compiled(self, source: str) -> Grammar:
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
         from llguidance.hf import from_tokenizer
 
         if self._tokens is None:
@@ -119,10 +120,11 @@ class Grammars:
                 self._tokens = from_tokenizer(self.tokenizer, n_vocab=self.vocabulary, eos_token=sorted(self.eos_ids))
             except ValueError as error:
                 raise ValueError(f"structured outputs do not work with this tokenizer: {error}") from None
-        failed, messages = LLMatcher.validate_grammar_with_warnings(source, self._tokens)
+        limits = LLParserLimits(**LIMITS)
+        failed, messages = LLMatcher.validate_grammar_with_warnings(source, self._tokens, limits=limits)
         if failed:
             raise ValueError("the form of a structured output is not possible: " + " ".join(messages[0].split()))
-        return Grammar(LLMatcher(self._tokens, source, log_level=0), self.eos_ids, self.vocabulary)
+        return Grammar(LLMatcher(self._tokens, source, log_level=0, limits=limits), self.eos_ids, self.vocabulary)
 
 
 @dataclass(frozen=True)
@@ -150,29 +152,42 @@ class Matcher:
         self.grammar = grammar
         self._state = grammar.state.deep_copy()
         self._read: list[int] = []
+        self._warned = False
 
     def allowed(self, tokens: list[int]) -> Tensor:
         """(V,) bool on the CPU: what may follow these tokens of the text.
 
-        Where the text is complete only EOS may follow. Behind EOS, and behind a draft that the grammar does not allow,
-        everything may: such tokens are never kept.
+        Where the text is complete only EOS may follow, and so it is where a token takes more work than `LIMITS` allow: a
+        warning says that the text is cut. Behind EOS, and behind a draft that the grammar does not allow, everything may:
+        such tokens are never kept.
         """
-        everything = torch.ones(self.grammar.vocabulary, dtype=torch.bool)
-        if not self.grammar.eos_ids.isdisjoint(tokens):
-            return everything
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._read, tokens, strict=False)))
-        if same < len(self._read):
+        same = len(self._read)
+        if tokens[:same] != self._read:
+            same = next((i for i, (a, b) in enumerate(zip(self._read, tokens, strict=False)) if a != b), len(tokens))
             self._state.rollback(len(self._read) - same)
             del self._read[same:]
-        self._read += tokens[same : same + self._state.try_consume_tokens(tokens[same:])]
-        if len(self._read) < len(tokens):
-            return everything
-        if self._state.is_error():
-            log.warning("a structured output is ended: %s", self._state.get_error())
-        elif not self._state.is_stopped():
+        new = tokens[same:]
+        if not self.grammar.eos_ids.isdisjoint(new):
+            return torch.ones(self.grammar.vocabulary, dtype=torch.bool)
+        read = self._state.try_consume_tokens(new)
+        self._read += new[:read]
+        mask = None
+        if read == len(new) and not self._state.is_stopped():
             mask = torch.frombuffer(bytearray(self._state.compute_logit_bias()), dtype=torch.uint8) > 0
-            if mask.any():
-                return mask
-        only_eos = torch.zeros_like(everything)
+        if self._state.is_error():
+            self._begin_again()
+        elif read < len(new):
+            return torch.ones(self.grammar.vocabulary, dtype=torch.bool)
+        elif mask is not None and mask.any():
+            return mask
+        only_eos = torch.zeros(self.grammar.vocabulary, dtype=torch.bool)
         only_eos[list(self.grammar.eos_ids)] = True
         return only_eos
+
+    def _begin_again(self) -> None:
+        """Go back to the start of the text: a matcher with an error does not leave it by going back less."""
+        if not self._warned:
+            why = " ".join(self._state.get_error().split())[:200]
+            log.warning("a structured output takes too much work for one token and is cut: %s", why)
+        self._warned = True
+        self._state, self._read = self.grammar.state.deep_copy(), []

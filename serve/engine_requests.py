@@ -20,6 +20,7 @@ from serve.protocol.errors import ApiError
 from serve.protocol.requests import MAX_CHOICES, ChatRequest, CompletionRequest, Message
 from serve.protocol.tools import Function
 from serve.tool_calls import (
+    LLAMA,
     ToolUse,
     call_text,
     definition,
@@ -76,10 +77,10 @@ async def read_choices(model: ServedModel, body: CompletionRequest | ChatRequest
     stop_ids = frozenset([*(body.stop_token_ids or ()), *special, *(() if body.ignore_eos else model.eos)])
     sampling = _sampling(body)
     tools = _tools(model, body)
+    prompts = [await _token_ids(model, body, each, worker) for each in given]
     grammar = await _grammar(model, body, tools, worker)
     requests: list[Request] = []
-    for each in given:
-        prompt = await _token_ids(model, body, each, worker)
+    for prompt in prompts:
         limit = _token_limit(model.engine.max_model_len - len(prompt), body)
         seed = secrets.randbits(62) if body.seed is None else body.seed
         requests += [
@@ -98,7 +99,9 @@ def _tools(model: ServedModel, body: CompletionRequest | ChatRequest) -> ToolUse
     if not isinstance(body, ChatRequest) or not body.functions:
         return None
     names = frozenset(function.name for function in body.functions)
-    return ToolUse(tool_format(str(model.tokenizer.chat_template)), names, body.named is not None)
+    form = tool_format(str(model.tokenizer.chat_template))
+    parallel = body.parallel_tool_calls is not False and body.named is None and form is not LLAMA
+    return ToolUse(form, names, body.named is not None, parallel)
 
 
 async def _grammar(
@@ -111,9 +114,8 @@ async def _grammar(
             raise ApiError(400, f"{field} and tools cannot be combined; send one of them", field)
         if body.must_call or any(function.strict for function in body.functions):
             functions = [each for each in body.functions if body.named in (None, each.name)]
-            several = body.parallel_tool_calls is not False and body.named is None
             field = "tools"
-            form = StructuredOutputs(grammar=tools_grammar(functions, tools.form, body.must_call, several))
+            form = StructuredOutputs(grammar=tools_grammar(functions, tools.form, body.must_call, tools.parallel))
     if form is None:
         return None
     try:
@@ -203,9 +205,9 @@ def tokens_of(
     if not getattr(model.tokenizer, "chat_template", None):
         raise ApiError(400, f"{model.name} has no chat template; use /v1/completions", "messages", "no_chat_template")
     _check_characters(model, sum(len(message.text) for message in given), "messages")
-    text = _rendered(
-        model.tokenizer, given, [definition(function) for function in functions]
-    )  # templates write the special tokens themselves
+    text = _rendered(model.tokenizer, given, [definition(function) for function in functions])
+    _check_characters(model, len(text), "messages")
+    # Templates write the special tokens themselves.
     return _tokenised("messages", lambda: model.tokenizer(text, add_special_tokens=False).input_ids)
 
 
@@ -214,7 +216,9 @@ def _rendered(tokenizer: Any, messages: list[Message], tools: list[dict[str, Any
     template = str(tokenizer.chat_template)
     turns = [_turn(message, template) for message in messages]
     if tools and not knows_tools(template):
-        turns.insert(0, {"role": "system", "content": tools_prompt(tools)})
+        first = turns[0] if turns[0]["role"] == "system" else {"role": "system", "content": ""}
+        told = {**first, "content": f"{tools_prompt(tools)}\n\n{first['content']}".strip()}
+        turns = [told, *(turns[1:] if turns[0] is first else turns)]
     options: dict[str, Any] = {"tools": tools} if tools and knows_tools(template) else {}
 
     def render(names: bool) -> str:

@@ -44,7 +44,9 @@ class AcceptedRequest:
             self.model.async_engine.cancel(pending)
             if not pending.read:
                 pending.read = True
-                self.model.metrics.finished("abort", time.perf_counter() - pending.submitted, 0.0, 0, 0)
+                self.model.metrics.finished(
+                    "abort", time.perf_counter() - pending.submitted, 0.0, len(pending.request.prompt), 0
+                )
 
 
 class Service:

@@ -22,13 +22,13 @@ class ToolFormat:
     end: str
     arguments: str
     between: str
-    """Between two calls."""
+    """What stands between two calls."""
 
 
 HERMES = ToolFormat("<tool_call>\n", "\n</tool_call>", "arguments", "\n")
-"""Of Hermes, Qwen, SmolLM and most others."""
+"""Hermes', which Qwen, SmolLM and most others use."""
 LLAMA = ToolFormat("", "", "parameters", "; ")
-"""Of Llama 3: the whole answer is a call."""
+"""Llama 3's: the whole answer is one call. Its template takes no message with several."""
 
 
 def tool_format(template: str) -> ToolFormat:
@@ -77,12 +77,13 @@ def tools_grammar(functions: Sequence[Function], form: ToolFormat, must_call: bo
         begin = json.dumps(form.begin) if form.begin else ""
         return "\n".join([f"start: call {again}", f"call: {begin} ({calls}) {end}", *rules])
     if not form.begin:
-        return "\n".join([f"start: call {again} | rest", f"call: {calls}", "rest: /([^{](.|\n)*)?/", *rules])
+        rest = r"rest: /[\s;]*([^{\s;](.|\n)*)?/"
+        return "\n".join([f"start: call {again} | rest", f"call: {calls}", rest, *rules])
     tag = form.begin.strip()
     rest = json.dumps(form.begin[len(tag) :])
-    text = "TEXT: /(.|\\n)*/"
+    text = r"TEXT: /(.|\n)*/"
     tagged = [f"call: tag {rest} ({calls}) {end}", f"tag[lazy]: TEXT {json.dumps(tag)}"]
-    return "\n".join([f"start: call{'*' if parallel else '?'} rest", "rest: TEXT", text, *tagged, *rules])
+    return "\n".join(["start: call* rest" if parallel else "start: call | rest", "rest: TEXT", text, *tagged, *rules])
 
 
 @dataclass(frozen=True)
@@ -91,29 +92,31 @@ class ToolUse:
 
     form: ToolFormat
     names: frozenset[str]
-    """Of the functions."""
+    """The names of the functions."""
     named: bool
-    """Whether the request names the function to call, which makes the call no reason to finish."""
+    """Whether the request names the function to call; then `finish_reason` stays `stop`."""
+    parallel: bool
+    """Whether an answer may have several calls."""
 
     def stream(self) -> ToolStream:
         """What finds the calls in a new answer."""
-        return ToolStream(self.form, self.names)
+        return ToolStream(self.form, self.names, None if self.parallel else 1)
 
 
 class CallDelta(NamedTuple):
     """What a piece of text adds to a call."""
 
     number: int
-    """Of the call, from 0."""
+    """The call's number, from 0."""
     id: str | None
-    """With the first piece."""
+    """The first piece has it."""
     name: str | None
-    """With the first piece."""
+    """The first piece has it."""
     arguments: str
     """More of their JSON."""
 
     def as_delta(self) -> dict[str, Any]:
-        """In the form of OpenAI's chunks."""
+        """The piece in the form of OpenAI's chunks."""
         begun = {"id": self.id, "type": "function"} if self.id else {}
         named = {"name": self.name} if self.name else {}
         return {"index": self.number, **begun, "function": {**named, "arguments": self.arguments}}
@@ -138,7 +141,9 @@ class ToolStream:
     What looks like a call and is none stays text.
     """
 
-    def __init__(self, form: ToolFormat, names: Collection[str]):
+    def __init__(self, form: ToolFormat, names: Collection[str], most: int | None = None):
+        self.most = most
+        """The most calls of an answer, None for any number. What follows them is text."""
         self.names, self.tag, self.end = names, form.begin.strip(), form.end.strip()
         self.calls = 0
         """Calls that were found."""
@@ -177,7 +182,7 @@ class ToolStream:
     def _text(self, last: bool) -> Iterator[Delta]:
         """Text up to the object of the next call, or to what may be the beginning of one."""
         begin = re.search(re.escape(self.tag) + r"\s*(?=\{)" if self.tag else r"\A[\s;]*(?=\{)", self._left)
-        if begin and not self._plain:
+        if begin and not self._plain and self.calls != self.most:
             yield from self._passed(self._left[: begin.start()])
             self._blanks += begin[0]
             self._left, self._call = self._left[begin.end() :], _Object()
@@ -191,7 +196,7 @@ class ToolStream:
     def _beginning(self) -> str:
         """The end of the text that may be the beginning of a call."""
         if not self.tag:
-            return self._left if not self._left.strip(" \n;") else ""
+            return self._left if re.fullmatch(r"[\s;]*", self._left) else ""
         if whole := re.search(re.escape(self.tag) + r"\s*\Z", self._left):
             return whole[0]
         tags = (self.tag, self.end) if self.calls else (self.tag,)
@@ -221,6 +226,10 @@ class ToolStream:
         if call.named and (more := call.text[call.sent : call.inner_end or len(call.text)]):
             call.sent += len(more)
             yield CallDelta(self.calls - 1, None, None, more)
+        if call.inner_end and not call.complete and self.end:  # small models forget the last brace
+            at = call.text.find(self.end, call.inner_end)
+            if at >= 0:
+                call.complete, self._left = True, call.text[at:] + self._left
         if not call.complete:
             return
         self._call = None
@@ -285,7 +294,7 @@ def _parsed(text: str) -> tuple[str, str] | None:
     """Name and arguments of a call whose fields come in another order; None for what is no call."""
     try:
         call = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     arguments = call.get("arguments", call.get("parameters"))
     if not isinstance(call.get("name"), str) or not isinstance(arguments, dict):

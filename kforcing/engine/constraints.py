@@ -32,7 +32,7 @@ class Constraints:
     def allowed(self, tokens_SC: Tensor, end_R: Tensor, more: list[Tensor]) -> Tensor | None:
         """(R, V) bool: what may follow the columns before `end_R` and then the tokens `more`, (R,) each.
 
-        None when no slot has a matcher. Slots without one, and ends inside of a prompt, allow everything.
+        None when no slot has a matcher. Slots without one, and ends inside of a prompt (or −1), allow everything.
         """
         R = len(end_R)
         if not any(self.matchers[:R]):

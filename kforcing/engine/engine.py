@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from kforcing.attention.reader import check_backbone
 from kforcing.coupling import COUPLINGS
+from kforcing.cpu.products import MOST_ROWS
 from kforcing.engine.config import (
     EngineConfig,
     EngineStats,
@@ -121,7 +122,7 @@ class Engine:
                 f"{N} prompt tokens + {new or 1} new ones exceed the context of {self.max_model_len} tokens; shorten "
                 "the prompt, ask for fewer, or give the engine a larger max_model_len"
             )
-        if request.grammar and request.grammar.eos_ids.isdisjoint(request.stop_ids):
+        if request.grammar and not request.grammar.eos_ids <= request.stop_ids:
             raise ValueError("ignore_eos=True: a structured output ends with EOS; leave ignore_eos out")
         acceptance = request.acceptance or self.config.acceptance
         check_acceptance(acceptance, self.student)
@@ -326,7 +327,8 @@ class Engine:
             return StepShape(
                 n, min(_power_of_two(columns, 256), most), read, width, plain, verify, context, logprobs=logprobs
             )
-        light = self.runner.drafter is not None and all(s.exact for s in running)
+        rows = n * max(1, width - 1)
+        light = self.runner.drafter is not None and all(s.exact for s in running) and rows <= MOST_ROWS
         known = ahead == 0 or self.k == 1  # the lengths at this step
         alike = read == 1 and not hints and not verify and known and min(lengths) == max(lengths)
         return StepShape(n, columns, read, width, plain, verify, context, not alike, logprobs, light)
@@ -389,6 +391,13 @@ def _prepared(model: nn.Module, config: EngineConfig) -> tuple[nn.Module, nn.Mod
     Raises ValueError where the model cannot have them.
     """
     possible = can_use_kernel(model) and not config.compiled
+    student, k = as_student(model), config.k
+    drafts = student is not None and student.design.exact_trunk and k != 1 and not config.batch_invariant
+    if config.int8_drafts and not (possible and drafts and config.row_kernel is not False):
+        raise ValueError(
+            "int8_drafts=True needs a sequential student with a frozen trunk and k above 1, the kernel of CPUs, and "
+            "batch_invariant=False; leave it out"
+        )
     wanted = "row_kernel=True" if config.row_kernel else f"quantization={config.quantization}"
     if (config.row_kernel or config.quantization) and not possible:
         raise ValueError(
@@ -397,9 +406,9 @@ def _prepared(model: nn.Module, config: EngineConfig) -> tuple[nn.Module, nn.Mod
         )
     if not (possible if config.row_kernel is None else config.row_kernel):
         return model, None
-    student = as_student(model)
     light = config.acceptance == "exact" if config.int8_drafts is None else config.int8_drafts
-    drafter = row_copy(student.readout, int8=True) if light and student and student.design.exact_trunk else None
+    light = light and drafts and config.quantization is None  # else the whole model has such weights already
+    drafter = row_copy(student.readout, int8=True) if light and student else None
     return row_copy(model, int8=config.quantization == "int8"), drafter
 
 

@@ -301,7 +301,8 @@ class ModelRunner:
         logits_RPV = lm_head(self.backbone, states_RPD)
 
         def allowed(i: int) -> Tensor | None:
-            return self.constraints.allowed(self.tokens_SC, start_R + i + 1, [])
+            end_R = torch.where(known_R <= i + 1, start_R + i + 1, -1)  # what follows a token before is known
+            return self.constraints.allowed(self.tokens_SC, end_R, [])
 
         own_RP = self.sampler.along_drafts(
             logits_RPV, noise_RP, tokens_RP, drafted_RP, None if shape.plain else allowed

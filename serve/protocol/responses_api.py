@@ -6,6 +6,7 @@ The endpoint keeps no answers: `store` is accepted and nothing is stored, and `p
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
 from typing import Annotated, Any, ClassVar, Literal
@@ -28,7 +29,7 @@ FIELDS_OF_CHAT = {
 
 def named_here(error: ApiError) -> ApiError:
     """The error of a chat completion, with the field names of this API."""
-    param = error.param and FIELDS_OF_CHAT.get(error.param.partition("[")[0], error.param)
+    param = error.param and FIELDS_OF_CHAT.get(re.split(r"[.\[]", error.param)[0], error.param)
     return ApiError(error.status, error.message, param, error.code)
 
 
@@ -145,6 +146,10 @@ class ResponsesRequest(RequestFields):
         )
         chat = {"messages": [*system, *items], "max_tokens": next(iter(limits), None), **fields}
         if self.text and (form := self.text.format):
+            if self.response_format:
+                raise ApiError(
+                    400, "text.format and response_format both give a form; send the first", "response_format"
+                )
             schema = {"json_schema": {"schema": form.schema_}} if form.schema_ is not None else {}
             chat["response_format"] = {"type": form.type, **schema}
         return ChatRequest.model_validate(chat)

@@ -62,7 +62,11 @@ class FormFields(Accepting):
     def form(self) -> tuple[StructuredOutputs | None, str]:
         """The form that the answer has to have, and the field that asks for it. Raises ApiError for more than one."""
         asked: dict[str, StructuredOutputs] = {}
-        if (wanted := self.response_format) and wanted.type == "json_schema":
+        wanted = self.response_format
+        if wanted and wanted.type != "json_schema" and wanted.json_schema:
+            message = f"type={wanted.type} has no json_schema; leave it out, or set type to json_schema"
+            raise ApiError(400, message, "response_format.json_schema")
+        if wanted and wanted.type == "json_schema":
             if wanted.json_schema is None:
                 message = "type=json_schema needs json_schema with a schema"
                 raise ApiError(400, message, "response_format.json_schema")

@@ -22,12 +22,21 @@ class Function(Accepting):
     parameters: dict[str, Any] | None = None
     """A JSON schema of an object; none for a function without parameters."""
     strict: bool | None = None
-    """With `tool_choice` auto: a call of any tool keeps to its schema. Otherwise every call does."""
+    """With `tool_choice` auto, calls keep to their schemas if any tool is strict. With another choice they always do."""
+
+    @field_validator("parameters")
+    @classmethod
+    def _is_object(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
+        if schema is not None and schema.get("type", "object") != "object":
+            raise ValueError(f"type={schema['type']!r}: the parameters of a function are a schema of an object")
+        return schema
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The JSON schema of its arguments."""
-        return self.parameters or {"type": "object", "properties": {}, "additionalProperties": False}
+        if self.parameters is None:
+            return {"type": "object", "properties": {}, "additionalProperties": False}
+        return {"type": "object"} | self.parameters
 
 
 class Tool(Accepting):
@@ -62,7 +71,7 @@ class CalledFunction(Accepting):
     def _is_json(cls, text: str) -> str:
         try:
             json.loads(text or "{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"arguments are not JSON: {error}") from None
         return text or "{}"
 

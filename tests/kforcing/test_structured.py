@@ -156,6 +156,25 @@ def test_only_eos_may_follow_a_complete_text_and_anything_what_is_never_kept(gra
     assert matcher.allowed([letter]).nonzero().flatten().tolist() == [EOS]
 
 
+def test_a_draft_that_takes_too_much_work_leaves_no_trace_and_a_text_that_does_is_ended(grammars, caplog):
+    grammar = grammars.compile(StructuredOutputs(grammar='start: a\na: a a | "x" | a "x" a'))
+    (x,) = TOKENIZER.encode("x", add_special_tokens=False)
+    long, matcher = [x] * 400, grammar.matcher()
+    before = matcher.allowed(long[:5])
+    assert before.sum() > 1
+    assert matcher.allowed(long).nonzero().flatten().tolist() == [EOS]
+    assert torch.equal(matcher.allowed(long[:5]), before)
+    matcher.allowed(long)
+    assert caplog.text.count("takes too much work") == 1
+
+
+def test_every_eos_id_must_end_a_structured_text(grammars):
+    engine = Engine(student(), EngineConfig(max_num_seqs=1, max_model_len=100))
+    two = Grammars(TOKENIZER, ROWS, [EOS, 0]).compile(FORMS[3])
+    with pytest.raises(ValueError, match="ends with EOS"):
+        engine.submit(Request([1], 9, stop_ids=frozenset([EOS]), grammar=two))
+
+
 def test_other_options_of_sampling_hold_within_the_form(grammars):
     engine = Engine(student(), EngineConfig(max_num_seqs=2, max_model_len=200, acceptance="exact"))
     grammar = grammars.compile(StructuredOutputs(regex="[bc]{1,20}"))
@@ -193,6 +212,7 @@ def test_llm_takes_a_form():
         (StructuredOutputs(json={"type": "strin"}), "Invalid type: strin"),
         (StructuredOutputs(json="{"), "the schema is not JSON: Expecting"),
         (StructuredOutputs(json="[1]"), "must be an object"),
+        (StructuredOutputs(json="[" * 50_000), "the schema is not JSON"),
     ],
 )
 def test_what_is_no_form_is_refused_in_one_line(grammars, form, message):

@@ -50,6 +50,11 @@ pytestmark = pytest.mark.cluster
         ({"nonsense": 1}, "nonsense", "nonsense=1 is not supported here; leave it out"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "'text', 'json_object' or 'json_schema'"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "needs json_schema"),
+        (
+            {"response_format": {"type": "json_object", "json_schema": {"schema": {}}}},
+            "response_format.json_schema",
+            "type=json_object has no json_schema",
+        ),
         ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice", "send one of them"),
         ({"tools": [{"type": "function"}]}, "tools", "is not supported"),
         ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),

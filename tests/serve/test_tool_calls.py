@@ -15,9 +15,9 @@ from tests.kforcing.test_structured import EOS, ROWS, TOKENIZER
 NAMES = {"weather", "add"}
 
 
-def read(form, pieces):
+def read(form, pieces, most=None):
     """(text, [(name, arguments)]) of an answer."""
-    stream, text, calls = ToolStream(form, NAMES), "", []
+    stream, text, calls = ToolStream(form, NAMES, most), "", []
     for i, piece in enumerate(pieces):
         for delta in stream.push(piece, last=i == len(pieces) - 1):
             if isinstance(delta, str):
@@ -66,6 +66,13 @@ CASES = [
     ),
     (LLAMA, 'It is {"name": "add", "parameters": {}}', ('It is {"name": "add", "parameters": {}}', [])),
     (LLAMA, '{"x": 1} is JSON', ('{"x": 1} is JSON', [])),
+    (LLAMA, '\t\r\n{"name": "add", "parameters": {}}', ("", [("add", "{}")])),
+    (
+        HERMES,
+        '<tool_call>{"name": "add", "arguments": {"x":1}</tool_call>\n<tool_call>\n{"name": "weather", "arguments": {}}'
+        "</tool_call> bye",
+        (" bye", [("add", '{"x":1}'), ("weather", "{}")]),
+    ),
 ]
 
 
@@ -80,6 +87,18 @@ def test_pieces_give_what_the_whole_text_gives(case, rng):
     cuts = sorted(rng.randrange(len(text) + 1) for _ in range(rng.randrange(12)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     assert read(form, pieces) == expected
+
+
+def test_what_follows_the_last_call_that_may_come_is_text():
+    call = '<tool_call>{"name": "add", "arguments": {}}</tool_call>'
+    text, calls = read(HERMES, [call + call], most=1)
+    assert calls == [("add", "{}")]
+    assert text.startswith("<tool_call>")
+
+
+def test_arguments_too_deep_to_read_are_text():
+    deep = '<tool_call>{"arguments": {"x": ' + "[" * 50_000 + "]" * 50_000 + '}, "name": "add"}</tool_call>'
+    assert read(HERMES, [deep]) == (deep, [])
 
 
 def test_arguments_are_passed_on_before_they_are_complete():
@@ -149,3 +168,17 @@ def test_the_grammar_of_possible_calls_allows_text_and_valid_calls():
     assert matcher.allowed(ids)[a]
     assert not matcher.allowed(ids)[c]
     assert matcher.allowed(ids[:6])[EOS]
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        (LLAMA, ' \n{"name": "weather", "parameters": {"city": "c'),
+        (HERMES, '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call> <tool_call>\n{"name": "weather"'),
+    ],
+)
+def test_a_strict_call_has_no_way_around_its_schema(form, text):
+    source = tools_grammar(FUNCTIONS, form, must_call=False, parallel=False)
+    matcher = Grammars(TOKENIZER, ROWS, [EOS]).compile(StructuredOutputs(grammar=source)).matcher()
+    ids = TOKENIZER.encode(text, add_special_tokens=False)
+    assert not all(matcher.allowed(ids[:i])[ids[i]] for i in range(len(ids)))

@@ -27,6 +27,7 @@ TOOLS = [
     {"type": "function", "function": {"name": "weather", "description": "Of a city", "parameters": CITY}},
     {"type": "function", "function": {"name": "now"}},
 ]
+WRONG = {"type": "strin"}
 ASKED = [{"role": "user", "content": "How warm?"}]
 
 
@@ -100,12 +101,17 @@ def test_without_a_call_the_answer_is_text(client):
             "'x', and the tools are weather, now",
         ),
         ({"tools": [TOOLS[0], TOOLS[0]]}, "tools[0].function.name", "two tools have the name 'weather'"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}]},
+            "tools[0].function.parameters",
+            "a schema of an object",
+        ),
         ({"tools": [{"type": "web"}]}, "tools[0].type", "Input should be 'function'"),
         ({"tool_choice": "sometimes"}, "tool_choice", "'none', 'auto' or 'required'"),
         ({"response_format": {"type": "json_object"}}, "response_format", "cannot be combined"),
         (
             {
-                "tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "strin"}}}],
+                "tools": [{"type": "function", "function": {"name": "a", "parameters": {"properties": {"b": WRONG}}}}],
                 "tool_choice": "required",
             },
             "tools",
@@ -147,6 +153,17 @@ def test_a_template_without_tools_gets_them_as_text():
     assert json.dumps(CITY) in text
     assert 'assistant <tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call> ' in text
     assert "user <tool_response>\n9\n</tool_response>" in text
+
+
+def test_tools_stand_in_the_clients_own_system_message_where_there_is_one():
+    TOKENIZER.chat_template = TEMPLATE
+    try:
+        messages = [Message(role="system", content="Be brief."), Message(role="user", content="a")]
+        text = _rendered(TOKENIZER, messages, [{"name": "b"}])
+    finally:
+        TOKENIZER.chat_template = None
+    assert text.count("system ") == 1
+    assert text.endswith("Be brief. user a ")
 
 
 def test_a_template_with_tools_gets_them_as_data():

@@ -176,3 +176,7 @@ def test_verified_drafts_may_come_from_weights_of_8_bits_and_change_no_text():
     assert light.block.qkv.weight.dtype == light.candidates.up.weight.dtype == torch.int8
     assert student.readout.block.qkv.weight.dtype == torch.float32
     assert Engine(student, EngineConfig(3, 64)).runner.drafter is None
+    for options in ({"row_kernel": False}, {"batch_invariant": True}, {"k": 1}):
+        assert Engine(student, EngineConfig(3, 64, acceptance="exact", **options)).runner.drafter is None
+        with pytest.raises(ValueError, match="int8_drafts=True needs a sequential student"):
+            Engine(student, EngineConfig(3, 64, acceptance="exact", int8_drafts=True, **options))
