@@ -1,6 +1,5 @@
 import hashlib
 import json
-import logging
 import os
 import zlib
 
@@ -130,8 +129,7 @@ def test_a_flipped_byte_a_cut_file_and_a_missing_one_are_told_from_what_was_writ
     assert changed(tmp_path, sums) == ["a", "b", "c"]
 
 
-def test_a_cut_record_is_named_once_and_read_as_none(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("kforcing"), "propagate", True)
+def test_a_cut_record_is_named_once_and_read_as_none(tmp_path, caplog):
     for text in ("", '{"a": 1'):
         (tmp_path / "a.json").write_text(text)
         assert [read_json(tmp_path / "a.json"), read_json(tmp_path / "a.json")] == [None, None]

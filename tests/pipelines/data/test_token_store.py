@@ -1,5 +1,4 @@
 import json
-import logging
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -71,8 +70,7 @@ def flip(file, where=0.5):
 
 
 @pytest.fixture
-def warnings(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("kforcing"), "propagate", True)
+def warnings(caplog):
     return caplog
 
 

@@ -1,7 +1,5 @@
 """Parts of an evaluation are finished once, and again when what they left is damaged."""
 
-import logging
-
 import pytest
 
 from pipelines.evaluation.parts import Part, run_parts
@@ -26,8 +24,7 @@ def parts(log):
     return [Part("first", (), first, None), Part("second", (), second, None, ("first",))]
 
 
-def test_only_damaged_parts_run_again(ray_here, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("kforcing"), "propagate", True)
+def test_only_damaged_parts_run_again(ray_here, tmp_path, caplog):
     root, log = tmp_path / "evaluation", tmp_path / "log"
 
     def ran():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +18,7 @@ CUT = ["", '{"stage": "k2", "finger']
 
 
 @pytest.fixture
-def warnings(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("kforcing"), "propagate", True)
+def warnings(caplog):
     return caplog
 
 

@@ -1,6 +1,5 @@
 """Cached rollouts are written once, and a shard that was damaged is written again."""
 
-import logging
 import tarfile
 from pathlib import Path
 
@@ -32,8 +31,7 @@ def cached(tmp_path):
     return lambda: Path(cache_rollouts(stage, store, spec.seed, spec.train, spec.rollout, job))
 
 
-def test_a_damaged_shard_is_named_and_written_again_alone(ray_here, cached, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("kforcing"), "propagate", True)
+def test_a_damaged_shard_is_named_and_written_again_alone(ray_here, cached, caplog):
     folder = cached()
     files = sorted(folder.glob("*.parquet"))
     assert [pq.read_metadata(file).num_rows for file in files] == [4, 4, 4]

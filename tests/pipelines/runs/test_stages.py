@@ -1,7 +1,6 @@
 """State files of a run directory that are empty or cut, and places where a run cannot be."""
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,7 @@ from pipelines.training.deepspeed_engine import latest_checkpoint, set_changed_a
 
 
 @pytest.fixture
-def warnings(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("kforcing"), "propagate", True)
+def warnings(caplog):
     return caplog
 
 

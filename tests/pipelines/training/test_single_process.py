@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import logging
 
 import pytest
 import torch
@@ -45,7 +44,6 @@ def trained(checkpoint, steps, killed_at=None):
 @pytest.fixture(autouse=True)
 def kept_each_step(monkeypatch):
     monkeypatch.setattr(single_process, "KEEP_EVERY_S", -1.0)
-    monkeypatch.setattr(logging.getLogger("kforcing"), "propagate", True)
 
 
 def cut(content):
