@@ -165,6 +165,7 @@ def save_checkpoint(engine: Any, average: MovingAverage | None, folder: Path, st
     engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
     if average:
         save_file(average.average, folder / tag / f"average-{dist.get_rank()}.safetensors")
+    dist.barrier()  # until then files of other ranks may have temporary names
     checksums = _checksums(folder / tag)
     if dist.get_rank() == 0:
         sizes = {name: (folder / tag / name).stat().st_size for name in checksums}
