@@ -78,7 +78,7 @@ def tools_grammar(functions: Sequence[Function], form: ToolFormat, must_call: bo
         return "\n".join([f"start: call {again}", f"call: {begin} ({calls}) {end}", *rules])
     if not form.begin:
         rest = r"rest: /[\s;]*([^{\s;](.|\n)*)?/"
-        return "\n".join([f"start: call {again} | rest", f"call: {calls}", rest, *rules])
+        return "\n".join(["start: call | rest", f"call: {calls}", rest, *rules])
     tag = form.begin.strip()
     rest = json.dumps(form.begin[len(tag) :])
     text = r"TEXT: /(.|\n)*/"
@@ -138,7 +138,7 @@ class ToolStream:
 
     Text is passed on as it comes, except for what may turn out to be the beginning of a call and for blanks, which are left
     out beside calls. Arguments are passed on as they come where the name comes first, and when they are complete otherwise.
-    What looks like a call and is none stays text.
+    A call of a function that is not among the tools is passed on as text.
     """
 
     def __init__(self, form: ToolFormat, names: Collection[str], most: int | None = None):

@@ -51,8 +51,8 @@ class EngineConfig:
     compiled: bool = False
     """Run the layers through torch.compile. On a CPU it needs a C++ compiler and excludes `row_kernel`, which gains more."""
     row_kernel: bool | None = None
-    """Multiply up to 128 rows by the weights with our own kernel (`cpu/products.py`): 16 rows take 1.7 times as long as one,
-    and half as long as with torch. None means yes where it can run: on a CPU under Linux with llvmlite."""
+    """Multiply up to 128 rows by the weights with our own kernel (`cpu/products.py`): 16 rows take about twice as long as
+    one, and half as long as with torch. None means yes where it can run: on a CPU under Linux with llvmlite."""
     quantization: str | None = None
     """`int8` holds the weights of linear maps (`nn.Linear`) as 8-bit numbers with a scale for each output. AR decoding on a
     CPU is 1.5 to 2 times as fast, and the model changes a little: exact mode then gives the text of that AR model."""

@@ -391,9 +391,10 @@ def _prepared(model: nn.Module, config: EngineConfig) -> tuple[nn.Module, nn.Mod
     Raises ValueError where the model cannot have them.
     """
     possible = can_use_kernel(model) and not config.compiled
-    student, k = as_student(model), config.k
-    drafts = student is not None and student.design.exact_trunk and k != 1 and not config.batch_invariant
-    if config.int8_drafts and not (possible and drafts and config.row_kernel is not False):
+    kernel = possible if config.row_kernel is None else config.row_kernel
+    student = as_student(model)
+    drafts = student is not None and student.design.exact_trunk and config.k != 1 and not config.batch_invariant
+    if config.int8_drafts and not (possible and kernel and drafts):
         raise ValueError(
             "int8_drafts=True needs a sequential student with a frozen trunk and k above 1, the kernel of CPUs, and "
             "batch_invariant=False; leave it out"
@@ -404,7 +405,7 @@ def _prepared(model: nn.Module, config: EngineConfig) -> tuple[nn.Module, nn.Mod
             f"{wanted} needs a model in fp32 or bf16 on a CPU under Linux, compiled=False, and the package llvmlite "
             "(pip install 'kforcing[cpu]'); leave it out or provide these"
         )
-    if not (possible if config.row_kernel is None else config.row_kernel):
+    if not kernel:
         return model, None
     light = config.acceptance == "exact" if config.int8_drafts is None else config.int8_drafts
     light = light and drafts and config.quantization is None  # else the whole model has such weights already

@@ -10,10 +10,12 @@ from transformers import GenerationConfig
 
 from kforcing import LLM, complete
 from kforcing.conventions import conventions_of
+from kforcing.engine import Request
 from kforcing.loading import load_tokenizer, save_tokenizer
 from kforcing.pyfunc import TextGenerator
 from serve.app import build
 from tests.endpoint import CHAT, EOS, LETTERS, save_model
+from tests.kforcing.test_complete import run as complete_file
 
 BOS, SECOND_EOS = 3, 7
 
@@ -98,16 +100,13 @@ def test_a_student_of_an_earlier_release_has_no_record_and_stops_at_the_eos_of_i
         if (answer := llm.engine.generate([_request(llm, seed)])[0]).finish_reason == "stop"
     )
     (tmp_path / "p.txt").write_text("abc\n")
-    words = [student, tmp_path / "p.txt", "-o", tmp_path / "out.jsonl", "--max-new-tokens", 20, "--seed", seed]
-    monkeypatch.setattr(sys, "argv", ["complete", *map(str, words)])
-    complete.main()
+    words = ["-o", tmp_path / "out.jsonl", "--max-new-tokens", 20, "--seed", seed]
+    complete_file(monkeypatch, student, tmp_path / "p.txt", *words)
     record = json.loads((tmp_path / "out.jsonl").read_text())
     assert (record["finish_reason"], record["tokens"]) == ("stop", answer.tokens)
 
 
 def _request(llm, seed):
-    from kforcing.engine import Request
-
     return Request(llm.tokenizer("abc").input_ids[:-1], 20, seed, llm.eos_ids)
 
 

@@ -146,7 +146,7 @@ def test_a_mask_depends_on_the_tokens_alone_whatever_was_asked_before(grammars):
         text.append(rng.choice(ids) if rng.random() < 0.8 else rng.randrange(ROWS))
 
 
-def test_only_eos_may_follow_a_complete_text_and_anything_what_is_never_kept(grammars):
+def test_only_eos_may_follow_a_complete_text_and_behind_eos_everything_is_allowed(grammars):
     matcher = grammars.compile(StructuredOutputs(choice=["a"])).matcher()
     (letter,) = TOKENIZER.encode("a", add_special_tokens=False)
     assert matcher.allowed([]).nonzero().flatten().tolist() == [letter]

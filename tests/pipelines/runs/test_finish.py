@@ -1,12 +1,11 @@
 """What a teacher says about its texts (EOS ids, chat template, special tokens) reaches every stage and the registry."""
 
 import json
-import sys
 
 import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
-from kforcing import LLM, SamplingParams, complete
+from kforcing import LLM, SamplingParams
 from kforcing.loading import load_tokenizer
 from kforcing.pyfunc import TextGenerator
 from pipelines.config.overrides import apply
@@ -20,6 +19,7 @@ from pipelines.tracking.registry import model_files
 from pipelines.training.job import stage_job
 from pipelines.training.worker import begin
 from tests.endpoint import EOS, LETTERS, save_model
+from tests.kforcing.test_complete import run as complete_file
 from tests.models import make_backbone
 
 SECOND_EOS = 7
@@ -101,8 +101,7 @@ def test_every_decoder_stops_at_all_eos_ids(stages, tmp_path, monkeypatch):
     assert answer.finish_reason == "stop"
     assert generator.predict(["abc"], {"max_new_tokens": 40, "seed": seed}) == [answer.text]
     (tmp_path / "prompts.txt").write_text("abc\n")
-    words = [student, tmp_path / "prompts.txt", "-o", tmp_path / "out.jsonl", "--max-new-tokens", 40, "--seed", seed]
-    monkeypatch.setattr(sys, "argv", ["complete", *map(str, words)])
-    complete.main()
+    words = ["-o", tmp_path / "out.jsonl", "--max-new-tokens", 40, "--seed", seed]
+    complete_file(monkeypatch, student, tmp_path / "prompts.txt", *words)
     record = json.loads((tmp_path / "out.jsonl").read_text())
     assert (record["finish_reason"], record["tokens"]) == ("stop", answer.token_ids)
