@@ -2,6 +2,7 @@
 
 import os
 import socket
+import tempfile
 
 import torch
 import torch.distributed as dist
@@ -9,25 +10,22 @@ import torch.multiprocessing as mp
 
 
 def free_port() -> int:
+    """A port that no process listens on now; another process may take it before the caller does."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
-def _start(rank, function, world, port, args):
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-    }
+def _start(rank, function, world, folder, args):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    # The ranks meet in a file: a port that was free when the parent chose it may be taken when rank 0 listens.
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=world)
     function(rank, world, *args)
     dist.barrier()
     os._exit(0)  # gloo threads that are still alive abort an ordinary interpreter exit now and then
 
 
 def run_ranks(world, function, *args):
-    mp.spawn(_start, (function, world, free_port(), args), nprocs=world)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_start, (function, world, folder, args), nprocs=world)
