@@ -20,7 +20,7 @@ from kforcing.attention.windows import Windows, read_context
 from kforcing.backbone import embeddings, head, key_heads
 from kforcing.modeling import PushForwardLM
 from kforcing.readout.argmax import ArgmaxReadout
-from kforcing.readout.base import Student
+from kforcing.readout.base import Student, as_student
 from kforcing.readout.sequential import SequentialReadout
 
 
@@ -95,9 +95,46 @@ def measured_step(student: PushForwardLM, k: int, context: int) -> StepCost:
     return StepCost(flops.get_total_flops(), reads.bytes)
 
 
+@dataclass(frozen=True)
+class MatrixSizes:
+    """Numbers of weights in a model's matrices, by which a position is multiplied. Tables that are looked up do not count."""
+
+    trunk: float
+    lm_head: int
+    hints: float = 0
+    """Hint layers of their own."""
+    adapted: float = 0
+    """The trunk's own layers that hints pass through again."""
+    head: float = 0
+    """The read-out's own matrices, without hint layers and low-rank head."""
+    low_rank: float = 0
+    """The low-rank head that chooses candidates."""
+
+
+def matrix_sizes(model: Any) -> MatrixSizes:
+    """The sizes of a causal LM of transformers or a student. Of experts, those count that a token is sent to."""
+    student = as_student(model)
+    backbone: Any = student.backbone if student else model
+    trunk = _matrices(backbone.base_model) - embeddings(backbone).weight.numel()
+    lm_head = head(backbone).weight.numel()
+    if not student:
+        return MatrixSizes(trunk, lm_head)
+    tables, low_rank, hints = (
+        sum(_matrices(m) for n in names if (m := getattr(student.readout, n, None)) is not None)
+        for names in (("queries", "positions"), ("candidates",), ("layers",))
+    )
+    adapted = 0.0
+    if hints and student.design.sequential.hints == "adapter":
+        layers: Any = student.readout.layers
+        adapted = trunk * layers.config.num_hidden_layers / backbone.config.num_hidden_layers
+    own = _matrices(student.readout) - hints - tables - low_rank
+    return MatrixSizes(trunk, lm_head, hints, adapted, own, low_rank)
+
+
 def predicted_ar_step(backbone: PreTrainedModel) -> StepCost:
     """One step of plain AR decoding, which reads every matrix once for one position; without attention over the context."""
-    matrices = _matrices(backbone.base_model) - embeddings(backbone).weight.numel() + head(backbone).weight.numel()
+    sizes = matrix_sizes(backbone)
+    matrices = sizes.trunk + sizes.lm_head
     return StepCost(2 * matrices, next(backbone.parameters()).element_size() * matrices)
 
 
@@ -120,27 +157,19 @@ def predicted_step(student: Student, k: int, exact: bool = False) -> StepCost:
     token. In exact mode the LM head scores all k tokens that are read, and no longer
     scores token 1 and the hints of a student without draft in one pass.
     """
-    backbone, readout = student.backbone, student.readout
+    backbone, readout, sizes = student.backbone, student.readout, matrix_sizes(student)
     size = next(backbone.parameters()).element_size()
-    trunk = _matrices(backbone.base_model) - embeddings(backbone).weight.numel()
-    lm_head = head(backbone).weight.numel()
+    trunk, lm_head, block, low_rank = sizes.trunk, sizes.lm_head, sizes.head, sizes.low_rank
     if isinstance(readout, ArgmaxReadout):
-        encoder = _matrices(readout)
-        return StepCost(2 * (2 * k * trunk + k * (lm_head + encoder)), size * (trunk + lm_head + encoder))
+        return StepCost(2 * (2 * k * trunk + k * (lm_head + block)), size * (trunk + lm_head + block))
     assert isinstance(readout, SequentialReadout)
-    hints = _matrices(readout.layers) if readout.config.hints != "none" else 0
-    if readout.config.hints == "adapter":  # the trunk's own layers again
-        hints += trunk * readout.layers.config.num_hidden_layers // backbone.config.num_hidden_layers
-    block = _matrices(readout) - (_matrices(readout.layers) if readout.config.hints != "none" else 0)
-    block -= readout.positions.weight.numel() + (readout.queries.weight.numel() if hints else 0)
+    hints = sizes.hints + sizes.adapted
     if k == 1:
         return StepCost(2 * (trunk + lm_head), size * (trunk + lm_head))
     m, width = min(readout.config.shortlist, len(head(backbone).weight)), head(backbone).weight.shape[1]
     drafts = (k - 2) * lm_head if readout.config.draft == "bigram" else 0
     first = readout.entry.weight.numel() + readout.block.qkv.weight.numel()  # the trunk state's keys and values
     if readout.config.draft_rank:
-        low_rank = _matrices(readout.candidates)
-        block -= low_rank
         flops = (
             k * trunk
             + (k - 1) * (hints + block + low_rank + m * width)
@@ -158,6 +187,9 @@ def predicted_step(student: Student, k: int, exact: bool = False) -> StepCost:
     return StepCost(2 * flops, size * reads)
 
 
-def _matrices(module: nn.Module) -> int:
-    """Number of parameters in matrices."""
-    return sum(p.numel() for p in module.parameters() if p.ndim == 2)
+def _matrices(module: Any) -> float:
+    """Weights that a token is multiplied by; of experts, which are stacked in three dimensions, those that it is sent to."""
+    config = getattr(module, "config", None)
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    share = (getattr(config, "num_experts_per_tok", None) or 1) / experts
+    return sum(p.numel() * (share if p.ndim == 3 else 1) for p in module.parameters() if p.ndim in (2, 3))

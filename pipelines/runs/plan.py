@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kforcing.backbone import embeddings, head, text_config
+from kforcing.backbone import head, text_config
 from kforcing.configuration import PushForwardConfig
 from kforcing.distillation.text import MATCH_STRIDE
 from kforcing.loading import load_tokenizer
+from kforcing.metrics.flops import matrix_sizes
 from kforcing.modeling import PushForwardLM
 from kforcing.readout.base import as_student
 from pipelines.config.schema import Config, TrainConfig
@@ -65,7 +66,7 @@ class _Sizes:
     layers: int
     hints: float = 0
     head: float = 0
-    """The read-out's own matrices, without hint layers."""
+    """The read-out's own matrices, without hint layers and low-rank head."""
 
     def read(self, tokens: int, length: int) -> float:
         """FLOPs of a forward pass of the trunk over sequences of this length; a token sees half of its sequence."""
@@ -127,34 +128,11 @@ def _vocabulary(spec: RunSpec) -> int:
 
 
 def _sizes(model: Any) -> _Sizes:
-    student = as_student(model)
+    sizes, student = matrix_sizes(model), as_student(model)
     backbone: Any = student.backbone if student else model
-    trunk = _matrices(backbone.base_model) - embeddings(backbone).weight.numel()
-    lm = head(backbone).weight
-    sizes = _Sizes(trunk, lm.numel(), lm.shape[1], backbone.config.num_hidden_layers)
-    if not student:
-        return sizes
-    readout: Any = model.readout
-    layers = getattr(readout, "layers", None)
-    hints = _matrices(layers) if layers is not None else 0
-    if layers is not None and student.design.sequential.hints == "adapter":
-        # The trunk's own layers, too. They are not trained, which saves a third of their FLOPs.
-        hints += round(2 / 3 * trunk * layers.config.num_hidden_layers / sizes.layers)
-    tables = sum(
-        p.numel()
-        for n in ("queries", "positions", "candidates")
-        if (m := getattr(readout, n, None)) is not None
-        for p in m.parameters()
-    )
-    return _Sizes(trunk, lm.numel(), lm.shape[1], sizes.layers, hints, _matrices(readout) - hints - tables)
-
-
-def _matrices(module: Any) -> float:
-    """Weights that a token is multiplied by; of experts, which are stacked in three dimensions, those that it is sent to."""
-    config = getattr(module, "config", None)
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
-    share = (getattr(config, "num_experts_per_tok", None) or 1) / experts
-    return sum(p.numel() * (share if p.ndim == 3 else 1) for p in module.parameters() if p.ndim in (2, 3))
+    width, layers = head(backbone).weight.shape[1], backbone.config.num_hidden_layers
+    # The trunk's own layers are not trained where hints use them, which saves a third of their FLOPs.
+    return _Sizes(sizes.trunk, sizes.lm_head, width, layers, sizes.hints + 2 / 3 * sizes.adapted, sizes.head)
 
 
 def _teacher(spec: RunSpec, config: Config, backbone: Any) -> StagePlan:
