@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -87,10 +88,28 @@ def gumbel_max(logits: Tensor, z: Tensor, temperature: Tensor | float = 1.0, ids
     """
     if ids is None:
         return _by_rows(_gumbel_max, logits, z, temperature, RACE_ENTRIES if can_race(logits) else None)
-    return ids[first_largest(_perturbed(ids, logits, z, temperature))]
+    return ids[first_largest(_tempered(logits, temperature, torch.float32) - _race(z, ids))]
 
 
-def gumbel_candidates(logits: Tensor, z: Tensor, temperature: Tensor | float, m: int) -> Tensor:
+@dataclass(frozen=True)
+class Candidates:
+    """The tokens of the largest perturbed scores, from which a token is drawn once better logits of them are known.
+
+    Args:
+        ids: (..., m) int64, ascending.
+        race: (..., m) float32, what is subtracted from the logits over the temperature.
+    """
+
+    ids: Tensor
+    race: Tensor
+
+    def draw(self, logits: Tensor, temperature: Tensor | float) -> Tensor:
+        """(..., m) logits of the candidates → (...) tokens: those of `gumbel_max` where all other logits are −inf."""
+        scores = _tempered(logits, temperature, torch.float32) - self.race
+        return self.ids.gather(-1, scores.argmax(dim=-1, keepdim=True)).squeeze(-1)
+
+
+def gumbel_candidates(logits: Tensor, z: Tensor, temperature: Tensor | float, m: int) -> Candidates:
     """The m tokens with the largest perturbed scores, among which `gumbel_max` of nearly the same logits finds its winner.
 
     A winner need not be likely: its noise may be large. Candidates by logits alone would change the distribution.
@@ -98,38 +117,46 @@ def gumbel_candidates(logits: Tensor, z: Tensor, temperature: Tensor | float, m:
     Args:
         logits, z, temperature: see `gumbel_max`.
         m: how many, at most V.
-    Returns:
-        (..., m) int64 token ids, in no order.
     """
-    ids, scores = _scores(logits, z, temperature, best=m)
-    places = scores.topk(m, dim=-1, sorted=False).indices
-    return places if ids is None else ids.gather(-1, places)
+    left = _may_win(logits, z, temperature, m)
+    if left is None:
+        race = _race(z, torch.arange(logits.shape[-1], device=z.device))
+        scores = _tempered(logits, temperature, torch.float32) - race
+    else:
+        race = _race(z, left[0])
+        scores = _tempered(logits.gather(-1, left[0]), temperature, torch.float32) - race
+        scores.masked_fill_(~left[1], -torch.inf)
+    places = scores.topk(m, dim=-1, sorted=False).indices.sort(dim=-1).values
+    return Candidates(places if left is None else left[0].gather(-1, places), race.gather(-1, places))
 
 
 def _gumbel_max(logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
-    ids, scores = _scores(logits, z, temperature, best=1)
-    place = first_largest(scores)
-    return place if ids is None else ids.gather(-1, place[..., None]).squeeze(-1)
+    left = _may_win(logits, z, temperature, 1)
+    if left is None:
+        ids = torch.arange(logits.shape[-1], device=z.device)
+        return first_largest(_tempered(logits, temperature, torch.float32) - _race(z, ids))
+    ids, counts = left
+    if ids.shape[-1] == 1:
+        return ids.squeeze(-1)
+    scores = _tempered(logits.gather(-1, ids), temperature, torch.float32) - _race(z, ids)
+    place = scores.masked_fill_(~counts, -torch.inf).argmax(dim=-1, keepdim=True)
+    return ids.gather(-1, place).squeeze(-1)
 
 
-def _scores(logits: Tensor, z: Tensor, temperature: Tensor | float, best: int) -> tuple[Tensor | None, Tensor]:
-    """The perturbed scores of all tokens (and None), or the ids and scores of those that may be among the `best`."""
+def _may_win(logits: Tensor, z: Tensor, temperature: Tensor | float, best: int) -> tuple[Tensor, Tensor] | None:
+    """The ids, ascending, of the tokens that may be among the `best`, and which of them count; None for all tokens."""
+    if not can_race(logits, best):
+        return None
     V, shape = logits.shape[-1], logits.shape[:-1]
-    if can_race(logits, best):
-        temperature_R = torch.as_tensor(temperature, dtype=torch.float64).expand(shape).reshape(-1)
-        logits_RV, z_R = logits.reshape(-1, V), z.to(torch.float64).expand(shape).reshape(-1)
-        if found := may_win(logits_RV, z_R, temperature_R, best):
-            ids_Rn, counts_Rn = found
-            scores_Rn = _perturbed(ids_Rn, logits_RV.gather(-1, ids_Rn), z_R, temperature_R)
-            scores_Rn.masked_fill_(~counts_Rn, -torch.inf)
-            return ids_Rn.view(*shape, -1), scores_Rn.view(*shape, -1)
-    return None, _perturbed(torch.arange(V, device=z.device), logits, z, temperature)
+    temperature_R = torch.as_tensor(temperature, dtype=torch.float64).expand(shape).reshape(-1)
+    found = may_win(logits.reshape(-1, V), z.to(torch.float64).expand(shape).reshape(-1), temperature_R, best)
+    return found and (found[0].view(*shape, -1), found[1].view(*shape, -1))
 
 
-def _perturbed(ids: Tensor, logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
+def _race(z: Tensor, ids: Tensor) -> Tensor:
+    """log(−log(1 − w)) of the noise w of some tokens, in float32: what the race subtracts from their logits."""
     w = race_words(z.to(torch.float64), ids).to(torch.float32)
-    race = w.mul_((2.0**-23 - 1) * 2.0**-31).sub_(2.0**-32).log1p_().neg_().log_()
-    return _tempered(logits, temperature, torch.float32) - race
+    return w.mul_((2.0**-23 - 1) * 2.0**-31).sub_(2.0**-32).log1p_().neg_().log_()
 
 
 def first_largest(scores: Tensor) -> Tensor:

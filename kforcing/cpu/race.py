@@ -68,8 +68,9 @@ def may_win(logits_RV: Tensor, z_R: Tensor, temperature_R: Tensor, best: int = 1
     count_R = torch.empty(R, dtype=torch.int64, device="cpu")
     tensors = (logits_RV, low_R.contiguous(), high_R.contiguous(), inverse_R, bounds_RV, ids_RV, count_R)
     _kernel(best > 1)(*(t.data_ptr() for t in tensors), R, V, whole, torch.get_num_threads())
-    most = int(count_R.max())
-    if not count_R.all():
+    counts = count_R.tolist()
+    most = max(counts)
+    if not all(counts):
         return None
     counts_Rn = torch.arange(most) < count_R[:, None]
     ids_Rn = ids_RV[:, :most].long().where(counts_Rn, 0)

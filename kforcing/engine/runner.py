@@ -358,7 +358,9 @@ class ModelRunner:
         if counts_RV is not None:
             counts_RV.scatter_add_(1, first_R[:, None], torch.ones_like(first_R, dtype=counts_RV.dtype)[:, None])
         readout = self.drafter if shape.light else self.readout
-        turns = readout.drafts(self.backbone, windows, reader, trunk_RD[:, None], first_R[:, None], pick)
+        # Drafts that are all verified need not be drawn from logits over the vocabulary.
+        own = None if shape.light and shape.plain and shape.logprobs is None else pick
+        turns = readout.drafts(self.backbone, windows, reader, trunk_RD[:, None], first_R[:, None], own)
         return torch.cat([first_R[:, None], self._tokens(turns, shape, records)], dim=1)
 
     def _tokens(self, turns: Iterator[Turn], shape: StepShape, records: list[Tensor]) -> Tensor:

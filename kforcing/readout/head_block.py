@@ -33,7 +33,7 @@ class HeadBlock(nn.Module):
         T, L, _ = x_TLD.shape
         q, k, v = self._qkv(x_TLD)
         k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        mask = torch.ones(L, k.shape[2], dtype=torch.bool, device=k.device).tril(k.shape[2] - L)
+        mask = torch.ones(L, k.shape[2], dtype=torch.bool, device=k.device).tril(k.shape[2] - L) if L > 1 else None
         mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x_TLD = x_TLD + self.out(mixed.transpose(1, 2).reshape(T, L, -1))
         return x_TLD + self.down(gelu(self.up(self.mlp_norm(x_TLD)))), (k, v)

@@ -27,7 +27,7 @@ from kforcing.attention.reader import Reader
 from kforcing.attention.windows import Context, Windows
 from kforcing.backbone import check_head_rows, embeddings, head, head_rows, lm_head
 from kforcing.chunking import CHUNK, in_chunks
-from kforcing.coupling import Coupling, gumbel_candidates
+from kforcing.coupling import Candidates, Coupling, gumbel_candidates
 from kforcing.design import SequentialConfig
 from kforcing.readout.base import BlockScores, Pick, Readout, Turn, open_windows
 from kforcing.readout.head_block import HeadBlock, Past
@@ -149,11 +149,12 @@ class SequentialReadout(Readout):
         reader: Reader,
         trunk_BWD: Tensor,
         first_BW: Tensor,
-        pick: Pick,
+        pick: Pick | None,
     ) -> Iterator[Turn]:
         """Tokens 2 … K of each window, given the trunk's state behind its context and token 1.
 
-        `reader` reads hints from the position of token 1 on.
+        `reader` reads hints from the position of token 1 on. Without `pick`, the coupling draws with the windows' noise and
+        temperature, and where a low-rank head chooses candidates, the logits of a turn are theirs alone: (B, W, M).
         """
         drafts, _ = self._drafts(backbone, windows, first_BW[..., None])
         hints_BWHD = self._hints(backbone, trunk_BWD, reader, drafts, windows.k)
@@ -193,9 +194,12 @@ class SequentialReadout(Readout):
         hints_BWHD: Tensor,
         parallel_BWHV: Tensor | None,
         token_BW: Tensor,
-        pick: Pick,
+        pick: Pick | None,
     ) -> Iterator[Turn]:
-        """The turns of the head after token 1. `parallel_BWHV` are the logits of the hints alone, if they exist already."""
+        """The turns of the head after token 1; see `drafts`.
+
+        `parallel_BWHV` are the logits of the hints alone, if they exist already.
+        """
         if parallel_BWHV is None and self.hint_shortlist:
             parallel_BWHV = lm_head(backbone, hints_BWHD)
         past = self._first_entry(trunk_BWD)
@@ -204,12 +208,23 @@ class SequentialReadout(Readout):
             before_BW1D = embeddings(backbone)(token_BW)[:, :, None]
             correction_BW1D, past = self._head(trunk_BWD, hint_BW1D, before_BW1D, j + 1, past)
             if self.config.draft_rank:
-                logits_BWV = self._candidates(backbone, (hint_BW1D + correction_BW1D)[:, :, 0], draws, j + 1)
+                candidates, logits_BWM = self._candidates(
+                    backbone, (hint_BW1D + correction_BW1D)[:, :, 0], draws, j + 1
+                )
+                if pick is None:
+                    token_BW = candidates.draw(logits_BWM, draws.temperature_BW)
+                    yield logits_BWM, token_BW
+                    continue
+                nothing_BWV = logits_BWM.new_full((*token_BW.shape, len(head(backbone).weight)), -torch.inf)
+                logits_BWV = nothing_BWV.scatter_(-1, candidates.ids, logits_BWM)
             elif parallel_BWHV is None:
                 logits_BWV = lm_head(backbone, hint_BW1D + correction_BW1D)[:, :, 0]
             else:
                 logits_BWV = self._shortlisted(backbone, parallel_BWHV[:, :, j], correction_BW1D[:, :, 0])
-            token_BW = pick(logits_BWV, j + 1)
+            if pick is None:
+                token_BW = self.pick(logits_BWV, draws.noise_BWK[..., j + 1], draws.temperature_BW)
+            else:
+                token_BW = pick(logits_BWV, j + 1)
             yield logits_BWV, token_BW
 
     def _trunk(self, backbone: PreTrainedModel, windows: Windows, reader: Reader, known_BWD: Tensor | None) -> Tensor:
@@ -280,13 +295,14 @@ class SequentialReadout(Readout):
         x = self.entry(torch.cat([trunk_BWLD, hints_BWLD, before_BWLD], dim=-1))
         return (x + self.positions(torch.arange(place, place + L, device=x.device))).flatten(0, 1)
 
-    def _candidates(self, backbone: PreTrainedModel, states_BWD: Tensor, draws: Draws | Windows, offset: int) -> Tensor:
-        """The logits of the tokens that may win under the noise of this offset, and −inf for all others: (B, W, V)."""
+    def _candidates(
+        self, backbone: PreTrainedModel, states_BWD: Tensor, draws: Draws | Windows, offset: int
+    ) -> tuple[Candidates, Tensor]:
+        """The tokens that may win under the noise of this offset, and their logits: (B, W, M)."""
         approximate_BWV = self.candidates(states_BWD)
         m = min(self.config.shortlist, approximate_BWV.shape[-1])
-        ids_BWM = gumbel_candidates(approximate_BWV, draws.noise_BWK[..., offset], draws.temperature_BW, m)
-        logits_BWM = (head_rows(backbone, ids_BWM).to(states_BWD.dtype) @ states_BWD[..., None]).squeeze(-1)
-        return torch.full_like(approximate_BWV, -torch.inf).scatter(-1, ids_BWM, logits_BWM)
+        found = gumbel_candidates(approximate_BWV, draws.noise_BWK[..., offset], draws.temperature_BW, m)
+        return found, (head_rows(backbone, found.ids).to(states_BWD.dtype) @ states_BWD[..., None]).squeeze(-1)
 
     @torch.no_grad()
     def fit_candidates(self, backbone: PreTrainedModel, windows: Windows, tokens_BWK: Tensor) -> None:

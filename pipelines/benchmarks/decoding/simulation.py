@@ -51,7 +51,7 @@ class SimulatedDrafts(SequentialReadout):
         reader: Reader,
         trunk_BWD: Tensor,
         first_BW: Tensor,
-        pick: Pick,
+        pick: Pick | None,
     ) -> Iterator[Turn]:
         """See `SequentialReadout.drafts`. Low bits of a position's noise decide whether its draft is right."""
         vocabulary = head(backbone).weight.shape[0]

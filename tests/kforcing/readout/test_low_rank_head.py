@@ -46,11 +46,21 @@ def test_candidates_hold_the_winner_and_are_chosen_with_its_noise():
     g = torch.Generator().manual_seed(0)
     logits, z = 2 * torch.randn(300, V, generator=g), torch.rand(300, generator=g, dtype=torch.float64)
     winner = gumbel_max(logits, z, 0.7)
-    ids = gumbel_candidates(logits, z, 0.7, 1)
+    ids = gumbel_candidates(logits, z, 0.7, 1).ids
     assert torch.equal(ids[:, 0], winner)
     likeliest = logits.topk(5, dim=-1).indices
     assert not (likeliest == winner[:, None]).any(dim=-1).all()
-    assert (gumbel_candidates(logits, z, 0.7, 5) == winner[:, None]).any(dim=-1).all()
+    assert (gumbel_candidates(logits, z, 0.7, 5).ids == winner[:, None]).any(dim=-1).all()
+
+
+def test_a_draw_among_candidates_is_the_draw_where_other_tokens_have_no_probability():
+    g = torch.Generator().manual_seed(1)
+    rough, z = 2 * torch.randn(300, V, generator=g), torch.rand(300, generator=g, dtype=torch.float64)
+    temperature = torch.linspace(0.1, 2, 300, dtype=torch.float64)
+    candidates = gumbel_candidates(rough, z, temperature, 5)
+    logits = (rough + torch.randn(300, V, generator=g)).gather(-1, candidates.ids)
+    whole = torch.full((300, V), -torch.inf).scatter(-1, candidates.ids, logits)
+    assert torch.equal(candidates.draw(logits, temperature), gumbel_max(whole, z, temperature))
 
 
 def student(rank, shortlist):
