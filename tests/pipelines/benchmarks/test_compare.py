@@ -29,6 +29,7 @@ def compare(folder, *words):
     return subprocess.run(line, capture_output=True, text=True, cwd=folder, env=environment(), timeout=600)
 
 
+@pytest.mark.slow
 def test_variants_spend_the_same_and_finished_ones_are_kept(tmp_path):
     done = compare(tmp_path, *SMALL)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

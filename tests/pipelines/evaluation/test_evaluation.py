@@ -50,6 +50,7 @@ SMALL = [
     "bootstrap=100",
     "baselines.share=0.1",
     "speed.rounds=1",
+    "speed.batches=1,2",
 ]
 
 
@@ -127,7 +128,7 @@ def test_every_row_of_the_table_is_filled_by_a_run(killed):
     rows = {row["name"]: row for row in report["rows"]}
     assert len(rows) == len(report["rows"]) == 29
     for name, row in rows.items():
-        assert set(row["tokens_per_s"]) == ({"1"} if name == "transformers, assisted" else {"1", "16"})
+        assert set(row["tokens_per_s"]) == ({"1"} if name == "transformers, assisted" else {"1", "2"})
         assert row["passes"] > 0
         untrained = name.startswith("AR") or name == "this run, k1 at k=1"
         assert (row["training"]["flops"] == 0) == untrained, name
@@ -204,7 +205,7 @@ def test_mlflow_holds_the_evaluation_below_the_run_and_a_row_below_it(killed, ru
     assert {"eval/references/joint/tv", "eval/references/joint_independent/tv"} <= set(top)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_registered_model_is_evaluated_with_the_teacher_it_carries(killed, run, tmp_path):
     uri = f"sqlite:///{run.parent}/mlflow.db"
     words = [*SMALL, "baselines.only=off", f"tracking.uri={uri}", f"output_dir={tmp_path}/out"]
