@@ -9,7 +9,7 @@ from kforcing.engine import Output, Request
 from serve.engine_requests import Choices
 from serve.protocol.logprobs import Scored
 from serve.protocol.responses import Progress
-from serve.tool_calls import CallDelta
+from serve.tool_calls import CallDelta, Delta
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,9 @@ class ChoiceDelta:
 
     index: int
     """Of the choice."""
-    text: str
-    """May be empty while the detokenizer holds text back. The first has the prompt before it, if that is echoed."""
-    calls: list[CallDelta]
-    """What was added to calls of tools, which are no part of the text."""
+    parts: list[Delta]
+    """Text and pieces of calls in their order; none while the detokenizer holds text back. The first has the prompt before
+    it, if that is echoed."""
     progress: Progress
     """Of the choice so far."""
     finish: str | None
@@ -32,6 +31,16 @@ class ChoiceDelta:
     """`time.perf_counter` at the end of the step."""
     scored: list[Scored] | None
     """The tokens with their log-probabilities, if they were asked for; first those of a prompt that is echoed."""
+
+    @property
+    def text(self) -> str:
+        """What was added to the text."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def calls(self) -> list[CallDelta]:
+        """What was added to calls of tools, which are no part of the text."""
+        return [part for part in self.parts if not isinstance(part, str)]
 
 
 class ChoiceReader:
@@ -62,16 +71,14 @@ class ChoiceReader:
         finish, stop = self._end(output, piece.stopped)
         special = str(stop) if self.asked.include_stop and isinstance(stop, str) and not piece.stopped else ""
         text, self._echo = self._echo + piece.text + special, ""
-        calls: list[CallDelta] = []
+        parts: list[Delta] = [text] if text else []
         if self.tools:
             parts = self.tools.push(text, last=finish is not None)
-            text = "".join(part for part in parts if isinstance(part, str))
-            calls = [part for part in parts if not isinstance(part, str)]
             if self.tools.calls and finish == "stop" and self.asked.tools and not self.asked.tools.named:
                 finish = "tool_calls"
         drafts = output.drafts
         progress = Progress(self.tokens, output.steps, sum(drafts.drafted), sum(drafts.accepted), output.cached)
-        return ChoiceDelta(self.index, text, calls, progress, finish, stop, stamp, self._scored(output, piece.tokens))
+        return ChoiceDelta(self.index, parts, progress, finish, stop, stamp, self._scored(output, piece.tokens))
 
     def _end(self, output: Output, stopped: bool) -> tuple[str | None, str | int | None]:
         """The finish reason, and what stopped the text: a stop string or the id of a stop token that is not EOS."""

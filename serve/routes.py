@@ -22,7 +22,8 @@ from serve.protocol.responses import (
     Tokens,
     Version,
 )
-from serve.protocol.responses_api import ResponsesAnswer, ResponsesBuilder, ResponsesRequest, named_here
+from serve.protocol.responses_answer import ResponsesAnswer, ResponsesBuilder
+from serve.protocol.responses_request import ResponsesRequest, named_here
 from serve.service import AcceptedRequest, Service
 from serve.streaming import (
     EventStream,

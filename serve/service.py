@@ -142,8 +142,8 @@ class Service:
         """The tokens of a prompt or of a conversation, as a request with it would have them. Raises ApiError."""
         model, given = self.model(body.model), body.prompt or body.messages or []
         add = body.add_special_tokens is not False
-        ids = await asyncio.get_running_loop().run_in_executor(self._tokenising, tokens_of, model, given, add)
-        return model, ids
+        loop = asyncio.get_running_loop()
+        return model, await loop.run_in_executor(self._tokenising, tokens_of, model, given, add, body.functions)
 
     async def accept(self, body: CompletionRequest | ChatRequest, client: str = "") -> AcceptedRequest:
         """Check a whole request and queue its choices. Raises ApiError or EngineFailed.

@@ -17,7 +17,7 @@ from serve.protocol.errors import engine_failed
 from serve.protocol.logprobs import LogprobsWriter, Scored
 from serve.protocol.requests import StreamOptions
 from serve.protocol.responses import DONE, Progress, ResponseBuilder, usage
-from serve.protocol.responses_api import ResponsesBuilder, status_of
+from serve.protocol.responses_answer import ResponsesBuilder, status_of
 from serve.service import AcceptedRequest, merged
 from serve.tool_calls import add_to
 
@@ -133,24 +133,28 @@ async def events(
 
 async def whole_response(request: AcceptedRequest, builder: ResponsesBuilder) -> dict[str, Any]:
     """The body of a response that is not streamed."""
-    text, finish, progress = "", None, Progress()
+    finish, progress = None, Progress()
     async with aclosing(request.choices[0]) as deltas:
         async for delta in deltas:
-            text, finish, progress = text + delta.text, delta.finish, delta.progress
-    return builder.answer(status_of(finish), text, usage(request.prompt_tokens, [progress]))
+            finish, progress = delta.finish, delta.progress
+            for part in delta.parts:
+                builder.grow(part)
+    used = usage(request.prompt_tokens, [progress])
+    builder.closing(finish, used)
+    return builder.answer(status_of(finish), used)
 
 
 async def response_events(request: AcceptedRequest, builder: ResponsesBuilder) -> AsyncGenerator[bytes, None]:
-    """The events of a response: an opening, one for each step with text, and a closing that repeats the whole."""
-    text, finish, progress = "", None, Progress()
+    """The events of a response: an opening, some for each step with text or calls, and a closing that repeats the whole."""
+    finish, progress = None, Progress()
     yield builder.opening()
     try:
         async with aclosing(request.choices[0]) as deltas:
             async for delta in deltas:
-                text, finish, progress = text + delta.text, delta.finish, delta.progress
-                if delta.text:
+                finish, progress = delta.finish, delta.progress
+                if delta.parts:
                     request.model.metrics.delivered(time.perf_counter() - delta.stamp)
-                    yield builder.delta(delta.text)
-        yield builder.closing(finish, text, usage(request.prompt_tokens, [progress]))
+                    yield b"".join(map(builder.grow, delta.parts))
+        yield builder.closing(finish, usage(request.prompt_tokens, [progress]))
     except EngineFailed as error:  # the status line has been sent, so the stream itself carries the error
-        yield builder.failed(engine_failed(error), text)
+        yield builder.failed(engine_failed(error))

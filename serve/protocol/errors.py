@@ -96,10 +96,13 @@ def install_error_handlers(app: FastAPI) -> None:
         return ApiError(500, f"internal error: {type(error).__name__}").response()
 
 
+EXPLAINING = {"extra_forbidden": 0, "missing": 2}
+"""Kinds of errors, those first that explain others: an object of an unknown type has unknown fields and lacks others."""
+
+
 def _invalid(error: RequestValidationError, content_type: str) -> ApiError:
-    """The error of a body that is not a valid request. Of several, a field that nothing here knows comes first."""
-    errors = error.errors()
-    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
+    """The error of a body that is not a valid request. Of several, the one comes first that explains the others."""
+    first = min(error.errors(), key=lambda each: EXPLAINING.get(each["type"], 1))
     if first["type"] == "json_invalid":
         reason, position = first["ctx"]["error"], first["loc"][-1]
         return ApiError(400, f"the body is not JSON: {reason} at character {position}")

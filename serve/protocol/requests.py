@@ -288,8 +288,8 @@ class ChatRequest(RequestFields, ToolFields):
         return self
 
 
-class TokenizeRequest(Accepting):
-    """The body of POST /tokenize: a prompt or a conversation."""
+class TokenizeRequest(ToolFields):
+    """The body of POST /tokenize: a prompt, or a conversation with the tools that a chat completion would have."""
 
     changes_nothing: ClassVar[Values] = {"add_generation_prompt": (True,)}
     model: str | None = None
@@ -302,6 +302,9 @@ class TokenizeRequest(Accepting):
     def _check_one_of_both(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ApiError(400, "give either prompt or messages", "prompt")
+        if self.tools and self.prompt is not None:
+            raise ApiError(400, "only conversations have tools; give messages", "tools")
+        self.check_tools()
         return self
 
 

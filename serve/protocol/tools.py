@@ -90,7 +90,8 @@ class ToolCall(Accepting):
         return {"id": self.id, "type": "function", "function": function}
 
 
-def _kind_of_choice(value: Any) -> str:
+def kind_of_choice(value: Any) -> str:
+    """The tag of a `tool_choice` that is a word or a tool."""
     return "<text>" if isinstance(value, str) else "<tool>"
 
 
@@ -102,7 +103,7 @@ class ToolFields(Accepting):
     tool_choice: (
         Annotated[
             Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[NamedTool, Tag("<tool>")],
-            Discriminator(_kind_of_choice),
+            Discriminator(kind_of_choice),
         ]
         | None
     ) = None

@@ -80,14 +80,22 @@ def test_instructions_and_earlier_answers_are_messages_of_the_conversation(http,
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
             "input[0].content[0].image_url",
         ),
-        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"tools": [{"type": "function", "name": "a"}] * 2}, "tools[0].name"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [{"type": "function", "name": "a"}], "tool_choice": {"type": "function", "name": "b"}},
+         "tool_choice.name"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice.mode"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0]"),
+        ({"input": [{"type": "function_call", "call_id": "1", "name": "a", "arguments": "{"}]}, "input[0].arguments"),
         ({"n": 2}, "n"),
         ({"max_tokens": 3}, "max_output_tokens"),
         ({"max_output_tokens": 900}, "max_output_tokens"),
         ({"input": "abc" * 50}, "input"),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
     ],
-)
+)  # fmt: skip
 def test_what_would_change_the_answer_is_refused_by_its_path(http, body, param):
     answer = http.post("/v1/responses", json=asked(**body))
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)

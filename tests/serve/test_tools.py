@@ -91,6 +91,16 @@ def test_without_a_call_the_answer_is_text(client):
     assert none.usage.prompt_tokens == plain.usage.prompt_tokens < free.usage.prompt_tokens
 
 
+def test_tokenize_counts_the_tools_that_a_chat_would_show(http):
+    for given in ({"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "none"}, {}):
+        body = {"messages": ASKED, **given}
+        counted = http.post("/tokenize", json=body).json()["count"]
+        used = http.post("/v1/chat/completions", json=body | {"max_tokens": 1}).json()["usage"]["prompt_tokens"]
+        assert counted == used
+    refused = http.post("/tokenize", json={"prompt": "a", "tools": TOOLS}).json()["error"]
+    assert refused["param"] == "tools"
+
+
 @pytest.mark.parametrize(
     ("body", "param", "message"),
     [
