@@ -9,6 +9,7 @@ from typing import Any
 from kforcing import PushForwardLM
 from kforcing.detokenizer import Detokenizer
 from kforcing.engine import Engine, EngineConfig, EngineStats, Request, checked_sizes
+from kforcing.families import find_obstacle
 from kforcing.loading import (
     eos_token_ids,
     load_model,
@@ -95,6 +96,8 @@ def check_deployment(settings: Settings) -> None:
             continue
         path = resolve(folder, name)
         model = model_without_weights(path)
+        if not isinstance(model, PushForwardLM) and (obstacle := find_obstacle(model.config)):
+            raise ValueError(f"{name}={folder}: this model cannot be served: {obstacle}")
         checked_sizes(model, engine_config(settings, model, k))
         load_tokenizer(path)
         if name == "model":

@@ -115,11 +115,13 @@ def model_routes(service: Service) -> APIRouter:
     @router.get("/v1/models", response_model=ModelList)
     async def models() -> Response:
         """List the models that are served."""
+        await service.wait_for_models()
         return AsciiJSON({"object": "list", "data": [card(name) for name in service.models]})
 
     @router.get("/v1/models/{name:path}", response_model=ModelCard, responses={404: ERROR_RESPONSES[404]})
     async def one_model(name: str) -> Response:
         """Describe one model."""
+        await service.wait_for_models()
         return AsciiJSON(card(name))
 
     return router
@@ -140,6 +142,7 @@ def tokenizer_routes(service: Service) -> APIRouter:
     @router.post("/detokenize", response_model=Detokenized)
     async def detokenize(body: DetokenizeRequest) -> Response:
         """Return the text of tokens, special tokens included."""
+        await service.wait_for_models()
         model = service.model(body.model)
         if len(body.tokens) > model.engine.max_model_len:
             message = f"{len(body.tokens)} tokens exceed the context of {model.engine.max_model_len} tokens"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
+import weakref
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -24,6 +26,11 @@ STUCK_S = 120.0
 """Seconds after which an unfinished step means that the engine is dead."""
 PROOF_S = 10.0
 """Seconds for which a forward pass proves that a model is ready."""
+
+POLL_S = 0.05
+"""Seconds between two looks at whether models have come or gone."""
+DELIVERY_S = 10.0
+"""Seconds for which drained models are kept, at most, for clients that have not read the end of their answers."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -66,25 +73,29 @@ class Service:
     async def configure(self, settings: Settings, before: Settings | None = None) -> None:
         """Serve the models that the settings name. Requests to the former models run to their end. Safe to repeat.
 
+        The former models answer until the new ones are loaded, or are freed before with `load_after_drain`.
         Where they cannot be loaded, the models that are served already stay, or those of the settings `before` are loaded,
         and `failed_deployment` says why. Without either the error is raised.
         """
         async with self._swap:
-            if self.settings is not None and loading_settings(settings) == loading_settings(self.settings):
+            if self.models and self.settings and loading_settings(settings) == loading_settings(self.settings):
                 self.settings = settings
                 for model in self.models.values():
                     model.async_engine.max_waiting = settings.max_waiting
                 self._note_failure(None)
                 return
+            before = self.settings or before
+            if settings.load_after_drain:
+                await self._drain()
             failure = None
             try:
                 models = await self._load(settings)
             except Exception as error:
-                if not self.models and before is None:
+                if before is None:
                     raise
                 failure = f"model={settings.model} cannot be served: {type(error).__name__}: {error}"
                 logger.error("%s; what was served before is served on", failure)
-                settings = before or settings
+                settings = before
                 models = self.models or await self._load(settings)
             self._note_failure(failure)
             if models is self.models:
@@ -93,6 +104,22 @@ class Service:
             for model in former.values():
                 model.async_engine.close()
             logger.info("serving %s", ", ".join(f"{n} (k={m.engine.k})" for n, m in models.items()))
+
+    async def _drain(self) -> None:
+        """Finish the requests of all models and free their memory. Requests that come from now on wait for other models."""
+        former, self.models = self.models, {}
+        engines = [weakref.ref(model.engine) for model in former.values()]
+        await _finish(former)
+        del former
+        deadline = time.monotonic() + DELIVERY_S
+        while any(engine() for engine in engines) and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_S)
+            gc.collect()
+
+    async def wait_for_models(self) -> None:
+        """Return when there are models: while they are replaced after a drain, there are none."""
+        while not self.models and self._swap.locked():
+            await asyncio.sleep(POLL_S)
 
     def _note_failure(self, failure: str | None) -> None:
         self.failed_deployment = failure
@@ -116,7 +143,7 @@ class Service:
         """Raise RuntimeError unless every model has run a forward pass within `PROOF_S`. An idle model runs one now."""
         self.check_alive()
         if not self.models:
-            raise RuntimeError("no model has been loaded yet")
+            raise RuntimeError("no model is loaded yet")
         for name, model in list(self.models.items()):
             if model.async_engine.pending or time.monotonic() - model.proved < PROOF_S:
                 continue
@@ -140,6 +167,7 @@ class Service:
 
     async def tokenise(self, body: TokenizeRequest) -> tuple[ServedModel, list[int]]:
         """The tokens of a prompt or of a conversation, as a request with it would have them. Raises ApiError."""
+        await self.wait_for_models()
         model, given = self.model(body.model), body.prompt or body.messages or []
         add = body.add_special_tokens is not False
         loop = asyncio.get_running_loop()
@@ -151,6 +179,13 @@ class Service:
         Args:
             client: who sends it; free slots are shared fairly between clients, and then between requests.
         """
+        while True:
+            await self.wait_for_models()
+            if (accepted := await self._accept(body, client)) is not None:
+                return accepted
+
+    async def _accept(self, body: CompletionRequest | ChatRequest, client: str) -> AcceptedRequest | None:
+        """See `accept`; None for a request whose model was replaced while its prompt was tokenised."""
         model = self.model(body.model)
         asked = await read_choices(model, body, self._tokenising)
         try:
@@ -158,7 +193,7 @@ class Service:
         except EngineFailed:
             if self.models.get(model.name) is model:
                 raise
-            return await self.accept(body, client)  # the model was replaced while the prompt was tokenised
+            return None
         except ValueError as error:
             raise ApiError(400, str(error), field_of(error, body)) from None
         except Overloaded as error:
@@ -166,6 +201,14 @@ class Service:
         choices = [_deltas(model, i, each, asked) for i, each in enumerate(pending)]
         prompt_tokens = sum(len(request.prompt) for request in asked.requests) // (body.n or 1)
         return AcceptedRequest(model, prompt_tokens, choices, asked, pending)
+
+
+async def _finish(models: dict[str, ServedModel]) -> None:
+    """Refuse new requests of these models, and wait until the others have ended."""
+    for model in models.values():
+        model.async_engine.close()
+    while not all(model.async_engine.done for model in models.values()):
+        await asyncio.sleep(POLL_S)
 
 
 async def _probe(model: ServedModel) -> None:

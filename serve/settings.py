@@ -81,6 +81,9 @@ class Settings(BaseModel):
     """Seconds of high load before a replica is added."""
     downscale_delay_s: float = Field(300.0, ge=0)
     """Seconds of low load before a replica is removed."""
+    load_after_drain: bool = False
+    """When the models change in place, first finish what runs and free the old weights, then load the new ones. Requests that
+    come in between wait. By default the old models answer until the new ones are loaded, which needs memory for both."""
     drain_s: float = Field(600.0, ge=0)
     """Seconds for which a replica that is removed may finish its requests."""
 

@@ -373,11 +373,12 @@ class Engine:
 def checked_sizes(model: nn.Module, config: EngineConfig) -> tuple[int, int]:
     """The k and the longest sequence of an engine; raises ValueError for a config that the model cannot serve.
 
-    It reads no weights, so the model may be on torch's meta device.
+    The model may be on torch's meta device. What only a forward pass shows about an AR model is then not checked;
+    `kforcing.families.find_obstacle` tries a tiny copy.
     """
     student = as_student(model)
     backbone: Any = student.backbone if student else model
-    if not student:
+    if not student and backbone.device.type != "meta":
         check_backbone(backbone)
     k = checked_k(config.k, student.k) if student else checked_ar_k(config)
     max_model_len = checked_length(config.max_model_len, context_limit(backbone.config), k)

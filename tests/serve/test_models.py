@@ -1,5 +1,6 @@
 """Where a replica's models come from."""
 
+import json
 import shutil
 
 import pytest
@@ -98,3 +99,14 @@ def test_build_refuses_what_no_replica_could_serve(tmp_path):
         with pytest.raises(kind, match=message):
             build(given)
     build(broken(good))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_build_accepts_a_plain_ar_model_as_model_and_as_teacher_and_refuses_another(tmp_path, family):
+    plain, good = save_model(tmp_path / "plain", make_backbone(family)), save_model(tmp_path / "good")
+    build(broken(plain))
+    build(broken(good, teacher=str(plain)))
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(config | {"attn_logit_softcapping": 50.0}))
+    with pytest.raises(ValueError, match=r"teacher=.*plain: this model cannot be served: .*soft-capped"):
+        build(broken(good, teacher=str(plain)))

@@ -3,10 +3,12 @@
 import asyncio
 import concurrent.futures
 import threading
+import weakref
 
 import httpx
 import pytest
 
+from serve.models import load_models
 from serve.service import Service
 from serve.settings import Settings
 from tests.endpoint import HeldSteps, complete, endpoint, expected, metrics, save_model, text_of
@@ -230,3 +232,59 @@ def test_a_new_replica_that_cannot_load_its_deployment_serves_the_one_before_or_
     assert list(service.models) == ["good", "teacher"]
     assert (service.settings, service.metrics.failed.labels("test")._value.get()) == (before, 1)
     assert "model=" in service.failed_deployment
+
+
+def test_models_that_are_loaded_after_a_drain_are_never_in_memory_beside_the_former_ones(tmp_path, monkeypatch):
+    old, new = make_sequential(make_backbone()), make_sequential(make_backbone(seed=3))
+    save_model(tmp_path / "old", old)
+    save_model(tmp_path / "new", new)
+    with (
+        endpoint(tmp_path / "old", max_num_seqs=2, max_model_len=56, load_after_drain=True) as (url, service),
+        httpx.Client(base_url=url, timeout=60) as http,
+        concurrent.futures.ThreadPoolExecutor(4) as pool,
+    ):
+        engines = [weakref.ref(model.engine) for model in service.models.values()]
+        steps = HeldSteps(service.models["tiny"].engine)
+        body = {"prompt": "abc", "max_tokens": 40, "ignore_eos": True, "seed": 2}
+        running = pool.submit(lambda: http.post("/v1/completions", json=body).json())
+        steps.release(3)
+        wait_until(lambda: steps.done == 3, "the request never began")
+        alive = []
+
+        def load(*given):
+            alive.append([engine() for engine in engines])
+            return load_models(*given)
+
+        monkeypatch.setattr("serve.service.load_models", load)
+        swapped = service.settings.model_copy(update={"model": str(tmp_path / "new")})
+        change = pool.submit(lambda: asyncio.run(service.configure(swapped)))
+        wait_until(lambda: not service.models, "the drain never began")
+        assert http.get("/health").status_code == 503
+        waiting = [
+            pool.submit(lambda: http.post("/v1/completions", json=body).json()),
+            pool.submit(lambda: http.get("/v1/models").json()),
+        ]
+        steps.release(1000)
+        steps = None  # it refers to the engine
+        change.result(timeout=60)
+        before, (after, models) = running.result(timeout=60), (each.result(timeout=60) for each in waiting)
+        assert http.get("/health").status_code == 200
+    assert alive == [[None, None]]
+    assert before["choices"][0]["text"] == text_of(expected(old, n=40, seed=2, stop=frozenset()))
+    assert after["choices"][0]["text"] == text_of(expected(new, n=40, seed=2, stop=frozenset()))
+    assert [card["id"] for card in models["data"]] == ["tiny", "teacher"]
+
+
+def test_where_a_model_cannot_be_loaded_after_a_drain_the_former_one_is_loaded_again(tmp_path):
+    old, bad = save_model(tmp_path / "old"), save_model(tmp_path / "bad")
+    (bad / "model.safetensors").unlink()
+    with (
+        endpoint(old, max_model_len=40, load_after_drain=True) as (url, service),
+        httpx.Client(base_url=url, timeout=60) as http,
+    ):
+        before, former = complete(http)["choices"], service.models["tiny"]
+        asyncio.run(service.configure(service.settings.model_copy(update={"model": str(bad)})))
+        assert service.models["tiny"] is not former
+        assert complete(http)["choices"] == before
+        assert f"model={bad} cannot be served: OSError" in http.get("/health").json()["failed_deployment"]
+        assert service.settings.model == str(old)
