@@ -113,8 +113,13 @@ def _percentile(values: list[float], p: int) -> float:
     return sorted(values)[min(len(values) - 1, len(values) * p // 100)]
 
 
-def random_model(folder: Path) -> str:
-    """Save a student with random weights and a tokenizer of numbered words; returns the directory."""
+def save_random(folder: Path, seed: int | None = None, chat_template: str | None = None, **sizes: int) -> str:
+    """Save a student with random weights and a tokenizer of numbered words; returns the directory.
+
+    Args:
+        seed: of weights by which some tokens are much likelier than others; None for those of an untrained model.
+        sizes: settings of `LlamaConfig`, by default those of a model with 110 M parameters.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -122,11 +127,20 @@ def random_model(folder: Path) -> str:
     from kforcing.backbone import random_llama
 
     design = Design("sequential", "inverse_cdf", sequential=SequentialConfig(hint_layers=1))
-    student = PushForwardLM.from_backbone(random_llama(), 4, design)
+    backbone = random_llama(**sizes)
+    if seed is not None:
+        torch.manual_seed(seed)
+        for parameter in backbone.parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=0.2)
+    student = PushForwardLM.from_backbone(backbone, 4, design)
     student.save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(32_000)}, unk_token="w0"))
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(backbone.config.vocab_size)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    if chat_template:
+        tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 
@@ -152,7 +166,7 @@ def main() -> None:
     given = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        model = given.model or random_model(Path(folder))
+        model = given.model or save_random(Path(folder))
         prompts = torch.randint(0, vocabulary_of(model), (given.requests, given.context), generator=generator).tolist()
         if given.bare:
             print(bare_engine(model, given.max_num_seqs, given.tokens, prompts))
@@ -232,17 +246,27 @@ def _summary(record: dict[str, Any]) -> str:
 
 
 def replicas() -> list[int]:
-    """Process ids of the replicas on this machine."""
+    """Process ids of the replicas of the Ray cluster that this process has started."""
+    parents: dict[int, int] = {}
     found = []
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if folder.name.isdigit() and (folder / "cmdline").read_bytes().startswith(b"ray::ServeReplica"):
-                found.append(int(folder.name))
+            if folder.name.isdigit():
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                if (folder / "cmdline").read_bytes().startswith(b"ray::ServeReplica"):
+                    found.append(int(folder.name))
+    return [pid for pid in found if os.getpid() in _ancestors(pid, parents)]
+
+
+def _ancestors(pid: int, parents: dict[int, int]) -> list[int]:
+    found = []
+    while pid := parents.get(pid, 0):
+        found.append(pid)
     return found
 
 
 def replica_megabytes() -> float:
-    """Resident memory of the replicas on this machine, in MB."""
+    """Resident memory of these replicas, in MB."""
     pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in replicas())
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 

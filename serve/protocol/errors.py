@@ -89,7 +89,10 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        return ApiError(error.status_code, str(error.detail)).response(error.headers)
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = f"there is no {request.method} {request.url.path} here"
+        return ApiError(error.status_code, message).response(error.headers)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:

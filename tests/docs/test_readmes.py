@@ -29,7 +29,7 @@ from tests.endpoint import LETTERS, endpoint, save_model
 from tests.models import CONFIGS, make_sequential
 
 README, KFORCING, PIPELINES, SERVE, INFRA, CONTRIBUTING = PAGES
-EXTERNAL = {"git", "pip", "docker", "kubectl", "guidellm", "aiperf", "lm_eval", "."}
+EXTERNAL = {"git", "pip", "docker", "kubectl", "guidellm", "aiperf", "lm_eval", "schemathesis", "."}
 """Programs of other people: only the files of the project that they are given are checked."""
 
 LOG = ROOT / "LOG.md"

@@ -178,8 +178,24 @@ def test_unknown_paths_and_methods_are_answered_in_openais_shape(http):
     ):
         assert answer.status_code == code
         assert answer.json()["error"]["message"]
+    assert http.get("/v2/nothing").json()["error"]["message"] == "there is no GET /v2/nothing here"
     assert http.get("/v1/completions").headers["allow"] == "POST"
     assert http.post("/health").headers["allow"] == "GET"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("embeddings", {"input": "abc"}, 404, "there is no POST /v1/embeddings here"),
+        ("completions", {"prompt": "a", "use_beam_search": True}, 400, "use_beam_search=True is not supported"),
+        ("completions", {"prompt": "a", "lora_request": {"lora_name": "a"}}, 400, "lora_request="),
+        ("completions", {"prompt": "a", "model": "tiny-lora"}, 404, "'tiny-lora' is not served here; there are: tiny"),
+    ],
+)
+def test_what_is_not_served_here_is_refused_by_name(http, path, body, status, message):
+    answer = http.post(f"/v1/{path}", json=body)
+    assert answer.status_code == status
+    assert message in answer.json()["error"]["message"]
 
 
 def test_head_is_answered_like_get_without_a_body(http):

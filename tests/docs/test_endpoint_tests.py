@@ -1,0 +1,20 @@
+"""The tables of serve/ENDPOINT_TESTS.md name tests that exist."""
+
+import re
+
+from tests.docs.pages import ROOT
+
+PAGE = ROOT / "serve" / "ENDPOINT_TESTS.md"
+
+
+def test_every_test_that_the_tables_name_exists():
+    rows = [
+        row for row in re.findall(r"^\|.*\|$", PAGE.read_text(), re.M) if "---" not in row and "| tests |" not in row
+    ]
+    assert len(rows) > 30
+    for row in rows:
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", row)
+        assert named or "serve.overhead" in row, row
+        for file, test in named:
+            path = ROOT / (file if "/" in file else f"tests/serve/{file}")
+            assert f"\ndef {test}(" in path.read_text(), f"{file}::{test}"
