@@ -192,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10, help="of traffic (default %(default)s)")
     parser.add_argument("--model", metavar="DIR", help="a model to serve; needs --other")
-    parser.add_argument("--other", metavar="DIR", help="the model that takes its place, with another directory name")
+    parser.add_argument("--other", metavar="DIR", help="one of the same vocabulary, in a directory of another name")
     parser.add_argument("--clients", type=int, default=8, help="requests at once (default %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="of the endpoint (default %(default)s)")
     given = parser.parse_args()

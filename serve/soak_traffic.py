@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-KINDS = ("whole", "stream", "list", "chat", "leave a stream", "leave a whole answer", "bad")
+KINDS = ("whole", "whole", "stream", "stream", "leave a stream", "leave a whole answer", "bad")
 BAD: list[tuple[str, dict[str, Any], int]] = [
     ("/v1/completions", {"prompt": "a", "max_tokens": -1}, 400),
     ("/v1/completions", {"prompt": [1] * 5000}, 400),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from serve.soak import tiny_models
-from serve.soak_traffic import Endpoint, Traffic, cases, whole_texts
+from serve.soak_traffic import KINDS, Endpoint, Traffic, cases, whole_texts
 from tests.endpoint import endpoint
 from tests.waiting import wait_until
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.cluster
 
 
 def run_traffic(url, expected_of=lambda texts: texts):
-    """What three clients saw in 40 requests of each kind."""
+    """What three clients saw in 150 requests."""
     to = Endpoint(int(url.rpartition(":")[2]))
     asked = cases(12, 500, chat=True)
     expected = [expected_of(whole_texts(to, case)[1]) for case in asked]
@@ -39,7 +39,9 @@ def url(tmp_path_factory):
 def test_traffic_of_all_kinds_finds_no_problem_in_an_endpoint_without_one(url):
     traffic = run_traffic(url)
     assert traffic.problems == []
-    assert {"whole", "stream", "list", "chat", "bad", "leave a stream"} <= set(traffic.done)
+    assert set(traffic.done) == set(KINDS)
+    assert {len(texts) for texts in traffic.expected["tiny"]} >= {1, 3}
+    assert {case.path for case in traffic.cases} == {"/v1/completions", "/v1/chat/completions"}
     assert traffic.answered_by["tiny"] > 40
 
 
