@@ -21,11 +21,12 @@ from pathlib import Path
 from pipelines.config.command_line import read_command_line
 from pipelines.config.schema import Config
 from pipelines.config.section import ConfigError
+from pipelines.failures import ending_in_one_line
 from pipelines.log import show_progress
-from pipelines.runs.cluster import INTERRUPTED, connected, work_of_run
+from pipelines.runs.cluster import connected, work_of_run
 from pipelines.runs.pipeline import Pipeline
 from pipelines.runs.plan import describe_plan
-from pipelines.runs.stages import StageError, locked
+from pipelines.runs.stages import locked
 
 
 def distill(config: Config) -> Path:
@@ -54,21 +55,16 @@ def read_plan_options(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, left
 
 
+@ending_in_one_line()
 def main() -> None:
-    """Read the command line, run or plan, and turn mistakes into one clear line."""
+    """Read the command line, and run or plan."""
     show_progress()
-    try:
-        plan, words = read_plan_options(sys.argv[1:])
-        config = read_command_line(__doc__ or "", words)
-        if plan.plan:
-            print(describe_plan(config, plan.flops_per_s))
-            return
-        report = distill(config)
-    except (ConfigError, StageError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    print(f"report  {report}")
+    plan, words = read_plan_options(sys.argv[1:])
+    config = read_command_line(__doc__ or "", words)
+    if plan.plan:
+        print(describe_plan(config, plan.flops_per_s))
+    else:
+        print(f"report  {distill(config)}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,10 @@ from pipelines.evaluation.parts import run_parts
 from pipelines.evaluation.plan import plan_of
 from pipelines.evaluation.report.record import write_evaluation
 from pipelines.evaluation.subject import Subject, open_subject, subject_of
+from pipelines.failures import ending_in_one_line
 from pipelines.log import log, show_progress
-from pipelines.runs.cluster import INTERRUPTED, READING, Pool, Work, connected
-from pipelines.runs.stages import StageError, hold, open_stage
+from pipelines.runs.cluster import READING, Pool, Work, connected
+from pipelines.runs.stages import hold, open_stage
 from pipelines.tracking.evaluation_log import log_evaluation
 from pipelines.tracking.mlflow_client import tracking_uri
 
@@ -95,8 +95,9 @@ def alone_cpus(config: EvaluationConfig) -> float:
     return config.speed.cpus or max(node.get("CPU", 1.0) for node in nodes)
 
 
+@ending_in_one_line()
 def main() -> None:
-    """Read the command line, run, and turn mistakes into one clear line."""
+    """Read the command line and run."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=f"fields:\n{describe_fields(EvaluationConfig)}",
@@ -106,16 +107,10 @@ def main() -> None:
     words = parser.parse_args().words
     show_progress()
     targets = [word for word in words if "=" not in word]
-    try:
-        if len(targets) > 1:
-            raise ConfigError(f"one run at a time, found {' and '.join(targets)}")
-        config = evaluation_config([word for word in words if "=" in word])
-        record = evaluate(targets[0] if targets else "runs/toy", config)
-    except (ConfigError, StageError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    print(json.dumps(record))
+    if len(targets) > 1:
+        raise ConfigError(f"one run at a time, found {' and '.join(targets)}")
+    config = evaluation_config([word for word in words if "=" in word])
+    print(json.dumps(evaluate(targets[0] if targets else "runs/toy", config)))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
 from pipelines.benchmarks.comparison.figures import teacher_samples
@@ -33,11 +32,12 @@ from pipelines.config.overrides import apply, override
 from pipelines.config.recipes import recipe
 from pipelines.config.section import ConfigError
 from pipelines.config.validation import validate
+from pipelines.failures import ending_in_one_line
 from pipelines.files import atomic_write, write_json
 from pipelines.log import show_progress
 from pipelines.runs.cluster import connected, with_lasting_root, work_of_run
 from pipelines.runs.pipeline import Pipeline
-from pipelines.runs.stages import StageError, locked
+from pipelines.runs.stages import locked
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -86,6 +86,7 @@ def run(options: Options) -> dict[str, Any]:
     return {"path": str(config.root / "compare.json"), "jobs": len(results)}
 
 
+@ending_in_one_line()
 def main() -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,12 +105,8 @@ def main() -> None:
         print(json.dumps(record))
         return
     show_progress()
-    try:
-        only = given.only.split(";") if given.only else None
-        record = run(Options(only, given.seeds, given.share, given.samples, given.words))
-    except (ConfigError, StageError) as error:
-        sys.exit(f"error: {error}")
-    print(json.dumps(record))
+    only = given.only.split(";") if given.only else None
+    print(json.dumps(run(Options(only, given.seeds, given.share, given.samples, given.words))))
 
 
 if __name__ == "__main__":

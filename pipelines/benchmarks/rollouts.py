@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 from typing import Any
 
 import torch
@@ -28,11 +27,12 @@ from pipelines.config.overrides import override
 from pipelines.config.schema import Config
 from pipelines.config.section import ConfigError
 from pipelines.config.stages import stage_spec
+from pipelines.failures import ending_in_one_line
 from pipelines.log import show_progress
 from pipelines.runs.cluster import connected, work_of_run
 from pipelines.runs.costs import training_log
 from pipelines.runs.pipeline import Pipeline
-from pipelines.runs.stages import StageError, locked
+from pipelines.runs.stages import locked
 from pipelines.tables import spread
 
 DEFAULTS = [
@@ -109,13 +109,11 @@ def print_table(record: dict[str, Any]) -> None:
     print(f"cached rollouts took {record['cached']['cache_seconds']:.0f} s to write before training began")
 
 
+@ending_in_one_line()
 def main() -> None:
     """Read the command line, run, print."""
     show_progress()
-    try:
-        record = run(read_command_line(__doc__ or "", defaults=DEFAULTS))
-    except (ConfigError, StageError) as error:
-        sys.exit(f"error: {error}")
+    record = run(read_command_line(__doc__ or "", defaults=DEFAULTS))
     print_table(record)
     print(json.dumps(record))
 

@@ -45,6 +45,7 @@ from pipelines.config.overrides import override
 from pipelines.config.recipes import recipe
 from pipelines.config.section import ConfigError
 from pipelines.config.stages import StageSpec, resolve
+from pipelines.failures import ending_in_one_line
 from pipelines.files import write_json
 from pipelines.training.job import CANDIDATE_ROWS, stage_job
 from pipelines.training.single_process import count_step, shortened, train_here
@@ -272,6 +273,7 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+@ending_in_one_line()
 def main() -> None:
     """Train all arms and print the table."""
     given = read_arguments()
@@ -281,13 +283,10 @@ def main() -> None:
     if given.here:
         run_arm(given, arms[0])
         return
-    try:
-        for arm in arms:
-            arm.stage()  # mistakes show before anything is trained
-        if len({arm.name for arm in arms}) < len(arms):
-            raise ConfigError("two arms have one name; give each its own")
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    for arm in arms:
+        arm.stage()  # mistakes show before anything is trained
+    if len({arm.name for arm in arms}) < len(arms):
+        raise ConfigError("two arms have one name; give each its own")
     given.output.mkdir(parents=True, exist_ok=True)
     if not given.prepared:
         prepare(given)

@@ -18,16 +18,13 @@ from typing import Annotated
 
 from pydantic import AfterValidator, ConfigDict, Field
 
+from pipelines.failures import Exit, Failure
 
-class ConfigError(ValueError):
+
+class ConfigError(Failure, ValueError):
     """A mistake of the person who started the run; its text, one line, names the value and what to do."""
 
-    def __init__(self, text: object):
-        super().__init__(text)
-        self.line = " ".join(str(text).splitlines())
-
-    def __str__(self) -> str:
-        return self.line  # Ray appends lines to the arguments of exceptions
+    exit_code = Exit.CONFIG
 
 
 SECTION = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)

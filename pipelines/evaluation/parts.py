@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config.fingerprint import fingerprint
+from pipelines.failures import cause_of
 from pipelines.log import log
 from pipelines.runs.stages import Stage, StageError, open_whole_stage
 
@@ -71,7 +72,8 @@ def run_parts(parts: list[Part], root: Path, cpus: float, gpus: float, alone_cpu
         try:
             results[part.name], seconds = ray.get(done[0])
         except ray.exceptions.RayTaskError as error:
-            raise StageError(f"part {part.name} of the evaluation failed: {error.cause or error}") from error
+            cause = cause_of(error)
+            raise StageError(f"part {part.name} of the evaluation failed: {cause.text}", cause.exit_code) from error
         stage = stages[part.name]
         stage.finish(result=results[part.name], seconds=seconds, checksums=stage.checksums)
         left = len(todo) + len(running)

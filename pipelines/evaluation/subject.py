@@ -155,7 +155,7 @@ def config_of(record: dict[str, str], target: str) -> Config:
         )
     config = dataclasses.replace(recipe(name), stages={})
     for path, value in record.items():
-        if path in ("recipe", "time", "event") or path.startswith("tracking."):
+        if path in ("recipe", "time", "event", "run") or path.startswith("tracking."):
             continue
         try:
             config = override(config, path, value)

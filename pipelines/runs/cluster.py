@@ -21,6 +21,7 @@ from pipelines.config.schema import Config, EvalConfig, TrainConfig
 from pipelines.config.section import ConfigError, node_selector
 from pipelines.config.stages import StageSpec, TeacherSpec, resolve, teacher_spec
 from pipelines.data.listing import SELF
+from pipelines.failures import Exit
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS_ROOT = Path.home() / "kforcing"
@@ -28,7 +29,6 @@ JOBS_ROOT = Path.home() / "kforcing"
 # glibc otherwise returns every large tensor's pages to the kernel and faults them in again (7% of a training step).
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 
-INTERRUPTED = "interrupted; run the same command to continue"
 LONGEST_TEMP = 40
 """Characters of a temporary directory in which the names of Ray's sockets still fit."""
 
@@ -80,7 +80,7 @@ def connected(root: Path, work: Work) -> Iterator[None]:
     """Start the embedded Ray, or attach to the cluster in `RAY_ADDRESS`, after checking that the work fits.
 
     Raises ConfigError when the pools do not fit on the cluster or on the nodes that they are tied to, or when `root` is on
-    one node's own disk. Ctrl-C and SIGTERM (a stopped job) become a SystemExit that says how to continue.
+    one node's own disk. SIGTERM (a stopped job) becomes a KeyboardInterrupt, as Ctrl-C is one.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -102,8 +102,8 @@ def connected(root: Path, work: Work) -> Iterator[None]:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):  # Ray takes the text away from a SystemExit that meets it in `ray.get`
-        raise SystemExit(INTERRUPTED) from None
+    except (KeyboardInterrupt, SystemExit):
+        raise KeyboardInterrupt from None
     finally:
         ray.shutdown()
 
@@ -123,7 +123,8 @@ def _start_ray() -> None:
         init_ray(**options)
     except Exception as error:
         where = f"RAY_ADDRESS={address}" if address else "Ray does not start on this machine"
-        raise ConfigError(f"{where}: {' '.join(str(error).split())[:300] or type(error).__name__}") from None
+        text = f"{where}: {' '.join(str(error).split())[:300] or type(error).__name__}"
+        raise ConfigError(text, Exit.CLUSTER) from None
 
 
 def init_ray(**options: Any) -> None:
@@ -150,16 +151,18 @@ def _check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if "://" in address:
         raise ConfigError(
-            f"RAY_ADDRESS={address}: a run joins a cluster by the address of its GCS, not by a URL; {example}"
+            f"RAY_ADDRESS={address}: a run joins a cluster by the address of its GCS, not by a URL; {example}",
+            Exit.CLUSTER,
         )
     if not (host and port.isdigit() and int(port) < 2**16):
-        raise ConfigError(f"RAY_ADDRESS={address} is not HOST:PORT; {example}")
+        raise ConfigError(f"RAY_ADDRESS={address} is not HOST:PORT; {example}", Exit.CLUSTER)
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
     except OSError as error:
-        raise ConfigError(f"RAY_ADDRESS={address}: no cluster answers there ({error}); {example}") from None
+        text = f"RAY_ADDRESS={address}: no cluster answers there ({error}); {example}"
+        raise ConfigError(text, Exit.CLUSTER) from None
     if problem := _no_gcs(address):
-        raise ConfigError(f"RAY_ADDRESS={address}: no cluster can be joined there ({problem}); {example}")
+        raise ConfigError(f"RAY_ADDRESS={address}: no cluster can be joined there ({problem}); {example}", Exit.CLUSTER)
 
 
 def _no_gcs(address: str) -> str | None:
@@ -264,7 +267,8 @@ def check_labels(work: Work, nodes: list[dict[str, Any]]) -> None:
             tied = {key: pool for key, pool in pools.items() if pool.label == label}
             if not there:
                 raise ConfigError(
-                    f"{name}, {' and '.join(tied)}: no node of the cluster has the label {label}, so Ray would wait for ever"
+                    f"{name}, {' and '.join(tied)}: no node of the cluster has the label {label}, so Ray would wait for ever",
+                    Exit.CLUSTER,
                 )
             _check_pools(name, tied, have, f"the part with label {label}")
 
@@ -280,5 +284,6 @@ def _check_pools(work: str, pools: dict[str, Pool], have: dict[str, float], wher
             parts = " + ".join(f"{amount:g} for {name}" for name, amount in need.items())
             raise ConfigError(
                 f"{work} needs {sum(need.values()):g} {kind}s ({parts}), {where} has {have.get(kind, 0.0):g}: "
-                f"Ray would wait for ever. Ask for fewer or for fewer {kind}s each, or use a larger cluster"
+                f"Ray would wait for ever. Ask for fewer or for fewer {kind}s each, or use a larger cluster",
+                Exit.CLUSTER,
             )

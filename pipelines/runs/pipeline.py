@@ -20,6 +20,7 @@ from pipelines.data.encoding import eos_id
 from pipelines.data.tokenise import Prepared, prepare
 from pipelines.evaluation.exact_mode import ExactJob, measure_exact_mode
 from pipelines.evaluation.heldout import EvalJob, SampleJob, evaluate_student, write_samples
+from pipelines.failures import cause_of
 from pipelines.files import read_json, write_json
 from pipelines.log import log
 from pipelines.rollouts.cache import cache_rollouts
@@ -64,8 +65,11 @@ class Pipeline:
     def __enter__(self) -> Pipeline:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.tracker.finish("FINISHED" if kind is None else "KILLED" if not issubclass(kind, Exception) else "FAILED")
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, Exception):
+            self.tracker.finish("FAILED", cause_of(error).text)
+        else:
+            self.tracker.finish("FINISHED" if error is None else "KILLED")
 
     def prepare(self) -> Prepared:
         """Corpus and tokenizer."""
@@ -212,4 +216,5 @@ def _in_a_task(stage: str, function: Callable[..., None], *arguments: Any) -> No
     try:
         ray.get(ray.remote(num_cpus=1)(function).remote(*arguments))
     except RayTaskError as error:
-        raise StageError(f"stage {stage}: {error.cause}") from error
+        cause = cause_of(error)
+        raise StageError(f"stage {stage}: {cause.text}", cause.exit_code) from error

@@ -12,6 +12,7 @@ evaluation whose files have changed as `<stage>-changed`.
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -23,11 +24,12 @@ from filelock import FileLock, Timeout
 
 from pipelines.config.recipes import FORMER_NAMES
 from pipelines.config.section import ConfigError
+from pipelines.failures import Exit, Failure
 from pipelines.files import changed, checksum, read_json, write_json
 from pipelines.log import log
 
 
-class StageError(RuntimeError):
+class StageError(Failure, RuntimeError):
     """A stage failed for good; what it finished is kept."""
 
 
@@ -110,7 +112,7 @@ def claim(root: Path, recipe: str) -> None:
     try:
         _check_place(root)
     except OSError as error:
-        raise ConfigError(f"output_dir={root}: {error.strerror}; choose another output_dir") from None
+        raise ConfigError(f"output_dir={root}: {error.strerror}; choose another output_dir", Exit.STORAGE) from None
     if (root / "run.json").is_file():
         owner = (read_json(root / "run.json") or {}).get("recipe", recipe)
         if owner not in (recipe, FORMER_NAMES.get(recipe)):
@@ -128,7 +130,7 @@ def _check_place(root: Path) -> None:
     if not there.is_dir():
         raise ConfigError(f"output_dir={root}: {there} is a file, not a folder; choose another output_dir")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"output_dir={root}: {there} cannot be written to; choose another output_dir")
+        raise ConfigError(f"output_dir={root}: {there} cannot be written to; choose another output_dir", Exit.STORAGE)
 
 
 def hold(folder: Path, busy: str) -> AbstractContextManager[Any]:
@@ -140,14 +142,20 @@ def hold(folder: Path, busy: str) -> AbstractContextManager[Any]:
         folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
-        raise ConfigError(busy) from None
+        raise ConfigError(busy, Exit.BUSY) from None
     except OSError as error:
-        raise ConfigError(f"output_dir={folder} cannot be written to ({error.strerror}); choose another") from None
+        text = f"output_dir={folder} cannot be written to ({error.strerror}); choose another"
+        raise ConfigError(text, Exit.STORAGE) from None
 
 
 @contextmanager
 def locked(root: Path, recipe: str) -> Iterator[None]:
     """Hold the run directory for this process. Raises ConfigError while another run holds it."""
     with hold(root, f"output_dir={root} is in use by another run; wait for it or choose another"):
-        write_json(root / "run.json", {"recipe": recipe})
+        write_json(root / "run.json", {"recipe": recipe, "id": run_id(root) or f"{root.name}-{uuid.uuid4().hex[:6]}"})
         yield
+
+
+def run_id(root: Path) -> str | None:
+    """The id of a run directory, which its log lines carry: made at the first start and kept. None before it."""
+    return (read_json(root / "run.json") or {}).get("id")

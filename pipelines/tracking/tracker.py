@@ -8,6 +8,7 @@ only ever written from one process.
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -20,11 +21,14 @@ from pipelines.config.overrides import leaves
 from pipelines.config.stages import RunSpec
 from pipelines.data.tokenise import Prepared
 from pipelines.files import strict_json
-from pipelines.log import log, without_passwords
+from pipelines.log import ids, log, without_passwords
+from pipelines.runs.stages import run_id
 from pipelines.tracking.metrics import RunMetrics
 from pipelines.tracking.pipeline_runs import OpenStage, PipelineRuns
 
 LOG = "log.jsonl"
+KEPT = {"kept": True}
+"""For `extra` of a log line whose content the JSONL log has already."""
 Record = dict[str, Any]
 
 
@@ -41,16 +45,32 @@ class Tracker:
         self.params, self.drain, self.log = params, drain, run.root / LOG
         self.mlflow = PipelineRuns(run, params, self._mlflow_failed)
         self.prometheus = RunMetrics(run.root.name)
+        self._cut = False
+        ids.update(run=run_id(run.root) or run.root.name)
+        self._lines = LogLines(self)
+        log.addHandler(self._lines)
 
     def write(self, **record: Any) -> None:
-        """Append a record to the run's JSONL log."""
-        with open(self.log, "a") as file:
-            file.write(strict_json({"time": round(time.time(), 3), **record}) + "\n")
+        """Append a record to the run's JSONL log, with the ids of the run and of the open stage.
+
+        When that fails, for example because the disk is full, a warning says so, and the run goes on without it.
+        """
+        line = strict_json({"time": round(time.time(), 3), **ids, **record}) + "\n"
+        try:
+            with open(self.log, "a") as file:
+                file.write("\n" + line if self._cut else line)  # after a failure the last line may be cut
+            self._cut = False
+        except OSError as error:
+            first, self._cut = not self._cut, True
+            if first:
+                log.warning(
+                    f"{self.log} cannot be written to ({error.strerror}); it lacks what happens now", extra=KEPT
+                )
 
     def _mlflow_failed(self, problem: str, first: bool) -> None:
         text = f"{without_passwords(problem)}; see {self.log}"
         if first:
-            log.warning(text)
+            log.warning(text, extra=KEPT)
         self.write(event="tracking_failed", error=text)
 
     def begin(self, prepared: Prepared) -> None:
@@ -61,7 +81,8 @@ class Tracker:
     @contextmanager
     def stage(self, name: str, fingerprint: str, params: dict[str, Any]) -> Iterator[None]:
         """A child run; records that workers leave while it is open are logged to it and shown as progress."""
-        self.write(event="stage_started", stage=name, fingerprint=fingerprint)
+        ids["stage"] = name
+        self.write(event="stage_started", fingerprint=fingerprint)
         self.prometheus.started(name)
         self.mlflow.open(OpenStage(name, fingerprint, params))
         done = threading.Event()
@@ -77,7 +98,8 @@ class Tracker:
         finally:
             done.set()
             pump.join(timeout=30)
-            self.write(event="stage_ended", stage=name, status=status)
+            self.write(event="stage_ended", status=status)
+            ids.pop("stage", None)
             self.prometheus.ended(name)
             self.mlflow.close(status)
 
@@ -93,7 +115,7 @@ class Tracker:
                 records = []
             for record in records:
                 self.write(event="train", fingerprint=fingerprint, **record)
-                log.info(progress_line(record))
+                log.info(progress_line(record), extra=KEPT)
                 self.prometheus.publish(record)
                 self.mlflow.metrics(flatten(record), record["step"])
             if last:
@@ -111,9 +133,12 @@ class Tracker:
         """Register a finished student as a version of the run's model, with alias `k<k>`, unless it is already."""
         self.mlflow.register(folder, k, fingerprint)
 
-    def finish(self, status: str) -> None:
-        """End the pipeline's MLflow run."""
+    def finish(self, status: str, error: str | None = None) -> None:
+        """End the pipeline's MLflow run; `error` is what the run ended with."""
         self.mlflow.finish(status)
+        self.write(event="run_ended", status=status, **({"error": error} if error else {}))
+        log.removeHandler(self._lines)
+        ids.clear()
 
     def ui_command(self) -> str:
         """How to look at the runs."""
@@ -121,6 +146,19 @@ class Tracker:
         if uri == "off":
             return "tracking is off"
         return f"{sys.executable} -m mlflow ui --backend-store-uri '{uri}'" if "sqlite" in uri else f"open {uri}"
+
+
+class LogLines(logging.Handler):
+    """Keeps the progress lines and warnings of a run in its JSONL log too, as records of the event `line`."""
+
+    def __init__(self, tracker: Tracker):
+        super().__init__(logging.INFO)
+        self.tracker = tracker
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        if not hasattr(record, "kept"):
+            self.tracker.write(event="line", level=record.levelname.lower(), text=record.getMessage())
 
 
 def flatten(record: dict[str, Any]) -> dict[str, float]:

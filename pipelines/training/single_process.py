@@ -27,6 +27,7 @@ from kforcing.noise import derive_key
 from pipelines.config.schema import TrainConfig
 from pipelines.config.stages import StageSpec
 from pipelines.data.token_store import TokenStore
+from pipelines.failures import Exit
 from pipelines.files import atomic_file, read_json, write_json
 from pipelines.log import log
 from pipelines.rollouts.actor import RolloutActor
@@ -117,7 +118,7 @@ def train_here(
             StepFigures(loss / tokens, gradient.item(), get_total_norm(trained).item()).check(train.max_loss)
         except Diverged as error:
             good = str(checkpoint) if checkpoint and checkpoint.is_file() else None
-            raise StageError(f"{name}: {explain(error, step, train, place, good)}") from None
+            raise StageError(f"{name}: {explain(error, step, train, place, good)}", Exit.DIVERGED) from None
         _follow(average, trained, ema_decay(step, train.ema))
         if watch:
             watch(step, total)

@@ -11,6 +11,7 @@ rows and which step come next, so a restarted group of workers continues at the 
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from kforcing.loading import save_checked
 from kforcing.noise import derive_key
 from pipelines.config.section import node_selector
 from pipelines.data.rows import positions_of
+from pipelines.failures import Exit, cause_of
 from pipelines.files import added_files, atomic_write
 from pipelines.rollouts.plan import StepPlan
 from pipelines.rollouts.stream import training_rows
@@ -36,6 +38,8 @@ from pipelines.training.step import optimizer_step
 
 DIVERGED = "diverged.txt"
 """File in the folder of a stage that says why its training stopped."""
+FAILED = "failed.txt"
+"""File in the folder of a stage with the errors and stacks of the workers that failed last."""
 
 
 def fit(job: TrainJob, relay: Any) -> None:
@@ -55,7 +59,7 @@ def fit(job: TrainJob, relay: Any) -> None:
     _fit(job, relay)
     if diverged.is_file():
         count("kforcing_diverged_total", 1, Path(job.folder).parent.name, job.stage)
-        raise StageError(f"stage {job.stage}: {diverged.read_text()}")
+        raise StageError(f"stage {job.stage}: {diverged.read_text()}", Exit.DIVERGED)
 
 
 def _fit(job: TrainJob, relay: Any) -> None:
@@ -70,11 +74,13 @@ def _fit(job: TrainJob, relay: Any) -> None:
     try:
         _trainer(job, relay, record).fit()
     except TrainingFailedError as error:
-        raise StageError(
-            f"stage {job.stage} failed {job.train.max_failures + 1} times; the last error was\n{error}\n{kept}"
-        ) from error
+        cause, report = cause_of(error), Path(job.folder, FAILED)
+        with suppress(OSError):  # the disk may be what has failed
+            atomic_write(report, str(error))
+        text = f"stage {job.stage} failed {job.train.max_failures + 1} times; the last error was {cause.text}. {kept}"
+        raise StageError(f"{text}; {report} has the stacks", cause.exit_code) from error
     except RayActorError as error:
-        raise StageError(f"stage {job.stage}: the controller of Ray Train died. {kept}") from error
+        raise StageError(f"stage {job.stage}: the controller of Ray Train died. {kept}", Exit.CLUSTER) from error
 
 
 def _trainer(job: TrainJob, relay: Any, record: Path) -> Any:

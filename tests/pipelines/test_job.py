@@ -1,5 +1,6 @@
 """`ray job submit` against a cluster that is already up: submit, stop in the middle, submit again."""
 
+import json
 import os
 import re
 import signal
@@ -61,6 +62,30 @@ def test_a_job_imports_the_project_from_its_working_directory(cluster):
     line = [RAY, "job", "submit", "--submission-id=where", "--working-dir", ".", "--", "python", "-c", code]
     done = subprocess.run(line, cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=120)
     assert re.search(r"from \S+/working_dir_files/\S+/pipelines/__init__.py", done.stdout), done.stdout + done.stderr
+
+
+OWN = """
+import json, os, sys
+from pathlib import Path
+from pipelines.runs.cluster import connected
+with connected(Path("/shared"), {}):
+    import ray
+    names = ("TOKENIZERS_PARALLELISM", "TRANSFORMERS_VERBOSITY", "MINE")
+    in_a_task = ray.get(ray.remote(num_cpus=0)(lambda: [os.environ.get(name) for name in names]).remote())
+    print("SAW", json.dumps([sys.argv[1:], in_a_task]))
+"""
+
+
+def test_a_jobs_own_environment_wins_and_its_words_arrive_as_they_were_written(cluster):
+    """TOKENIZERS_PARALLELISM is one of the variables that a run sets itself, and the job sets it otherwise."""
+    words = ["data.source=/a b/*.jsonl", 'recipe="x"', "it's", "$HOME", "stages.k4={train: {steps: 3}}", "50%;&|"]
+    own = json.dumps({"env_vars": {"TOKENIZERS_PARALLELISM": "true", "MINE": "a b'c"}})
+    flags = ["--submission-id=own", "--working-dir", ".", f"--runtime-env-json={own}"]
+    line = [RAY, "job", "submit", *flags, "--", "python", "-c", OWN, *words]
+    done = subprocess.run(line, cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=300)
+    found = re.search(r"^SAW (.*)$", done.stdout, re.M)
+    assert found, done.stdout + done.stderr
+    assert json.loads(found[1]) == [words, ["true", "error", "a b'c"]]
 
 
 def test_a_stopped_job_is_continued_by_the_next_submit(cluster, tmp_path):

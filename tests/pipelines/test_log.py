@@ -1,8 +1,10 @@
+import json
 import logging
+import re
 
 import pytest
 
-from pipelines.log import log, show_progress, without_passwords
+from pipelines.log import ids, log, show_progress, without_passwords
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +22,19 @@ def test_progress_goes_to_stdout_as_it_is_and_warnings_to_stderr(capsys):
     out, err = capsys.readouterr()
     assert out == "k2  finished before, skipped\n"
     assert err == "warning  train.on_policy_fraction is now train.on_policy_fraction\n"
+
+
+def test_lines_are_json_objects_with_ids_where_a_collector_wants_them(capsys, monkeypatch):
+    monkeypatch.setenv("KFORCING_LOG", "json")
+    monkeypatch.setitem(ids, "run", "toy-1a2b3c")
+    monkeypatch.setitem(ids, "stage", "k2")
+    show_progress()
+    log.info("k2  training 8 steps")
+    log.warning('a "warning"')
+    out, err = (json.loads(line) for line in capsys.readouterr())
+    assert (out["run"], out["stage"], out["level"], out["text"]) == ("toy-1a2b3c", "k2", "info", "k2  training 8 steps")
+    assert (err["level"], err["text"]) == ("warning", 'a "warning"')
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", out["time"])
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_variants_spend_the_same_and_finished_ones_are_kept(tmp_path):
 
 def test_an_unknown_variant_is_refused(tmp_path):
     done = compare(tmp_path, "--only=sequentiel", "output_dir=out")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("error: --only sequentiel: the variants are paper; ")
 
 

@@ -73,7 +73,7 @@ def test_an_evaluation_of_an_older_run_reads_its_log_or_says_how_to_get_the_file
     config = apply(recipe("smoke"), {}, ["train.steps=9"])
     finished(tmp_path, config)
     log = tmp_path / "log.jsonl"
-    log.write_text(json.dumps({"event": "config", "recipe": "smoke", "train.steps": "9"}) + "\n")
+    log.write_text(json.dumps({"event": "config", "run": "a-1", "recipe": "smoke", "train.steps": "9"}) + "\n")
     run, _ = open_subject(str(tmp_path), EvaluationConfig())
     assert run == resolve_run(dataclasses.replace(config, output_dir=str(tmp_path)))
     log.write_text(json.dumps({"event": "config", "recipe": "smoke", "train.stride": "9"}) + "\n")

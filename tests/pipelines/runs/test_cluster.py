@@ -11,6 +11,7 @@ import threading
 import pytest
 
 from pipelines.config.section import ConfigError
+from pipelines.failures import Exit
 from pipelines.runs.cluster import ANSWER_S, CONNECT_S, _environment_of_workers, connected
 from tests.pipeline_runs import environment, hear_interrupts
 from tests.waiting import wait_until
@@ -31,6 +32,7 @@ def test_an_address_without_a_cluster_is_one_line_at_once(tmp_path, monkeypatch,
     with pytest.raises(ConfigError, match=problem.replace("(", r"\(")) as error, connected(tmp_path, {}):
         pass
     assert "\n" not in str(error.value)
+    assert error.value.exit_code == Exit.CLUSTER
 
 
 def http_server():
@@ -72,8 +74,9 @@ def test_variables_that_a_job_sets_itself_are_left_to_it(monkeypatch):
 WAITING = """
 import time
 from pathlib import Path
+from pipelines.failures import ending_in_one_line
 from pipelines.runs.cluster import connected
-with connected(Path("run"), {}):
+with ending_in_one_line(), connected(Path("run"), {}):
     import ray
     print("connected", flush=True)
     ray.get(ray.remote(num_cpus=0)(lambda: time.sleep(600)).remote())
@@ -91,6 +94,6 @@ def test_a_run_that_is_interrupted_says_how_to_continue(tmp_path, number):
         run = subprocess.Popen(line, stdout=out, stderr=out, cwd=tmp_path, env=env, preexec_fn=hear_interrupts)
     wait_until(lambda: "connected" in log.read_text() or run.poll() is not None, log.read_text, 300, pause=0.2)
     run.send_signal(number)
-    assert run.wait(timeout=300) == 1, log.read_text()
+    assert run.wait(timeout=300) == Exit.INTERRUPTED, log.read_text()
     assert log.read_text().splitlines()[-1] == "interrupted; run the same command to continue"
     assert "Traceback" not in log.read_text()

@@ -117,13 +117,18 @@ def test_the_command_plans_without_starting_anything(tmp_path, monkeypatch, caps
     assert not list(root.glob("*/*"))
 
 
-def test_a_speed_without_a_plan_is_refused(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["distill.py", "--flops-per-s", "1e12"])
-    with pytest.raises(SystemExit, match="belongs to --plan"):
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--flops-per-s", "1e12"], "belongs to --plan"),
+        (["--plan", "--flops-per-s", "0"], "give the trainers' FLOP/s"),
+    ],
+)
+def test_a_speed_that_cannot_be_is_one_line_and_exit_code_2(monkeypatch, capsys, words, problem):
+    monkeypatch.setattr(sys, "argv", ["distill.py", *words])
+    with pytest.raises(SystemExit) as ended:
         distill.main()
-
-
-def test_a_speed_of_zero_is_refused(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["distill.py", "--plan", "--flops-per-s", "0"])
-    with pytest.raises(SystemExit, match="give the trainers' FLOP/s"):
-        distill.main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --flops-per-s")
+    assert problem in line

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from pipelines.config.recipes import recipe
 from pipelines.config.saved import save_config
 from pipelines.config.stages import resolve_run
 from pipelines.data.tokenise import Prepared
+from pipelines.log import log
+from pipelines.runs.stages import locked, run_id
 from pipelines.tracking.mlflow_client import mlflow_client, open_experiment, tracking_uri
 from pipelines.tracking.tracker import Tracker, flatten, progress_line
 from tests.endpoint import save_model
@@ -233,6 +236,48 @@ def test_tracking_can_be_off(tmp_path, prepared, caplog):
     tracker.finish("FINISHED")
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
     assert not (tmp_path / "runs" / "mlflow.db").exists()
+
+
+def test_every_record_carries_the_run_and_its_stage_and_lines_are_records_too(tmp_path, prepared):
+    root = tmp_path / "runs" / "a"
+    with locked(root, "smoke"):
+        name = run_id(root)
+    assert re.fullmatch(r"a-[0-9a-f]{6}", name)
+    with locked(root, "smoke"):  # the next start keeps it
+        assert run_id(root) == name
+    config, tracker = tracker_for(tmp_path, "off", [RECORD])
+    tracker.begin(prepared)
+    with tracker.stage("k2", "f00", PARAMS):
+        log.warning("the disk is slow")
+    tracker.finish("FAILED", "the disk is full")
+    records = log_lines(config)
+    assert {record["run"] for record in records} == {name}
+    stages = {record["event"]: record.get("stage") for record in records}
+    assert stages == {
+        "config": None, "stage_started": "k2", "line": "k2", "train": "k2", "stage_ended": "k2", "run_ended": None,
+    }  # fmt: skip
+    (line,) = (record for record in records if record["event"] == "line")
+    assert (line["level"], line["text"]) == ("warning", "the disk is slow")
+    assert records[-1]["error"] == "the disk is full"
+    log.warning("after the run")
+    assert log_lines(config) == records
+
+
+def test_a_log_that_cannot_be_written_costs_one_warning_and_no_run(tmp_path, prepared, caplog):
+    config, tracker = tracker_for(tmp_path, "off")
+    tracker.begin(prepared)
+    file, kept = config.root / "log.jsonl", config.root / "kept"
+    file.rename(kept)
+    file.symlink_to("/dev/full")
+    with tracker.stage("k2", "f00", PARAMS):
+        pass
+    file.unlink()
+    kept.rename(file)
+    with open(file, "a") as cut:
+        cut.write('{"time": 1')  # what a full disk takes of a line
+    tracker.finish("FINISHED")
+    assert caplog.text.count("log.jsonl cannot be written to (No space left on device); it lacks what happens now") == 1
+    assert json.loads(file.read_text().splitlines()[-1])["event"] == "run_ended"
 
 
 def test_a_server_that_was_away_when_a_stage_ended_has_everything_in_the_end(server, tmp_path, prepared):
