@@ -128,7 +128,7 @@ def load_ar(folder: str, gguf_file: str | None = None, dtype: Any = torch.float3
     """
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "gguf_file": gguf_file}
     if gguf_file is None:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if problem := quantised(config):
             raise ValueError(f"{folder}: {problem}")
         if getattr(config, "quantization_config", None):
@@ -137,7 +137,9 @@ def load_ar(folder: str, gguf_file: str | None = None, dtype: Any = torch.float3
             inner = text_config(config)
             inner.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
             options |= {"config": inner, "key_mapping": INSIDE}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, trust_remote_code=False, **options
+    )
     model, info = loaded
     if missing := sorted(str(name) for name in (*info["missing_keys"], *info["mismatched_keys"])):
         raise ValueError(

@@ -118,7 +118,7 @@ def model_without_weights(path: str | Path) -> Any:
         FileNotFoundError: when the directory holds no model or no weights.
         ValueError: when a file of weights is damaged, or they are quantised in a way that cannot be undone here.
     """
-    config = AutoConfig.from_pretrained(_config_file(path).parent)
+    config = AutoConfig.from_pretrained(_config_file(path).parent, trust_remote_code=False)
     if problem := quantised(config):
         raise ValueError(f"{path}: {problem}")
     files = [*Path(path).glob("*.safetensors"), *Path(path).glob("pytorch_model*.bin")]
@@ -154,7 +154,7 @@ def load_tokenizer(path: str | Path, gguf_file: str | None = None) -> Any:
     """
     folder = Path(path)
     if gguf_file:
-        return AutoTokenizer.from_pretrained(str(path), gguf_file=gguf_file)
+        return AutoTokenizer.from_pretrained(str(path), gguf_file=gguf_file, trust_remote_code=False)
     hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)) and not folder.exists()
     if not hub_id and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
         raise FileNotFoundError(f"no tokenizer in {path}; put tokenizer.json and tokenizer_config.json there")
@@ -162,7 +162,7 @@ def load_tokenizer(path: str | Path, gguf_file: str | None = None) -> Any:
     if (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     if (folder / CONVENTIONS).is_file():  # models of earlier releases have none
         check_conventions(folder, tokenizer, saved_generation_config(folder))
     return tokenizer

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pipelines.failures import Failure
 from pipelines.log import log
 
 _KEPT_FROM = 1 << 26
@@ -148,7 +149,13 @@ def checksum(path: Path) -> int:
 
 
 def changed(folder: Path, checksums: dict[str, int]) -> list[str]:
-    """The files of a folder, out of those with a checksum, that are missing or do not hold what was written to them."""
+    """The files of a folder, out of those with a checksum, that are missing or do not hold what was written to them.
+
+    Raises Failure for a name that leads out of the folder, which no run has written.
+    """
+    for name in checksums:
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise Failure(f"{folder}: its list of files names {name}, which lies outside of it; remove the folder")
 
     def differs(name: str) -> bool:
         return not (folder / name).is_file() or checksum(folder / name) != checksums[name]

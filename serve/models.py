@@ -17,7 +17,7 @@ from kforcing.loading import (
     model_without_weights,
     saved_generation_config,
 )
-from kforcing.model_uri import PREFIX, parse_model_uri
+from kforcing.model_uri import PREFIX, check_path, parse_model_uri, refuse_links
 from kforcing.structured import Grammars
 from serve.engine_thread import AsyncEngine, EngineThread
 from serve.metrics import EngineMetrics, Metrics
@@ -156,11 +156,13 @@ def resolve(model: str, setting: str = "model") -> Path:
     Raises FileNotFoundError if there is none, and ValueError for a malformed URI.
     """
     if model.startswith(REMOTE):
+        check_path(model)
         if model.startswith(PREFIX):
             parse_model_uri(model)
         from mlflow.artifacts import download_artifacts
 
         root = Path(download_artifacts(model))
+        refuse_links(root)
         found = next((file.parent for file in sorted(root.rglob("config.json"))), None)
         if found is None:
             raise FileNotFoundError(f"{model} holds no config.json")

@@ -39,7 +39,7 @@ def check_external(path: str | Path) -> None:
     """Raise ValueError or OSError when `load_external` would not find this model; nothing is loaded."""
     folder, gguf = locate_model(str(path))
     if gguf is None:
-        AutoConfig.from_pretrained(folder)
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_external(path: str | Path, device: str | None = None, dtype: str | None = None) -> External:
@@ -56,10 +56,14 @@ def load_external(path: str | Path, device: str | None = None, dtype: str | None
         raise ValueError(f"dtype={dtype}: choose one of {', '.join(DTYPES)}")
     path, file = locate_model(str(path))
     model: Any = AutoModelForCausalLM.from_pretrained(
-        path, attn_implementation="sdpa", dtype=DTYPES[dtype] if dtype else "auto", gguf_file=file
+        path,
+        attn_implementation="sdpa",
+        dtype=DTYPES[dtype] if dtype else "auto",
+        gguf_file=file,
+        trust_remote_code=False,
     )
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return External(model.eval(), AutoTokenizer.from_pretrained(path, gguf_file=file))
+    return External(model.eval(), AutoTokenizer.from_pretrained(path, gguf_file=file, trust_remote_code=False))
 
 
 @dataclass(frozen=True)

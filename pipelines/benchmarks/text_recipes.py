@@ -184,7 +184,7 @@ def run_arm(given: argparse.Namespace, arm: Arm) -> dict[str, Any]:
     job = stage_job(spec, str(root / arm.name), "", str(root / "teacher"), None)
     module: Any = job.init.build(given.chunk or spec.train.loss_chunk)
     module.eval().to(device)
-    flat = torch.from_numpy(np.load(root / "tokens.npy").astype(np.int64))
+    flat = torch.from_numpy(np.load(root / "tokens.npy", allow_pickle=False).astype(np.int64))
     block = given.block
     tokens_RN = flat[: len(flat) // block * block].view(-1, block).to(device)
     batches = batches_of(tokens_RN, spec, device)

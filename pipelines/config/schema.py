@@ -167,6 +167,9 @@ class TrainConfig:
     """Steps between checkpoints an interrupted stage resumes from."""
     log_every: Annotated[Count, RUNTIME] = 20
     """Steps between progress lines and metric points."""
+    stall_limit_s: Annotated[NonNegative, RUNTIME] = 3600.0
+    """A stage that makes no step for so many seconds ends in an error with the stacks of its workers; its start and the
+    first rows count too. 0 lets it wait for ever."""
     max_failures: Annotated[Annotated[int, Field(ge=-1)], RUNTIME] = 2
     """How often Ray Train restarts a failed worker group from the last checkpoint."""
 

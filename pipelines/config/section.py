@@ -13,12 +13,14 @@ visibly work runs, not what it computes; it stays out of the hashes that name st
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field
 
 from pipelines.failures import Exit, Failure
+from pipelines.log import without_passwords
 
 
 class ConfigError(Failure, ValueError):
@@ -42,6 +44,16 @@ class Formerly:
     """Marks a renamed field, in `Annotated[…, Formerly("old_name")]`: fingerprints keep the old name."""
 
     name: str
+
+
+def refuse_passwords(fields: Iterable[tuple[str, Any]]) -> None:
+    """Raise ConfigError for a field whose value is a URI with a user or a password: configs are logged and saved."""
+    for name, value in fields:
+        if isinstance(value, str) and without_passwords(value) != value:
+            raise ConfigError(
+                f"{name}={without_passwords(value)} holds a user or a password, which would be saved and logged; give it in "
+                "the environment, for example in MLFLOW_TRACKING_URI, MLFLOW_TRACKING_PASSWORD or AWS_SECRET_ACCESS_KEY"
+            )
 
 
 def _label(text: str) -> str:

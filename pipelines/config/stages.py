@@ -66,8 +66,10 @@ class TeacherSpec:
         return None if self.config.path else self.config.train
 
     def params(self) -> dict[str, Any]:
-        """The settings of the stage, for tracking."""
-        return {"k": 0, **dataclasses.asdict(self.config)}
+        """The settings of the stage, for tracking; a given model has none of architecture and training."""
+        whole = dataclasses.asdict(self.config)
+        given = {name: whole[name] for name in ("path", "gguf_file")}
+        return {"k": 0, **(given if self.config.path else whole)}
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,13 @@ class StageSpec:
         return [design, train, rollout, self.targets, self.loss]
 
     def params(self) -> dict[str, Any]:
-        """The settings of the stage, for tracking."""
-        sections = {name: dataclasses.asdict(getattr(self, name)) for name in ("design", "train", "rollout")}
-        return {"k": self.k, "targets": self.targets, "loss": self.loss, **sections}
+        """The settings of the stage, for tracking: without training where it learns nothing, without rollouts for text."""
+        design = {"k": self.k, "design": dataclasses.asdict(self.design)}
+        if not self.learns:
+            return design
+        rollout = {"windows": self.rollout.windows} if self.targets == "text" else dataclasses.asdict(self.rollout)
+        train = dataclasses.asdict(self.train)
+        return {**design, "targets": self.targets, "loss": self.loss, "train": train, "rollout": rollout}
 
     def consistent(self) -> StageSpec:
         """The same stage with what follows from k and the loss: the first one has the AR teacher alone, and only a soft loss

@@ -5,6 +5,7 @@ The range of a single field is part of its type, in `schema.py`.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from kforcing.distillation.text import TEXT_LOSSES
 from kforcing.engine.config import context_limit
 from kforcing.families import GOOD, find_obstacle
 from kforcing.loading import load_tokenizer
+from pipelines.config.overrides import leaves
 from pipelines.config.schema import Config, TrainConfig
-from pipelines.config.section import ConfigError
+from pipelines.config.section import ConfigError, refuse_passwords
 from pipelines.config.stages import StageSpec, corpus_spec, resolve
 from pipelines.data.corpus import check_source
 from pipelines.data.encoding import eos_id
@@ -27,6 +29,7 @@ from pipelines.runs.stages import claim
 
 def validate(config: Config) -> None:
     """Raise ConfigError for anything that cannot work, with the value, the reason and the remedy."""
+    refuse_passwords(leaves(dataclasses.asdict(config)))
     claim(config.root, config.recipe)
     try:
         config.student.design.check()
@@ -223,7 +226,7 @@ def _check_teacher(config: Config) -> None:
 def _given_config(path: str, gguf_file: str | None) -> Any:
     """The config of a Hugging Face model. Raises ValueError when there is none."""
     try:
-        return AutoConfig.from_pretrained(path, gguf_file=gguf_file)
+        return AutoConfig.from_pretrained(path, gguf_file=gguf_file, trust_remote_code=False)
     except Exception as error:
         kind = "folder" if Path(path).exists() or is_remote(path) or path.startswith((".", "/")) else "hub id"
         raise ValueError(

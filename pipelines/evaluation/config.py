@@ -10,9 +10,9 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from pipelines.config.overrides import override
+from pipelines.config.overrides import leaves, override
 from pipelines.config.schema import TrackingConfig
-from pipelines.config.section import RUNTIME, SECTION, ConfigError, Count, NonNegative, Positive, Seed
+from pipelines.config.section import RUNTIME, SECTION, ConfigError, Count, NonNegative, Positive, Seed, refuse_passwords
 
 PROTOCOLS = {"lm1b": (1024, 6, 122), "owt": (1024, 64, 960)}
 """The paper's protocols: prompts, tokens of each prompt, new tokens. Texts have 128 and 1,024 tokens in all."""
@@ -152,6 +152,7 @@ def evaluation_config(words: Sequence[str]) -> EvaluationConfig:
     if config.text.protocol is not None:
         external_given = any(word.startswith("text.external=") for word in words)
         config = dataclasses.replace(config, text=_with_protocol(config.text, external_given))
+    refuse_passwords(leaves(dataclasses.asdict(config)))
     _check(config)
     return config
 

@@ -94,7 +94,7 @@ def methods_of(config: EvaluationConfig) -> list[str]:
 
 def _check_positions(teacher: Path, config: EvaluationConfig, k: int) -> None:
     """Raise ConfigError for texts that are longer than what the engine reads as the AR model does."""
-    text, positions = config.text, context_limit(AutoConfig.from_pretrained(teacher))
+    text, positions = config.text, context_limit(AutoConfig.from_pretrained(teacher, trust_remote_code=False))
     needed = text.prompt_tokens + text.new_tokens + k + 1
     if positions is not None and needed > positions:
         raise ConfigError(

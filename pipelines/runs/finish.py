@@ -33,6 +33,7 @@ def finish_stage(stage: Stage, prepared: Prepared, teacher: Path | None = None) 
             load_tokenizer(stage.folder)
         except ValueError as error:
             raise StageError(f"stage {stage.name}: {error}") from None
-    for leftover in ("checkpoints", "ray_train"):
+    for leftover in ("checkpoints", "ray_train", "stacks"):
         shutil.rmtree(stage.folder / leftover, ignore_errors=True)
+    (stage.folder / "failed.txt").unlink(missing_ok=True)
     stage.finish(files=[file.name for file in model_files(stage.folder)], finished=time.time())

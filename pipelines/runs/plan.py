@@ -113,7 +113,7 @@ def _meta_backbone(spec: RunSpec) -> Any:
     teacher = spec.teacher.config
     if teacher.path:
         folder, file = teacher.located()
-        whole = AutoConfig.from_pretrained(folder, **({"gguf_file": file} if file else {}))
+        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False, **({"gguf_file": file} if file else {}))
         config = text_config(whole)
         config.tie_word_embeddings = getattr(whole, "tie_word_embeddings", False)
     else:

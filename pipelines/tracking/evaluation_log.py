@@ -8,7 +8,7 @@ from typing import Any
 from pipelines.config.overrides import leaves
 from pipelines.files import write_json
 from pipelines.log import log, without_passwords
-from pipelines.tracking.mlflow_client import _log_values, _numbers, mlflow_client, open_experiment
+from pipelines.tracking.mlflow_client import _log_values, _numbers, mlflow_client, open_experiment, source_tags
 from pipelines.tracking.pipeline_runs import STATE_FILE, made_by
 
 
@@ -29,7 +29,7 @@ def log_evaluation(uri: str, experiment: str, parent: str | None, folder: Path, 
         if parent is None:
             place = open_experiment(client, uri, experiment, folder.parent)
         _forget(client, uri, folder)
-        tags = {"evaluation": report["name"], **({MLFLOW_PARENT_RUN_ID: parent} if parent else {})}
+        tags = {**source_tags(), "evaluation": report["name"], **({MLFLOW_PARENT_RUN_ID: parent} if parent else {})}
         top = client.create_run(place, run_name=f"evaluation {report['name']}", tags=tags).info.run_id
         _log_values(client, top, leaves(report["config"]), _numbers({k: report[k] for k in MEASURED}))
         for file in sorted(f for f in folder.iterdir() if f.suffix in (".md", ".json", ".png", ".html")):
@@ -42,7 +42,7 @@ def log_evaluation(uri: str, experiment: str, parent: str | None, folder: Path, 
             )
             client.set_terminated(run)
         client.set_terminated(top)
-        write_json(folder / STATE_FILE, {"uri": uri, "run": top})
+        write_json(folder / STATE_FILE, {"uri": without_passwords(uri), "run": top})
     except Exception as error:
         log.warning(without_passwords(f"tracking to {uri} failed, the report is in {folder} ({error})"))
 

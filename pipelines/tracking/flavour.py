@@ -6,17 +6,20 @@ The flavour is a file `MLmodel` beside the weights, with the requirements of the
 
 from __future__ import annotations
 
-import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 PACKAGES = ("kforcing", "torch", "transformers", "safetensors", "tokenizers", "mlflow")
 """What `predict` needs. `kforcing` has to be installed from its wheel or its repository."""
 
 
-def log_flavour(client: Any, run: str, folder: str) -> None:
-    """Write `MLmodel` and the files of its environment into an artifact folder of a run that holds a student's files."""
+def write_flavour(folder: Path, run: str, model_id: str | None) -> None:
+    """Write `MLmodel` and the files of its environment into a folder that holds a student's files.
+
+    Args:
+        run: id of the run that made the student.
+        model_id: of the logged model; None where the files belong to the run itself.
+    """
     from mlflow import pyfunc
     from mlflow.models import Model, ModelSignature
     from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
@@ -29,14 +32,12 @@ def log_flavour(client: Any, run: str, folder: str) -> None:
         ParamSpec("seed", "long", 0),
         ParamSpec("k", "long", 0),
     ]
-    model = Model(artifact_path=folder, run_id=run, signature=ModelSignature(text, text, ParamSchema(params)))
+    signature = ModelSignature(text, text, ParamSchema(params))
+    model = Model(artifact_path="model", run_id=run, signature=signature, model_id=model_id)
     pyfunc.add_to_model(model, loader_module="kforcing.pyfunc", python_env="python_env.yaml")
-    with tempfile.TemporaryDirectory() as place:
-        files = Path(place)
-        model.save(str(files / "MLmodel"))
-        (files / "requirements.txt").write_text("\n".join(requirements()) + "\n")
-        _PythonEnv(dependencies=["-r requirements.txt"]).to_yaml(str(files / "python_env.yaml"))
-        client.log_artifacts(run, str(files), folder)
+    model.save(str(folder / "MLmodel"))
+    (folder / "requirements.txt").write_text("\n".join(requirements()) + "\n")
+    _PythonEnv(dependencies=["-r requirements.txt"]).to_yaml(str(folder / "python_env.yaml"))
 
 
 def requirements() -> list[str]:

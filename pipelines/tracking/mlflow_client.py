@@ -6,13 +6,15 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from filelock import FileLock
+
+from pipelines.config.section import ConfigError
 
 SQLITE = "sqlite:///"
 
@@ -50,9 +52,14 @@ def one_at_a_time(uri: str) -> Iterator[None]:
 
 
 def open_experiment(client: Any, uri: str, name: str, beside: Path) -> str:
-    """The id of an experiment, made when it is not there yet."""
+    """The id of an experiment, made when it is not there yet. Raises ConfigError when it is a deleted one."""
     with one_at_a_time(uri):
         found = client.get_experiment_by_name(name)
+        if found and found.lifecycle_stage != "active":
+            raise ConfigError(
+                f"experiment {name!r} is deleted: restore it with `mlflow experiments restore -x {found.experiment_id}`, "
+                "or set tracking.experiment"
+            )
         if found:
             return str(found.experiment_id)
         # A server places artifacts itself; sqlite would put them into the current directory.
@@ -66,7 +73,8 @@ def log_report(
     """Log a benchmark or comparison as a run of its own, with the files of its folder. Returns the URI of the store."""
     uri = tracking_uri(uri, folder.parent)
     client = mlflow_client(uri)
-    run = client.create_run(open_experiment(client, uri, experiment, folder.parent), run_name=folder.name).info.run_id
+    place = open_experiment(client, uri, experiment, folder.parent)
+    run = client.create_run(place, run_name=folder.name, tags=source_tags()).info.run_id
     _log_values(client, run, list(params.items()), metrics)
     for file in sorted(f for f in folder.iterdir() if f.is_file()):
         client.log_artifact(run, str(file))
@@ -74,11 +82,36 @@ def log_report(
     return uri
 
 
+def source_tags() -> dict[str, str]:
+    """What MLflow shows as user, source and commit of a run: the script of this process, and the commit of this project."""
+    from mlflow.tracking.context.registry import resolve_tags
+    from mlflow.utils.git_utils import get_git_commit
+    from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
+
+    commit = get_git_commit(str(Path(__file__).parent))
+    return {**resolve_tags(), **({MLFLOW_GIT_COMMIT: commit} if commit else {})}
+
+
+def log_params(client: Any, run: str, params: Sequence[tuple[str, Any]]) -> None:
+    """Log parameters in batches that MLflow takes. A value that is too long for it is cut, and its end says so."""
+    from mlflow.entities import Param
+    from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
+
+    def text(value: Any) -> str:
+        whole = str(value)
+        end = f"… (cut; it has {len(whole)} characters)"
+        return whole if len(whole) <= MAX_PARAM_VAL_LENGTH else whole[: MAX_PARAM_VAL_LENGTH - len(end)] + end
+
+    values = [Param(name, text(value)) for name, value in params]
+    for start in range(0, len(values), MAX_PARAMS_TAGS_PER_BATCH):
+        client.log_batch(run, params=values[start : start + MAX_PARAMS_TAGS_PER_BATCH])
+
+
 def _log_values(client: Any, run: str, params: list[tuple[str, Any]], metrics: dict[str, float]) -> None:
-    from mlflow.entities import Metric, Param
+    from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
-    client.log_batch(run, params=[Param(name, str(value)[:500]) for name, value in params])
+    log_params(client, run, params)
     values = [Metric(name, value, now, 0) for name, value in metrics.items()]
     for start in range(0, len(values), 500):
         client.log_batch(run, metrics=values[start : start + 500])

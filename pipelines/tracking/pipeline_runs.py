@@ -3,13 +3,15 @@
 `mlflow.json` in the run directory remembers their ids, so that the next start continues them:
 
     {"uri": …, "experiment": id, "parent": run id, "children": {"<stage>-<fingerprint>": run id},
-     "uploaded": {fingerprint: run id}, "registered": {fingerprint: version}, "owed": [what MLflow has not taken yet]}
+     "models": {run id: id of its logged model}, "uploaded": {fingerprint: run id}, "registered": {fingerprint: version},
+     "owed": [what MLflow has not taken yet]}
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -23,9 +25,9 @@ from pipelines.config.saved import CONFIG_FILE
 from pipelines.config.stages import RunSpec
 from pipelines.data.tokenise import Prepared
 from pipelines.files import read_json, write_json
-from pipelines.tracking.flavour import log_flavour
-from pipelines.tracking.mlflow_client import mlflow_client, open_experiment, tracking_uri
-from pipelines.tracking.registry import model_files
+from pipelines.log import without_passwords
+from pipelines.tracking.logged_model import logged_model, upload
+from pipelines.tracking.mlflow_client import log_params, mlflow_client, open_experiment, source_tags, tracking_uri
 
 _RETRY_AFTER_S = 30.0
 WAITS_S = (1.0, 2.0, 4.0, 8.0)
@@ -98,11 +100,11 @@ class PipelineRuns:
     @property
     def _state(self) -> dict[str, Any]:
         state = made_by(self.run.root)
-        return state if state.get("uri") == self.uri else {}
+        return state if state.get("uri") in (self.uri, without_passwords(self.uri)) else {}
 
     def _remember(self, **changed: Any) -> None:
         """Replace entries of the state; the lock is held."""
-        write_json(self.run.root / STATE_FILE, {**self._state, "uri": self.uri, **changed})
+        write_json(self.run.root / STATE_FILE, {**self._state, "uri": without_passwords(self.uri), **changed})
 
     @property
     def parent(self) -> str | None:
@@ -227,14 +229,17 @@ class PipelineRuns:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+        tags, models = {"k": str(stage.params["k"])}, self._state.get("models", {})
+        model = logged_model(client, run, stage.name, tags, models.get(run))
+        if model:
+            self._remember(models={**models, run: model.model_id})
         uploaded = self._state.get("uploaded", {})
         if uploaded.get(stage.fingerprint) != run:
-            for file in model_files(folder):
-                client.log_artifact(run, str(file), "model")
-            log_flavour(client, run, "model")
+            upload(client, run, folder, model)
             self._remember(uploaded={**uploaded, stage.fingerprint: run})
-        source = client.get_run(run).info.artifact_uri.rstrip("/") + "/model"
-        version = client.create_model_version(name, source, run_id=run, tags={"k": str(stage.params["k"])})
+        source = model.artifact_location if model else client.get_run(run).info.artifact_uri.rstrip("/") + "/model"
+        given = {"model_id": model.model_id} if model else {}
+        version = client.create_model_version(name, source, run_id=run, tags=tags, **given)
         client.set_registered_model_alias(name, stage.name, version.version)
         self._remember(registered={**self._state.get("registered", {}), stage.fingerprint: version.version})
 
@@ -268,7 +273,7 @@ class PipelineRuns:
             return client
         root = self.run.root
         experiment = open_experiment(client, self.uri, self.run.tracking.experiment, root.parent)
-        run = client.create_run(experiment, run_name=f"{self.run.recipe} {root.name}").info.run_id
+        run = client.create_run(experiment, run_name=f"{self.run.recipe} {root.name}", tags=source_tags()).info.run_id
         self._describe(client, run, self.params)
         client.log_artifact(run, str(root / CONFIG_FILE))
         self._remember(experiment=experiment, parent=run, children={}, uploaded={}, registered={})
@@ -276,11 +281,9 @@ class PipelineRuns:
 
     def _describe(self, client: Any, run: str, params: dict[str, Any]) -> None:
         """Parameters and dataset inputs of a new run."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+        from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        values = [Param(path, str(value)[:500]) for path, value in leaves(params)]
-        for start in range(0, len(values), 100):
-            client.log_batch(run, params=values[start : start + 100])
+        log_params(client, run, leaves(params))
         assert self.prepared is not None, "begin() comes first"
         for split, facts in self.prepared.facts().items():
             dataset = Dataset(
@@ -310,7 +313,7 @@ class PipelineRuns:
         if stage.key in state["children"]:  # the other thread was first
             return str(state["children"][stage.key])
         tags = {MLFLOW_PARENT_RUN_ID: state["parent"], "stage": stage.name, "fingerprint": stage.fingerprint}
-        run = client.create_run(state["experiment"], tags=tags, run_name=stage.name).info.run_id
+        run = client.create_run(state["experiment"], tags=source_tags() | tags, run_name=stage.name).info.run_id
         self._describe(client, run, stage.params)
         self._remember(children={**self.children, stage.key: run})
         return run
@@ -348,5 +351,10 @@ def _still_there(client: Any, run: str) -> bool:
 
 
 def made_by(folder: Path) -> dict[str, Any]:
-    """What a folder was logged to (`uri`, and the ids of its runs), empty when it was not."""
-    return read_json(folder / STATE_FILE) or {}
+    """What a folder was logged to (`uri`, and the ids of its runs), empty when it was not.
+
+    A password is not kept: a URI that had one is that of `MLFLOW_TRACKING_URI` where they are the same without it.
+    """
+    state = read_json(folder / STATE_FILE) or {}
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return {**state, "uri": given} if state and state.get("uri") == without_passwords(given) else state

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from kforcing.model_uri import parse_model_uri
+from kforcing.model_uri import parse_model_uri, refuse_links
 from pipelines.config.section import ConfigError
 from pipelines.log import without_passwords
 from pipelines.tracking.mlflow_client import mlflow_client, tracking_uri
@@ -22,7 +22,7 @@ class Registered:
     run: str
     """Id of the pipeline's run."""
     params: dict[str, str]
-    """The config of that run, field by field, as text of at most 500 characters each."""
+    """The config of that run, field by field, as text; `mlflow_client.log_params` has cut very long values."""
 
     def run_file(self, name: str, folder: Path) -> Path | None:
         """A file of the pipeline's run, copied to a folder; None where the run has no such file."""
@@ -38,6 +38,10 @@ class Registered:
 
         folder.parent.mkdir(parents=True, exist_ok=True)
         place = Path(download_artifacts(artifact_uri=self.source, dst_path=str(folder.parent), tracking_uri=self.uri))
+        try:
+            refuse_links(place)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         place.rename(folder)
 
 

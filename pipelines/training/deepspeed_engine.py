@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,12 @@ from pipelines.training.schedule import ema_decay
 
 LATEST = "latest.json"
 MUON_MOMENTUM = 0.95
+SAFE_CLASSES = (
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+"""What a checkpoint of DeepSpeed holds beside tensors and plain values."""
 
 
 def _import_deepspeed() -> Any:
@@ -39,6 +47,10 @@ def _import_deepspeed() -> Any:
         from deepspeed import ops
 
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed loads pickles; a pickle that names anything else than tensors and these classes is refused.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    places = (name.rpartition(".") for name in SAFE_CLASSES)
+    torch.serialization.add_safe_globals([getattr(importlib.import_module(module), name) for module, _, name in places])
     torch.compiler.set_stance("force_eager")  # DeepSpeed would compile Muon, for which a machine may lack the compiler
     deepspeed.utils.logger.setLevel("ERROR")
     return deepspeed
@@ -213,7 +225,11 @@ def latest_checkpoint(folder: Path) -> dict[str, Any] | None:
     """`{"tag", "step", "world_size", …}` of the newest checkpoint whose files are all there and whole, or None."""
     places = [folder, *sorted(folder.glob("step-????????"), reverse=True)]
     for record in (read_json(place / LATEST) for place in places):
-        if record and _whole(folder / record["tag"], record.get("bytes", {})):
+        if (
+            record
+            and re.fullmatch(r"step-\d{8}", record["tag"])
+            and _whole(folder / record["tag"], record.get("bytes", {}))
+        ):
             return record
     return None
 
@@ -228,6 +244,21 @@ def _whole(checkpoint: Path, sizes: dict[str, int]) -> bool:
             )
             return False
     return checkpoint.is_dir()
+
+
+def refuse_code(folder: Path) -> None:
+    """Raise StageError when a file of the newest checkpoint would run code as it is loaded: it is not one of ours."""
+    latest = latest_checkpoint(folder)
+    for file in sorted((folder / latest["tag"]).rglob("*.pt")) if latest else ():
+        try:
+            unknown = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - set(SAFE_CLASSES))
+        except Exception as error:  # not a zip archive, as an old pickle is not
+            unknown = [f"{type(error).__name__}: {error}"]
+        if unknown:
+            raise StageError(
+                f"{file} is refused: beside tensors it holds {', '.join(unknown)[:200]}, which could run code. A run does "
+                f"not write such files; find out who did, and remove {folder}"
+            )
 
 
 def check_workers(folder: Path, train: TrainConfig) -> None:
@@ -267,11 +298,11 @@ def _load_trained(src: dict[str, Any], dst: nn.Module) -> None:
 def _universal(folder: Path, tag: str) -> str:
     """Convert a checkpoint of another world size; returns the tag of the result."""
     if dist.get_rank() == 0 and not (folder / f"{tag}-universal").exists():
-        script = "deepspeed.checkpoint.ds_to_universal"
         with atomic_folder(folder / f"{tag}-universal") as partial:
             places = ["--input_folder", str(folder / tag), "--output_folder", str(partial)]
-            line = [sys.executable, "-m", script, *places, "--inject_missing_state", "--num_extract_workers", "1"]
-            done = subprocess.run([*line, "--num_merge_workers", "1"], capture_output=True, text=True)
+            line = [sys.executable, "-m", __name__, *places, "--inject_missing_state", "--num_extract_workers", "1"]
+            env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+            done = subprocess.run([*line, "--num_merge_workers", "1"], capture_output=True, text=True, env=env)
             if done.returncode:
                 raise StageError(
                     f"cannot convert checkpoint {folder / tag} to another number of workers:\n{done.stderr[-2000:]}"
@@ -304,3 +335,8 @@ def whole_weights(engine: Any, average: MovingAverage | None) -> dict[str, Tenso
         if rank == 0:
             weights[name] = whole.cpu().clone()
     return weights
+
+
+if __name__ == "__main__":  # `_universal` converts a checkpoint so, under the same rules for pickles
+    _import_deepspeed()
+    runpy.run_module("deepspeed.checkpoint.ds_to_universal", run_name="__main__", alter_sys=True)

@@ -13,12 +13,24 @@ from pipelines.data.rows import rollout_cost
 from pipelines.training.job import TrainJob
 from pipelines.training.step import largest, reduce_sums
 
+BEAT_S = 1.0
+"""Seconds between two notes to the driver that steps are being made."""
+
 
 class Relay:
     """A mailbox between train workers and the driver. It runs as an actor."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
+        self.steps = 0
+
+    def beat(self) -> None:
+        """Note that the workers have begun, or that steps have been made since the last call."""
+        self.steps += 1
+
+    def count(self) -> int:
+        """How often that was noted."""
+        return self.steps
 
     def put(self, record: dict[str, Any]) -> None:
         """Add a record."""
@@ -44,6 +56,7 @@ class Progress:
         self.first, self.began, self.saved_at = start, time.monotonic(), time.time()
         self.wait = 0.0
         self.mark, self.tokens = self.began, 0
+        self.beat_at = 0.0
 
     def waits(self, batches: Iterator[tuple[int, pa.Table]]) -> Iterator[tuple[int, pa.Table]]:
         """The same batches; the time that is spent waiting for each of them is counted."""
@@ -68,6 +81,9 @@ class Progress:
         """Count a finished step. Every `log_every` steps, reduce the figures over the ranks and report them."""
         self.step = step + 1
         self.tokens += sums.tokens * self.job.train.workers
+        if self.relay is not None and time.monotonic() > self.beat_at + BEAT_S:
+            self.beat_at = time.monotonic()
+            self.relay.beat.remote()
         if self.step % self.job.train.log_every and self.step != self.job.train.steps:
             return
         # Ranks receive their chunks one after the other. A rank that has its rows waits inside the step for the others.

@@ -190,7 +190,7 @@ def _resume(file: Path | None, trained: Any, optimizers: Any, average: Any) -> t
     if not is_whole(file):
         log.warning(f"{file} does not hold what was written to it; its training starts anew")
         return 0, 0.0
-    state = torch.load(file)
+    state = torch.load(file, weights_only=True)
     states = state.get("optimizers") or [state["optimizer"]]  # earlier releases had one
     for optimizer, kept in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(kept)

@@ -35,6 +35,7 @@ from pipelines.training.job import TrainJob, fit_candidates, micro_batches
 from pipelines.training.progress import Progress
 from pipelines.training.schedule import on_policy_fraction, set_learning_rates
 from pipelines.training.step import optimizer_step
+from pipelines.training.watchdog import STACKS, WorkerWatch, ending_stalls
 
 DIVERGED = "diverged.txt"
 """File in the folder of a stage that says why its training stopped."""
@@ -47,16 +48,20 @@ def fit(job: TrainJob, relay: Any) -> None:
 
     A stage that was interrupted continues from its last checkpoint; a stage whose model is there is left alone.
 
-    Raises StageError when training has diverged, fails more often than `train.max_failures` allows, or was begun by a
-    number of workers that cannot be changed.
+    Raises StageError when training has diverged, makes no step for `train.stall_limit_s`, fails more often than
+    `train.max_failures` allows, or was begun by a number of workers that cannot be changed.
     """
     if Path(job.folder, "config.json").is_file():
         return
     strategy.set_changed_aside(Path(job.folder, "checkpoints"))
     strategy.check_workers(Path(job.folder, "checkpoints"), job.train)
+    strategy.refuse_code(Path(job.folder, "checkpoints"))
     diverged = Path(job.folder, DIVERGED)
     diverged.unlink(missing_ok=True)
-    _fit(job, relay)
+    shutil.rmtree(Path(job.folder, STACKS), ignore_errors=True)
+    Path(job.folder, STACKS).mkdir()
+    with ending_stalls(job, relay):
+        _fit(job, relay)
     if diverged.is_file():
         count("kforcing_diverged_total", 1, Path(job.folder).parent.name, job.stage)
         raise StageError(f"stage {job.stage}: {diverged.read_text()}", Exit.DIVERGED)
@@ -132,6 +137,9 @@ def train_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(max(1, int(train.cpus_per_worker)))
+    watch = WorkerWatch(job, rank)
+    if rank == 0:
+        config["relay"].beat.remote()  # the driver's time begins with that of the workers
     module = job.init.build(train.loss_chunk).eval()  # no dropout, as in the paper; a resumed step repeats exactly
     if train.activation_checkpointing:
         checkpoint_layers(module)
@@ -148,10 +156,12 @@ def train_worker(config: dict[str, Any]) -> None:
         batches_of_step = micro_batches(job, rows, train.micro_batch, own_key, on_policy_fraction(step, train))
         sums = optimizer_step(engine, batches_of_step)
         if _diverged(job, step, strategy.figures(engine, sums), rank):
+            watch.close()
             return
         if average:
             average.update(step)
         progress.stepped(step, rows, sums)
+        watch.step()
         if (step + 1) % train.checkpoint_every == 0 and step + 1 < train.steps:
             strategy.save_checkpoint(engine, average, checkpoints, step + 1)
             progress.saved()
@@ -160,6 +170,7 @@ def train_worker(config: dict[str, Any]) -> None:
     weights = strategy.whole_weights(engine, average)
     if rank == 0:
         export(job, weights)
+    watch.close()
 
 
 def _diverged(job: TrainJob, step: int, figures: StepFigures, rank: int) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -105,7 +106,7 @@ def test_mlflow_holds_a_parent_and_comparable_children(smoke):
     for k in (1, 2, 4):
         version = client.get_model_version_by_alias("kforcing-smoke", f"k{k}")
         assert version.run_id == children[f"k{k}"].info.run_id
-        folder = client.download_artifacts(version.run_id, "model")
+        folder = download_artifacts(artifact_uri=version.source)
         assert PushForwardLM.from_pretrained(folder).k == k
     assert {"config.yaml", "report.md", "match.png"} <= {a.path for a in client.list_artifacts(parent.info.run_id)}
 

@@ -99,7 +99,7 @@ def teacher_samples(job: TrainingJob) -> list[dict[str, torch.Tensor]]:
         ]
         with atomic_file(file) as partial:
             torch.save(made, partial)
-    return torch.load(file)
+    return torch.load(file, weights_only=True)
 
 
 @torch.inference_mode()

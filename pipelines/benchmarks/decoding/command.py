@@ -115,7 +115,7 @@ def sources(
         lookup = {"prompt_lookup_num_tokens": max(given.k)}
         found[f"{TRANSFORMERS}, prompt lookup"] = transformers_rounds(backbone, work, device, **lookup)
         if given.assistant:
-            draft: Any = AutoModelForCausalLM.from_pretrained(given.assistant).eval()
+            draft: Any = AutoModelForCausalLM.from_pretrained(given.assistant, trust_remote_code=False).eval()
             draft.to(device, backbone.dtype)
             found[f"{TRANSFORMERS}, assisted"] = transformers_rounds(backbone, work, device, assistant_model=draft)
         if given.gguf and find_spec("llama_cpp"):

@@ -109,7 +109,11 @@ def trained_ways(folder: str, ks: list[int], device: torch.device, dtype: torch.
         backbone: Any = student.backbone
     else:
         teacher = Path(folder).parent / "teacher"
-        backbone = AutoModelForCausalLM.from_pretrained(teacher, attn_implementation="sdpa").eval().to(device, dtype)
+        backbone = (
+            AutoModelForCausalLM.from_pretrained(teacher, attn_implementation="sdpa", trust_remote_code=False)
+            .eval()
+            .to(device, dtype)
+        )
     coupling, ways = student.design.coupling, student_ways(student, ks)
     return backbone, [DecodingWay(AR, backbone, coupling=coupling), *ways, context_way(backbone, max(ks), coupling)]
 

@@ -72,7 +72,7 @@ def row_figures(folder: Path, measurement: Measurement, given: Any) -> dict[str,
         theirs = torch.tensor(given["references"]["texts"][row.coupling])
         figures |= _same_noise(measurement, prompts, done.tokens_RT.cpu(), theirs)
     if row.decoder != "assisted":  # it decodes one prompt at a time, which would take hours here
-        reference = np.load(measurement.root / "references" / "blocks.npz")["one"]
+        reference = np.load(measurement.root / "references" / "blocks.npz", allow_pickle=False)["one"]
         floor = given["references"]["joint"]["by_context"]
         figures["joint"] = joint_of(measurement, next_blocks(measurement, decoder, "row"), reference, floor)
     return figures

@@ -9,8 +9,8 @@ from mlflow import MlflowClient
 
 from kforcing import PushForwardLM
 from kforcing.engine import Engine, Request
-from pipelines.tracking.flavour import log_flavour
-from pipelines.tracking.registry import model_files, registered_student
+from pipelines.tracking.flavour import write_flavour
+from pipelines.tracking.registry import registered_student
 from tests.endpoint import EOS, ids_of, save_model, text_of
 from tests.models import make_backbone, make_sequential
 
@@ -22,9 +22,9 @@ def registered(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     client = MlflowClient(uri, registry_uri=uri)
     run = client.create_run(client.create_experiment("e", (tmp_path / "artifacts").as_uri())).info
-    for file in model_files(save_model(tmp_path / "student")):
-        client.log_artifact(run.run_id, str(file), "model")
-    log_flavour(client, run.run_id, "model")
+    student = save_model(tmp_path / "student")
+    write_flavour(student, run.run_id, None)
+    client.log_artifacts(run.run_id, str(student), "model")
     client.create_registered_model("tiny")
     version = client.create_model_version("tiny", f"{run.artifact_uri}/model", run_id=run.run_id)
     client.set_registered_model_alias("tiny", "k4", version.version)

@@ -3,13 +3,10 @@
 import dataclasses
 import json
 import logging
-import os
 import re
-import signal
 import subprocess
 import sys
 import threading
-import urllib.request
 from pathlib import Path
 
 import mlflow
@@ -18,49 +15,15 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 
 from kforcing import LLM, PushForwardLM, SamplingParams
-from pipelines.config.overrides import apply
-from pipelines.config.recipes import recipe
-from pipelines.config.saved import save_config
-from pipelines.config.stages import resolve_run
-from pipelines.data.tokenise import Prepared
 from pipelines.log import log
 from pipelines.runs.stages import locked, run_id
 from pipelines.tracking.mlflow_client import mlflow_client, open_experiment, tracking_uri
-from pipelines.tracking.tracker import Tracker, flatten, progress_line
+from pipelines.tracking.tracker import flatten, progress_line
 from tests.endpoint import save_model
 from tests.models import make_backbone
-from tests.ranks import free_port
-from tests.waiting import wait_until
+from tests.pipelines.tracking.runs import PARAMS, RECORD, kill, log_lines, start_server, tracker_for
 
 pytestmark = pytest.mark.cluster
-PARAMS = {"k": 2, "train": {"lr": 0.002}}
-RECORD = {
-    "stage": "k2",
-    "step": 20,
-    "steps": 100,
-    "loss": 2.5,
-    "nll": [2.0, 3.0],
-    "match": [0.5, 0.25],
-    "block_match": 0.125,
-    "tokens": 64,
-    "seconds": 2.0,
-    "tokens_per_s": 1234.5,
-    "tokens_seen": 1280,
-    "data_wait": 0.034,
-    "eta_s": 125.0,
-    "train_rss_mb": 300.0,
-}
-
-
-class Mailbox:
-    """Stands where the Relay actor does; what tracking does with records is the subject here."""
-
-    def __init__(self, records):
-        self.records = records
-
-    def __call__(self) -> list:
-        taken, self.records = self.records, []
-        return taken
 
 
 def test_the_progress_line_is_pinned():
@@ -76,70 +39,6 @@ def test_records_flatten_to_the_same_keys_for_every_stage():
     assert flat["tokens_seen"] == 1280
     assert "train/stage" not in flat
     assert "train/step" not in flat
-
-
-@pytest.fixture
-def prepared(tmp_path):
-    for split in ("train", "heldout"):
-        folder = tmp_path / "data" / "abc" / split
-        folder.mkdir(parents=True)
-        facts = {"rows": 1, "tokens": 2, "documents": 3, "seconds": 4.0, "shards": []}
-        (folder / "manifest.json").write_text(json.dumps(facts))
-    return Prepared(tmp_path / "data" / "abc")
-
-
-def start_server(tmp_path, port):
-    """The process of a server that answers; a second one on the same folder continues the first one's store."""
-    line = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    store = [
-        "--backend-store-uri",
-        f"sqlite:///{tmp_path}/server.db",
-        "--artifacts-destination",
-        f"{tmp_path}/artifacts",
-    ]
-    process = subprocess.Popen(
-        [*line, *store], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path, start_new_session=True
-    )
-    try:
-        wait_until(lambda: answers(port), "the MLflow server did not come up", 300, pause=0.5)
-    except BaseException:
-        kill(process)
-        raise
-    return process
-
-
-@pytest.fixture
-def server(tmp_path):
-    port = free_port()
-    process = start_server(tmp_path, port)
-    yield f"http://127.0.0.1:{port}", process
-    kill(process)
-
-
-def answers(port):
-    """Whether the server is up."""
-    try:
-        return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).status == 200
-    except OSError:
-        return False
-
-
-def kill(process):
-    """The server and its workers."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=60)
-
-
-def tracker_for(tmp_path, uri, records=()):
-    config = apply(recipe("smoke"), {}, [f"output_dir={tmp_path}/runs/a", f"tracking.uri={uri}"])
-    config.root.mkdir(parents=True, exist_ok=True)
-    save_config(config)
-    return config, Tracker(resolve_run(config), dataclasses.asdict(config), Mailbox(list(records)))
-
-
-def log_lines(config):
-    return [json.loads(line) for line in (config.root / "log.jsonl").read_text().splitlines()]
 
 
 def test_a_server_holds_runs_inputs_and_registered_students(server, tmp_path, prepared, monkeypatch):
@@ -349,9 +248,10 @@ def test_what_a_store_refuses_is_named_and_holds_nothing_else_up(tmp_path, prepa
     (config.root / "mlflow.json").write_text(json.dumps({**state, "registered": {}}))
     again.register(student, 2, "f00")
     assert client.get_model_version_by_alias("kforcing-smoke", "k2").version == 2
-    files = [file.path for file in client.list_artifacts(child, "model")]
-    assert "model/config.json" in files
-    assert "model/merges.txt" not in files
+    (logged,) = client.search_logged_models([state["experiment"]])
+    files = [file.path for file in client.list_logged_model_artifacts(logged.model_id)]
+    assert "config.json" in files
+    assert "merges.txt" not in files
 
 
 def test_two_threads_lose_nothing_of_what_is_owed(tmp_path, prepared):

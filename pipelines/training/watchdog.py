@@ -1,0 +1,131 @@
+"""A stage that makes no progress says why it may wait, and ends in an error that names the stacks of its workers.
+
+train worker   `WorkerWatch` ──► faulthandler writes the stacks of all threads to a file when no step follows in time
+               `Progress` ─────► Relay actor: counts that the workers have begun, and that steps are made
+driver         `ending_stalls` ► asks the Relay actor for that count; warns, then interrupts the training
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pipelines.failures import Exit
+from pipelines.log import log
+from pipelines.runs.stages import StageError
+from pipelines.training.job import TrainJob
+
+STACKS = "stacks"
+"""Folder in that of a stage with the stacks of the driver and of each rank at a stall."""
+WARN_AFTER_S = 600.0
+"""Seconds without a step after which a warning says so, and again whenever the time has doubled."""
+GRACE_S = 5.0
+"""Seconds that workers have to write their stacks before the driver ends the stage."""
+
+
+class WorkerWatch:
+    """Writes the stacks of this process to a file unless `step` is called within the limit, again and again."""
+
+    def __init__(self, job: TrainJob, rank: int):
+        self.limit = job.train.stall_limit_s
+        if self.limit:
+            folder = Path(job.folder, STACKS)
+            folder.mkdir(exist_ok=True)
+            self.file = open(folder / f"rank-{rank}.txt", "w")  # noqa: SIM115  (faulthandler writes to it later)
+            self.step()
+
+    def step(self) -> None:
+        """Begin the time anew."""
+        if self.limit:
+            faulthandler.dump_traceback_later(self.limit, file=self.file)
+
+    def close(self) -> None:
+        """Write nothing any more."""
+        if self.limit:
+            faulthandler.cancel_dump_traceback_later()
+            self.file.close()
+
+
+@contextmanager
+def ending_stalls(job: TrainJob, relay: Any) -> Iterator[None]:
+    """Watch the training that runs inside: a stall beyond `train.stall_limit_s` interrupts it.
+
+    Raises StageError instead of that interruption. Must be used in the main thread, which is the one that is interrupted.
+    """
+    done, fired = threading.Event(), threading.Event()
+    watch = threading.Thread(target=_watch, args=(job, relay, done, fired), daemon=True)
+    watch.start()
+    try:
+        yield
+    except BaseException:
+        if not fired.is_set():
+            raise
+        raise StageError(
+            f"stage {job.stage}: no step was made for {job.train.stall_limit_s:g} s (train.stall_limit_s); the stacks of its "
+            f"processes are in {Path(job.folder, STACKS)}. Its last checkpoint is kept: run the same command again, with a "
+            "larger limit if its steps, its first rows or its model take that long",
+            Exit.STALLED,
+        ) from None
+    finally:
+        done.set()
+        watch.join(timeout=GRACE_S)
+
+
+def _watch(job: TrainJob, relay: Any, done: threading.Event, fired: threading.Event) -> None:
+    limit, seen = job.train.stall_limit_s, -1
+    since, warn_at = time.monotonic(), WARN_AFTER_S
+    while not done.wait(min(5.0, (limit or WARN_AFTER_S) / 4)):
+        steps = _steps(relay)
+        if steps is not None and steps != seen:
+            seen, since, warn_at = steps, time.monotonic(), WARN_AFTER_S
+        idle = time.monotonic() - since
+        if idle > warn_at:
+            warn_at *= 2
+            log.warning(f"{job.stage}  no step for {idle / 60:.0f} min: {why(job, begun=seen > 1)}")
+        if limit and idle > limit + GRACE_S:
+            fired.set()
+            with suppress(OSError), open(Path(job.folder, STACKS, "driver.txt"), "w") as file:
+                faulthandler.dump_traceback(file)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            return
+
+
+def _steps(relay: Any) -> int | None:
+    """The count of signs of progress: 1 when workers have begun; None while the Relay actor does not answer."""
+    import ray
+
+    try:
+        return int(ray.get(relay.count.remote(), timeout=5))
+    except Exception:
+        return None
+
+
+def why(job: TrainJob, begun: bool) -> str:
+    """What a stage without progress probably waits for.
+
+    Args:
+        begun: whether it has made a step since its start.
+    """
+    import ray
+
+    train, rollout = job.train, job.rollout
+    actors = rollout.actors if job.rollout_job else 0
+    need = {
+        "CPU": train.workers * train.cpus_per_worker + actors * rollout.cpus_per_actor,
+        "GPU": train.workers * train.gpus_per_worker + actors * rollout.gpus_per_actor,
+    }
+    have = ray.cluster_resources()
+    for kind, amount in need.items():
+        if amount > have.get(kind, 0.0) + 1e-9:
+            return f"it needs {amount:g} {kind}s and the cluster has {have.get(kind, 0.0):g} now; it waits for nodes to join"
+    if not begun:
+        return (
+            "its workers start, load the model or wait for their first rows; `ray status` shows what Ray cannot place"
+        )
+    return "a worker or a rollout actor is slow or stuck; `ray stack` on its node shows where"
