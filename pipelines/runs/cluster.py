@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from pipelines.config.section import ConfigError, node_selector
 from pipelines.config.stages import StageSpec, TeacherSpec, resolve, teacher_spec
 from pipelines.data.listing import SELF
 from pipelines.failures import Exit
+from pipelines.log import log
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS_ROOT = Path.home() / "kforcing"
@@ -31,6 +33,9 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(
 
 LONGEST_TEMP = 40
 """Characters of a temporary directory in which the names of Ray's sockets still fit."""
+
+SHARED_MEMORY, SMALL_SHARED_MEMORY = Path("/dev/shm"), 1 << 30
+"""Where Ray keeps objects, and the bytes below which a run warns that it cannot."""
 
 CONNECT_S, ANSWER_S = 5, 14
 """Seconds in which the GCS of a cluster must take a connection, and answer."""
@@ -117,6 +122,7 @@ def _start_ray() -> None:
         options |= {"runtime_env": {"env_vars": _environment_of_workers()}}
     else:
         options |= {"address": "local", "include_dashboard": False}
+        _warn_of_small_memory(SHARED_MEMORY)
         if len(tempfile.gettempdir()) > LONGEST_TEMP:  # the names of sockets in it have a limit
             options["_temp_dir"] = os.path.join(os.sep, "tmp", "ray")
     try:
@@ -125,6 +131,15 @@ def _start_ray() -> None:
         where = f"RAY_ADDRESS={address}" if address else "Ray does not start on this machine"
         text = f"{where}: {' '.join(str(error).split())[:300] or type(error).__name__}"
         raise ConfigError(text, Exit.CLUSTER) from None
+
+
+def _warn_of_small_memory(place: Path) -> None:
+    """Say that Ray will keep its objects on disk where shared memory is small, as it is in containers by default."""
+    if place.is_dir() and (free := shutil.disk_usage(place).free) < SMALL_SHARED_MEMORY:
+        log.warning(
+            f"{place} has {free >> 20} MiB, so Ray keeps objects on disk, which is slower; give the container more shared "
+            "memory (`docker run --shm-size=4g`, or a Kubernetes volume with medium: Memory)"
+        )
 
 
 def init_ray(**options: Any) -> None:
