@@ -301,8 +301,7 @@ def _universal(folder: Path, tag: str) -> str:
         with atomic_folder(folder / f"{tag}-universal") as partial:
             places = ["--input_folder", str(folder / tag), "--output_folder", str(partial)]
             line = [sys.executable, "-m", __name__, *places, "--inject_missing_state", "--num_extract_workers", "1"]
-            env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-            done = subprocess.run([*line, "--num_merge_workers", "1"], capture_output=True, text=True, env=env)
+            done = subprocess.run([*line, "--num_merge_workers", "1"], capture_output=True, text=True)
             if done.returncode:
                 raise StageError(
                     f"cannot convert checkpoint {folder / tag} to another number of workers:\n{done.stderr[-2000:]}"

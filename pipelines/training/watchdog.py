@@ -54,7 +54,7 @@ class WorkerWatch:
 
 @contextmanager
 def ending_stalls(job: TrainJob, relay: Any) -> Iterator[None]:
-    """Watch the training that runs inside: a stall beyond `train.stall_limit_s` interrupts it.
+    """Watch the training that runs inside: once workers have begun, a stall beyond `train.stall_limit_s` interrupts it.
 
     Raises StageError instead of that interruption. Must be used in the main thread, which is the one that is interrupted.
     """
@@ -78,17 +78,17 @@ def ending_stalls(job: TrainJob, relay: Any) -> Iterator[None]:
 
 
 def _watch(job: TrainJob, relay: Any, done: threading.Event, fired: threading.Event) -> None:
-    limit, seen = job.train.stall_limit_s, -1
+    limit, before, seen = job.train.stall_limit_s, _steps(relay) or 0, 0
     since, warn_at = time.monotonic(), WARN_AFTER_S
     while not done.wait(min(5.0, (limit or WARN_AFTER_S) / 4)):
         steps = _steps(relay)
-        if steps is not None and steps != seen:
-            seen, since, warn_at = steps, time.monotonic(), WARN_AFTER_S
+        if steps is not None and steps - before != seen:
+            seen, since, warn_at = steps - before, time.monotonic(), WARN_AFTER_S
         idle = time.monotonic() - since
         if idle > warn_at:
             warn_at *= 2
             log.warning(f"{job.stage}  no step for {idle / 60:.0f} min: {why(job, begun=seen > 1)}")
-        if limit and idle > limit + GRACE_S:
+        if limit and seen > 0 and idle > limit + GRACE_S:  # before, it waits for nodes, which may take hours
             fired.set()
             with suppress(OSError), open(Path(job.folder, STACKS, "driver.txt"), "w") as file:
                 faulthandler.dump_traceback(file)

@@ -49,8 +49,8 @@ def test_a_stuck_worker_ends_the_stage_with_the_stacks_of_worker_and_driver(ray_
     import ray
 
     relay = ray.remote(num_cpus=0)(Relay).remote()
-    job = job_of(tmp_path, stall_limit_s=30.0)
-    with pytest.raises(StageError, match=r"no step was made for 30 s \(train.stall_limit_s\)") as error:
+    job = job_of(tmp_path, stall_limit_s=10.0)
+    with pytest.raises(StageError, match=r"no step was made for 10 s \(train.stall_limit_s\)") as error:
         fit(job, relay)
     assert error.value.exit_code == Exit.STALLED
     stacks = tmp_path / "run" / "k2" / "stacks"
