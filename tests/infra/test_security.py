@@ -12,6 +12,7 @@ from pipelines.config.recipes import recipe
 from pipelines.config.section import ConfigError
 from pipelines.config.validation import validate
 from pipelines.data.token_store import is_complete
+from pipelines.evaluation.config import evaluation_config
 from pipelines.failures import Failure
 from serve.protocol.requests import MAX_CHOICES, MAX_LOGPROBS, MAX_STOPS, StopText, Text
 from serve.protocol.tools import MAX_TOOLS
@@ -128,3 +129,16 @@ def test_keys_are_compared_in_constant_time():
     source = (ROOT / "serve" / "middleware.py").read_text()
     assert "hmac.compare_digest(given.strip(), key) for key in self.api_keys" in source
     assert "any(known)" in source
+
+
+SECRET = "hunter" + "2" * 6
+
+
+@pytest.mark.parametrize("field", ["tracking.uri", "data.source"])
+def test_a_password_in_a_config_is_refused_and_not_repeated(tmp_path, field):
+    config = apply(recipe("smoke"), {}, [f"{field}=s3://me:{SECRET}@host/x", f"output_dir={tmp_path}/run"])
+    with pytest.raises(ConfigError, match=rf"{field}=s3://\*\*\*@host/x holds a user or a password") as error:
+        validate(config)
+    assert SECRET not in str(error.value)
+    with pytest.raises(ConfigError, match="holds a user or a password"):
+        evaluation_config([f"tracking.uri=http://me:{SECRET}@host"])

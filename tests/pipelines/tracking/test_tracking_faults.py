@@ -12,6 +12,7 @@ from pipelines.config.recipes import recipe
 from pipelines.config.stages import resolve, teacher_spec
 from pipelines.tracking import pipeline_runs
 from pipelines.tracking.mlflow_client import log_report, mlflow_client, tracking_uri
+from pipelines.tracking.pipeline_runs import made_by
 from pipelines.tracking.registry import registered_student
 from tests.endpoint import save_model
 from tests.infra.manifests import ROOT
@@ -20,6 +21,7 @@ from tests.pipelines.tracking.proxy import proxy_before
 from tests.pipelines.tracking.runs import PARAMS, RECORD, tracker_for
 
 pytestmark = pytest.mark.cluster
+SECRET = "hunter" + "2" * 6
 
 
 @pytest.fixture
@@ -192,3 +194,20 @@ def test_a_stage_that_trains_nothing_shows_no_parameters_of_training():
     text = apply(recipe("smoke"), {}, ["targets=text", "loss=kl"])
     (stage,) = resolve(text)
     assert stage.params()["rollout"] == {"windows": stage.rollout.windows}
+
+
+def test_a_password_in_the_environment_is_in_no_file_of_a_run(tmp_path, prepared, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    config, tracker = tracker_for(tmp_path, "none", [RECORD])
+    tracker.begin(prepared)
+    with tracker.stage("k2", "f00", PARAMS):
+        pass
+    tracker.finish("FINISHED")
+    assert tracker.mlflow.uri == f"http://me:{SECRET}@127.0.0.1:9"
+    files = [file for file in config.root.rglob("*") if file.is_file()]
+    assert {"log.jsonl", "config.yaml", "mlflow.json"} <= {file.name for file in files}
+    assert [file for file in files if SECRET in file.read_text()] == []
+    assert "lacks: status of k2" in caplog.text
+    assert SECRET not in caplog.text
+    assert made_by(config.root)["uri"] == tracker.mlflow.uri  # an evaluation finds the server again
