@@ -329,9 +329,10 @@ class Engine:
             )
         rows = n * max(1, width - 1)
         light = self.runner.drafter is not None and all(s.exact for s in running) and rows <= MOST_ROWS
+        unfiltered = light and logprobs is None and all(s.request.unfiltered for s in running)
         known = ahead == 0 or self.k == 1  # the lengths at this step
         alike = read == 1 and not hints and not verify and known and min(lengths) == max(lengths)
-        return StepShape(n, columns, read, width, plain, verify, context, not alike, logprobs, light)
+        return StepShape(n, columns, read, width, plain, verify, context, not alike, logprobs, light, unfiltered)
 
     def _count_drafts(self, sequence: Sequence, verified: int, accepted: int) -> None:
         """Note that a step verified so many drafts of a sequence, and how many of them it accepted."""

@@ -117,6 +117,11 @@ class Request:
         """Whether tokens are drawn from the distributions as they are, but for temperature."""
         return self.sampling.plain and self.grammar is None
 
+    @property
+    def unfiltered(self) -> bool:
+        """Whether nothing but a temperature, which may be 0, decides what is drawn from a distribution."""
+        return self.grammar is None and not (self.sampling.filters or self.sampling.changes_logits)
+
 
 class TokenLogprobs(NamedTuple):
     """Natural logarithms of probabilities at the place of one token."""

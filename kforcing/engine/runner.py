@@ -68,6 +68,8 @@ class StepShape(NamedTuple):
     """N, how many likeliest tokens are returned with log-probabilities; None when no slot asks for any."""
     light: bool = False
     """All slots verify, and the drafts are those of the light read-out."""
+    unfiltered: bool = False
+    """Such drafts need no logits over the vocabulary: no slot has options beyond a temperature, which may be 0."""
 
 
 class ARReadout:
@@ -358,8 +360,7 @@ class ModelRunner:
         if counts_RV is not None:
             counts_RV.scatter_add_(1, first_R[:, None], torch.ones_like(first_R, dtype=counts_RV.dtype)[:, None])
         readout = self.drafter if shape.light else self.readout
-        # Drafts that are all verified need not be drawn from logits over the vocabulary.
-        own = None if shape.light and shape.plain and shape.logprobs is None else pick
+        own = None if shape.unfiltered else pick
         turns = readout.drafts(self.backbone, windows, reader, trunk_RD[:, None], first_R[:, None], own)
         return torch.cat([first_R[:, None], self._tokens(turns, shape, records)], dim=1)
 
