@@ -1,7 +1,7 @@
 """The width of a step in exact mode: how many tokens a block should have, given what steps cost and what drafts bring.
 
 A step of width w brings 1 + Σ a_j tokens a request, where a_j is the share of blocks in which drafts 1 … j were accepted, and
-takes the time that earlier steps of this width took with about as many requests. The width with the most tokens a second is
+takes the time that the last steps of this width took with about as many requests. The width with the most tokens a second is
 taken, unless the narrowest one is nearly as fast. Under load a step is bound by arithmetic and drafts cost more than they
 bring, so the width falls to 1, which is AR decoding. The text does not depend on the widths, so they may change with every
 step. Drafts of different sources are accepted more or less often, and a request whose context has no drafts has none, so
@@ -11,9 +11,10 @@ each request counts with the drafts that it has.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+import statistics
+from collections import defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 logger = logging.getLogger(__name__)
 
@@ -21,11 +22,14 @@ FIRST_LOOK = 4
 """Steps of each width that are timed before the first choice."""
 LOOK_AGAIN = 256
 """Steps after which a width that was not chosen is timed again, for one step."""
+LOOK_SOON = 32
+"""The same for a width whose tokens a second are more than `CLOSE` times those of the best."""
+CLOSE = 0.8
 GAIN = 1.03
 """A wider block is taken only if its tokens a second are more than this times those of the narrowest one, because the
 acceptance of drafts is an estimate."""
-STEP_MEMORY = 0.1
-"""Weight of the newest step in the running mean of seconds."""
+STEP_MEMORY = 5
+"""Steps of a width whose median is its time. A step that something else has held up does not move it."""
 BLOCK_MEMORY = 0.01
 """Weight of the newest block in the running acceptance."""
 ENOUGH_BLOCKS = 500
@@ -34,10 +38,15 @@ ENOUGH_BLOCKS = 500
 
 @dataclass
 class _Timing:
-    seconds: float = 0.0
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=STEP_MEMORY))
     steps: int = 0
     last: int = 0
     """The number of the newest observation, counted over all widths."""
+
+    @property
+    def seconds(self) -> float:
+        """The time of a step."""
+        return statistics.median(self.recent)
 
 
 class WidthChooser:
@@ -71,9 +80,9 @@ class WidthChooser:
         """Note the seconds of a step of this width."""
         timing = self._timings[_bucket(requests), width]
         self._observations += 1
-        # The first step of a shape chooses kernels and is not typical.
-        weight = 1.0 if timing.steps <= 1 else max(STEP_MEMORY, 1 / timing.steps)
-        timing.seconds += weight * (seconds - timing.seconds)
+        if timing.steps == 1:
+            timing.recent.clear()  # the first step of a shape chooses kernels and is not typical
+        timing.recent.append(seconds)
         timing.steps += 1
         timing.last = self._observations
 
@@ -90,15 +99,13 @@ class WidthChooser:
         for width in widths:
             if timings[width].steps < FIRST_LOOK:
                 return width
-        oldest = min(widths, key=lambda width: timings[width].last)
-        if self._observations - timings[oldest].last > LOOK_AGAIN:
-            return oldest
-
-        def speed(width: int) -> float:
-            return self.tokens(drafts, width) / timings[width].seconds
-
-        best = max(widths, key=speed)
-        return best if speed(best) > GAIN * speed(least) else least
+        speeds = {width: self.tokens(drafts, width) / timings[width].seconds for width in widths}
+        best = max(widths, key=speeds.__getitem__)
+        for width in widths:
+            patience = LOOK_SOON if speeds[width] > CLOSE * speeds[best] else LOOK_AGAIN
+            if self._observations - timings[width].last > patience:
+                return width
+        return best if speeds[best] > GAIN * speeds[least] else least
 
     def tokens(self, drafts: Sequence[tuple[int, int]], width: int) -> float:
         """The expected tokens of a step of this width, for all requests together."""

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
-from kforcing.engine.width import ENOUGH_BLOCKS, FIRST_LOOK, LOOK_AGAIN, WidthChooser
+from kforcing.engine.width import ENOUGH_BLOCKS, FIRST_LOOK, LOOK_AGAIN, LOOK_SOON, WidthChooser
 from tests.kforcing.engine.test_exact import alone, student
 
 
@@ -64,6 +64,25 @@ def test_a_width_that_was_not_chosen_is_timed_again():
     chooser = experienced(2, accepted=1)
     assert settled(chooser, 1, {1: 1.0, 2: 3.0}) == 1
     assert settled(chooser, 1, {1: 1.0, 2: 1.0}, steps=20 * LOOK_AGAIN) == 2
+
+
+def test_a_step_that_was_held_up_does_not_change_the_choice_for_long():
+    chooser = experienced(4, accepted=3)
+    times = {1: 1.0, 2: 1.1, 3: 1.2, 4: 1.3}
+    for width in times:
+        for seconds in (9.0, times[width], times[width], 3 * times[width] if width == 4 else times[width]):
+            chooser.step(1, width, seconds)
+    assert settled(chooser, 1, times, steps=20) == 4
+
+
+def test_a_width_that_looked_a_little_too_slow_is_soon_timed_again():
+    chooser = experienced(4, accepted=3)
+    times = {1: 1.0, 2: 1.1, 3: 1.2, 4: 1.3}
+    for width in times:
+        for _ in range(FIRST_LOOK):
+            chooser.step(1, width, times[width] * (1.4 if width == 4 else 1))
+    assert settled(chooser, 1, times, steps=3 * LOOK_SOON) == 3
+    assert settled(chooser, 1, times, steps=3 * LOOK_SOON) == 4
 
 
 def test_limits_of_the_requests_bound_the_width():
