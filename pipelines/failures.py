@@ -5,14 +5,20 @@
 
 from __future__ import annotations
 
+import json
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 
+from pipelines.log import json_lines
+
 INTERRUPTED = "interrupted; run the same command to continue"
+LOST_PEER = r"[Cc]onnection (closed|reset)|by peer"
 LONGEST = 300
 """Characters of an error of a library that are shown."""
 
@@ -63,6 +69,12 @@ class Kind:
 
 KINDS = (
     Kind(
+        Exit.MEMORY,
+        r"ObjectStoreFullError|(No space|Cannot allocate|[Bb]us error).*/dev/shm|/dev/shm.*(No space|is full)",
+        "the object store is full",
+        "Give the nodes a larger /dev/shm, or lower rollout.steps_per_chunk",
+    ),
+    Kind(
         Exit.STORAGE,
         r"No space left on device|Disk quota exceeded|File too large|OutOfDiskError|PytorchStreamWriter|unexpected pos"
         r"|iostream error",
@@ -76,12 +88,6 @@ KINDS = (
         "Mount it for writing, or move the run directory and give its new place in output_dir",
     ),
     Kind(Exit.STORAGE, r"Input/output error|Stale file handle", "the disk has failed", "Look at the disk or its mount"),
-    Kind(
-        Exit.MEMORY,
-        r"ObjectStoreFullError|/dev/shm",
-        "the object store is full",
-        "Give the nodes a larger /dev/shm, or lower rollout.steps_per_chunk",
-    ),
     Kind(
         Exit.MEMORY,
         r"CUDA out of memory|HIP out of memory",
@@ -104,19 +110,28 @@ class Cause:
     exit_code: Exit
     text: str
     """One line, with the remedy where one is known; it ends without a full stop."""
+    known: bool = True
+    """False for an error that is neither a `Failure` nor of a known kind."""
 
 
 def cause_of(error: BaseException) -> Cause:
-    """The first of an error and those behind it that is a `Failure` or of a known kind, else the one that lies deepest."""
-    deepest = error
-    for deepest in _behind(error):
-        if isinstance(deepest, Failure):
-            return Cause(deepest.exit_code, deepest.line)
-        line = _one_line(deepest)
+    """The first of an error and those behind it that is a `Failure` or of a known kind.
+
+    Without one, the first of them that Ray did not make, with what it came from. Where several workers have failed, one that
+    lost the connection to another is left out: the other has the reason.
+    """
+    found = list(_behind(error))
+    for each in found:
+        if isinstance(each, Failure):
+            return Cause(each.exit_code, each.line)
+        line = _one_line(each)
         for kind in KINDS:
             if re.search(kind.signs, line):
                 return Cause(kind.exit_code, f"{kind.name} ({line[:LONGEST]}). {kind.remedy}")
-    return Cause(Exit.FAILED, _one_line(deepest)[:LONGEST])
+    lines = [_one_line(each) for each in found]
+    lines = [line for line in lines if not re.search(LOST_PEER, line)] or lines
+    behind = f", from {lines[-1][:LONGEST]}" if len(lines) > 1 and lines[-1] != lines[0] else ""
+    return Cause(Exit.FAILED, lines[0][:LONGEST] + behind, known=False)
 
 
 def _behind(error: BaseException, seen: tuple[BaseException, ...] = ()) -> Iterator[BaseException]:
@@ -144,18 +159,23 @@ def _one_line(error: BaseException) -> str:
 def ending_in_one_line() -> Iterator[None]:
     """Turn failures and interruptions into one line on stderr and an exit code. Decorates the `main` of a command.
 
-    An error that is none of those keeps its traceback and gives exit code 1.
+    An error that is none of those keeps its traceback and gives exit code 1. SIGTERM, which stops a job, is an interruption.
     """
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
     try:
         yield
     except KeyboardInterrupt:
         line, code = INTERRUPTED, Exit.INTERRUPTED
     except Exception as error:
         cause = cause_of(error)
-        if cause.exit_code == Exit.FAILED and not isinstance(error, Failure):
+        if not cause.known:
             raise
         line, code = f"error: {cause.text}", cause.exit_code
     else:
         return
-    print(line, file=sys.stderr)
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
+    print(json.dumps({"level": "error", "text": line}) if json_lines() else line, file=sys.stderr)
     sys.exit(code)

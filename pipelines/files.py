@@ -155,7 +155,10 @@ def changed(folder: Path, checksums: dict[str, int]) -> list[str]:
     """
     for name in checksums:
         if ".." in Path(name).parts or Path(name).is_absolute():
-            raise Failure(f"{folder}: its list of files names {name}, which lies outside of it; remove the folder")
+            raise Failure(
+                f"the list of files in {folder} names {name}, a path outside of this folder, which this program never "
+                "writes; remove the folder and run the same command again"
+            )
 
     def differs(name: str) -> bool:
         return not (folder / name).is_file() or checksum(folder / name) != checksums[name]

@@ -29,9 +29,22 @@ def show_progress() -> None:
     log.propagate = False
 
 
+_NAMED = "(?:abfss?|wasbs?|hdfs)"
+_SECRET = "(?:password|passwd|secret_key|sig|token|X-Amz-Signature)"
+
+
 def without_passwords(text: str) -> str:
-    """The text with `***` for the user and the password of each URI in it."""
-    return re.sub(r"(://)[^/?#\s]*@", r"\1***@", text)
+    """The text with `***` for the user and the password of each URI in it, and for secrets in its query.
+
+    What stands before the @ of an address of Azure or HDFS is a container or a user; with a colon it has a password, too.
+    """
+    text = re.sub(rf"(?<![\w+.-])(?!{_NAMED}://[^/?#\s:@]*@)([a-z][\w+.-]*://)[^/?#\s]*@", r"\1***@", text, flags=re.I)
+    return re.sub(rf"([?&]{_SECRET}=)[^&#\s'\"]+", r"\1***", text, flags=re.I)
+
+
+def json_lines() -> bool:
+    """Whether lines are JSON objects, for collectors of logs."""
+    return os.environ.get("KFORCING_LOG") == "json"
 
 
 class _Json(logging.Formatter):
@@ -44,5 +57,5 @@ class _Json(logging.Formatter):
 
 def _handler(stream: TextIO, layout: str) -> logging.Handler:
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(_Json() if os.environ.get("KFORCING_LOG") == "json" else logging.Formatter(layout))
+    handler.setFormatter(_Json() if json_lines() else logging.Formatter(layout))
     return handler

@@ -168,8 +168,8 @@ class TrainConfig:
     log_every: Annotated[Count, RUNTIME] = 20
     """Steps between progress lines and metric points."""
     stall_limit_s: Annotated[NonNegative, RUNTIME] = 3600.0
-    """A stage whose workers make no step for so many seconds ends in an error with their stacks; loading the model and the
-    first rows count too, waiting for nodes does not. 0 lets it wait for ever."""
+    """If the workers finish no step within so many seconds, the stage fails and their stacks are saved. The time for loading
+    the model and for the first rows counts, waiting for nodes does not. 0 lets the stage wait for ever."""
     max_failures: Annotated[Annotated[int, Field(ge=-1)], RUNTIME] = 2
     """How often Ray Train restarts a failed worker group from the last checkpoint."""
 

@@ -47,12 +47,13 @@ class Formerly:
 
 
 def refuse_passwords(fields: Iterable[tuple[str, Any]]) -> None:
-    """Raise ConfigError for a field whose value is a URI with a user or a password: configs are logged and saved."""
+    """Raise ConfigError for a field whose value is a URI with a password or another secret: configs are logged and saved."""
     for name, value in fields:
         if isinstance(value, str) and without_passwords(value) != value:
             raise ConfigError(
-                f"{name}={without_passwords(value)} holds a user or a password, which would be saved and logged; give it in "
-                "the environment, for example in MLFLOW_TRACKING_URI, MLFLOW_TRACKING_PASSWORD or AWS_SECRET_ACCESS_KEY"
+                f"{name}={without_passwords(value)} holds a password or another secret, which would be saved and logged; "
+                "give it in the environment, for example in MLFLOW_TRACKING_URI, MLFLOW_TRACKING_PASSWORD or "
+                "AWS_SECRET_ACCESS_KEY"
             )
 
 

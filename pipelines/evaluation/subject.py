@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,8 @@ def _last_config(log: Path) -> dict[str, str]:
     with open(log) as lines:
         for line in lines:
             if '"event": "config"' in line and line.endswith("}\n"):  # a killed run may have cut its last line
-                found = json.loads(line)
+                with suppress(ValueError):  # a full disk may have cut a line in the middle of the log
+                    found = json.loads(line)
     return found
 
 

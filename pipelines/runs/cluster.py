@@ -35,7 +35,7 @@ LONGEST_TEMP = 40
 """Characters of a temporary directory in which the names of Ray's sockets still fit."""
 
 SHARED_MEMORY, SMALL_SHARED_MEMORY = Path("/dev/shm"), 1 << 30
-"""Where Ray keeps objects, and the bytes below which a run warns that it cannot."""
+"""Where Ray keeps objects, and the free bytes below which a run warns that this is too little."""
 
 CONNECT_S, ANSWER_S = 5, 14
 """Seconds in which the GCS of a cluster must take a connection, and answer."""
@@ -104,12 +104,13 @@ def connected(root: Path, work: Work) -> Iterator[None]:
         ray.shutdown()
         raise
     _quieten()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise KeyboardInterrupt from None
     finally:
+        signal.signal(signal.SIGTERM, before)
         ray.shutdown()
 
 

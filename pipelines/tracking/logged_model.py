@@ -14,27 +14,33 @@ def logged_model(client: Any, run: str, name: str, tags: dict[str, str], known: 
     """The logged model of a run, made if it is not there; None on servers before MLflow 3, which have no logged models.
 
     Args:
-        run: the run that made it; the model is one of its outputs.
-        known: id of the logged model that an earlier call has made.
+        run: the run that made it.
+        known: id of the logged model that an earlier call has made; another one is made if it has been deleted.
     """
-    from mlflow.entities import LoggedModelOutput
     from mlflow.exceptions import MlflowException
 
     if known:
-        return client.get_logged_model(known)
+        try:
+            return client.get_logged_model(known)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
     experiment = client.get_run(run).info.experiment_id
     try:
-        model = client.create_logged_model(experiment, name=name, source_run_id=run, tags=tags)
+        return client.create_logged_model(experiment, name=name, source_run_id=run, tags=tags)
     except MlflowException as error:
         if error.error_code != "ENDPOINT_NOT_FOUND":
             raise
         return None
-    client.log_outputs(run, [LoggedModelOutput(model.model_id, 0)])
-    return model
 
 
 def upload(client: Any, run: str, folder: Path, model: Any) -> None:
-    """Upload the files of a saved student and its flavour: to its logged model, or to `model` below the run without one."""
+    """Upload the files of a saved student and its flavour: to its logged model, or to `model` below the run without one.
+
+    The logged model becomes one of the run's outputs.
+    """
+    from mlflow.entities import LoggedModelOutput
+
     with tempfile.TemporaryDirectory() as place:
         for file in model_files(folder):
             Path(place, file.name).symlink_to(file.absolute())
@@ -44,4 +50,5 @@ def upload(client: Any, run: str, folder: Path, model: Any) -> None:
         else:
             write_flavour(Path(place), run, model.model_id)
             client.log_model_artifacts(model.model_id, place)
+            client.log_outputs(run, [LoggedModelOutput(model.model_id, 0)])
             client.finalize_logged_model(model.model_id, "READY")

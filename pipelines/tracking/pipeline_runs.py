@@ -3,8 +3,8 @@
 `mlflow.json` in the run directory remembers their ids, so that the next start continues them:
 
     {"uri": …, "experiment": id, "parent": run id, "children": {"<stage>-<fingerprint>": run id},
-     "models": {run id: id of its logged model}, "uploaded": {fingerprint: run id}, "registered": {fingerprint: version},
-     "owed": [what MLflow has not taken yet]}
+     "models": {run id: id of its logged model}, "uploaded": {fingerprint: id of the logged model, or of the run, that has
+     the files}, "registered": {fingerprint: version}, "owed": [what MLflow has not taken yet]}
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -25,7 +26,6 @@ from pipelines.config.saved import CONFIG_FILE
 from pipelines.config.stages import RunSpec
 from pipelines.data.tokenise import Prepared
 from pipelines.files import read_json, write_json
-from pipelines.log import without_passwords
 from pipelines.tracking.logged_model import logged_model, upload
 from pipelines.tracking.mlflow_client import log_params, mlflow_client, open_experiment, source_tags, tracking_uri
 
@@ -95,16 +95,27 @@ class PipelineRuns:
         self._client: Any = None
         self._quiet_until, self._failing = 0.0, False
         self._refused: list[Debt] = []
+        self._unsaved: dict[str, Any] | None = None
+        """The state while it cannot be written."""
         self._lock = threading.RLock()
 
     @property
     def _state(self) -> dict[str, Any]:
+        if self._unsaved is not None:
+            return self._unsaved
         state = made_by(self.run.root)
-        return state if state.get("uri") in (self.uri, without_passwords(self.uri)) else {}
+        return state if without_user(state.get("uri", "")) == without_user(self.uri) else {}
 
     def _remember(self, **changed: Any) -> None:
-        """Replace entries of the state; the lock is held."""
-        write_json(self.run.root / STATE_FILE, {**self._state, "uri": without_passwords(self.uri), **changed})
+        """Replace entries of the state; the lock is held. A disk that is full costs a warning, not the run."""
+        state = {**self._state, "uri": without_user(self.uri), **changed}
+        try:
+            write_json(self.run.root / STATE_FILE, state)
+            self._unsaved = None
+        except OSError as error:
+            first, self._unsaved = self._unsaved is None, state
+            problem = f"{self.run.root / STATE_FILE} cannot be written ({error.strerror})"
+            self.failed(f"{problem}: if the run ends now, the next start does not know its MLflow runs", first)
 
     @property
     def parent(self) -> str | None:
@@ -145,7 +156,9 @@ class PipelineRuns:
             self._pay()
         if self._owed:
             missing = ", ".join(str(debt) for debt in self._owed)
-            self.failed(f"MLflow at {self.uri} lacks: {missing}. The next start of this run tries again", True)
+            self.failed(
+                f"MLflow at {self.uri} has not received: {missing}. The next start of this run tries again", True
+            )
 
     @property
     def _owed(self) -> list[Debt]:
@@ -233,10 +246,10 @@ class PipelineRuns:
         model = logged_model(client, run, stage.name, tags, models.get(run))
         if model:
             self._remember(models={**models, run: model.model_id})
-        uploaded = self._state.get("uploaded", {})
-        if uploaded.get(stage.fingerprint) != run:
+        place, uploaded = model.model_id if model else run, self._state.get("uploaded", {})
+        if uploaded.get(stage.fingerprint) != place:
             upload(client, run, folder, model)
-            self._remember(uploaded={**uploaded, stage.fingerprint: run})
+            self._remember(uploaded={**uploaded, stage.fingerprint: place})
         source = model.artifact_location if model else client.get_run(run).info.artifact_uri.rstrip("/") + "/model"
         given = {"model_id": model.model_id} if model else {}
         version = client.create_model_version(name, source, run_id=run, tags=tags, **given)
@@ -353,8 +366,15 @@ def _still_there(client: Any, run: str) -> bool:
 def made_by(folder: Path) -> dict[str, Any]:
     """What a folder was logged to (`uri`, and the ids of its runs), empty when it was not.
 
-    A password is not kept: a URI that had one is that of `MLFLOW_TRACKING_URI` where they are the same without it.
+    A user and a password are not kept: the URI is that of `MLFLOW_TRACKING_URI` where they are the same without them.
     """
     state = read_json(folder / STATE_FILE) or {}
-    given = os.environ.get("MLFLOW_TRACKING_URI", "")
-    return {**state, "uri": given} if state and state.get("uri") == without_passwords(given) else state
+    if not state:
+        return {}
+    given, plain = os.environ.get("MLFLOW_TRACKING_URI", ""), without_user(state["uri"])
+    return {**state, "uri": given if without_user(given) == plain else plain}
+
+
+def without_user(uri: str) -> str:
+    """A URI without the user and the password in it."""
+    return re.sub(r"(://)[^/?#\s]*@", r"\1", uri)

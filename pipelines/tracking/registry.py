@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,12 +38,13 @@ class Registered:
         from mlflow.artifacts import download_artifacts
 
         folder.parent.mkdir(parents=True, exist_ok=True)
-        place = Path(download_artifacts(artifact_uri=self.source, dst_path=str(folder.parent), tracking_uri=self.uri))
-        try:
-            refuse_links(place)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        place.rename(folder)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as empty:  # what an interrupted copy left is not mixed in
+            place = Path(download_artifacts(artifact_uri=self.source, dst_path=empty, tracking_uri=self.uri))
+            try:
+                refuse_links(place)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+            place.rename(folder)
 
 
 def registered_student(name: str, uri: str | None) -> Registered:

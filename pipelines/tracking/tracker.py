@@ -9,6 +9,7 @@ only ever written from one process.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -45,7 +46,7 @@ class Tracker:
         self.params, self.drain, self.log = params, drain, run.root / LOG
         self.mlflow = PipelineRuns(run, params, self._mlflow_failed)
         self.prometheus = RunMetrics(run.root.name)
-        self._cut = False
+        self._cut = _is_cut(self.log)
         ids.update(run=run_id(run.root) or run.root.name)
         self._lines = LogLines(self)
         log.addHandler(self._lines)
@@ -64,7 +65,8 @@ class Tracker:
             first, self._cut = not self._cut, True
             if first:
                 log.warning(
-                    f"{self.log} cannot be written to ({error.strerror}); it lacks what happens now", extra=KEPT
+                    f"{self.log} cannot be written ({error.strerror}); records are missing from it until it can be",
+                    extra=KEPT,
                 )
 
     def _mlflow_failed(self, problem: str, first: bool) -> None:
@@ -135,10 +137,12 @@ class Tracker:
 
     def finish(self, status: str, error: str | None = None) -> None:
         """End the pipeline's MLflow run; `error` is what the run ended with."""
-        self.mlflow.finish(status)
-        self.write(event="run_ended", status=status, **({"error": error} if error else {}))
-        log.removeHandler(self._lines)
-        ids.clear()
+        try:
+            self.mlflow.finish(status)
+        finally:
+            self.write(event="run_ended", status=status, **({"error": error} if error else {}))
+            log.removeHandler(self._lines)
+            ids.clear()
 
     def ui_command(self) -> str:
         """How to look at the runs."""
@@ -146,6 +150,15 @@ class Tracker:
         if uri == "off":
             return "tracking is off"
         return f"{sys.executable} -m mlflow ui --backend-store-uri '{uri}'" if "sqlite" in uri else f"open {uri}"
+
+
+def _is_cut(log: Path) -> bool:
+    """Whether the last line of a log has no end: its disk was full, or its writer was killed."""
+    if not log.is_file() or not log.stat().st_size:
+        return False
+    with open(log, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 class LogLines(logging.Handler):

@@ -252,12 +252,17 @@ def refuse_code(folder: Path) -> None:
     for file in sorted((folder / latest["tag"]).rglob("*.pt")) if latest else ():
         try:
             unknown = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - set(SAFE_CLASSES))
+        except (OSError, MemoryError):  # the disk's or the node's fault
+            raise
         except Exception as error:  # not a zip archive, as an old pickle is not
-            unknown = [f"{type(error).__name__}: {error}"]
+            raise StageError(
+                f"{file} is refused: it is not a file that torch.save wrote ({type(error).__name__}: {error})"[:400]
+                + f". Loading it could run code. Remove {folder}, and the stage is trained again"
+            ) from None
         if unknown:
             raise StageError(
-                f"{file} is refused: beside tensors it holds {', '.join(unknown)[:200]}, which could run code. A run does "
-                f"not write such files; find out who did, and remove {folder}"
+                f"{file} is refused: beside tensors it holds {', '.join(unknown)[:200]}, which could run code. This program "
+                f"never writes such files: someone else has changed the checkpoint. Find out who did, and remove {folder}"
             )
 
 

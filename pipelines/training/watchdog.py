@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipelines.failures import Exit
+from pipelines.failures import Exit, Failure
 from pipelines.log import log
 from pipelines.runs.stages import StageError
 from pipelines.training.job import TrainJob
@@ -27,10 +27,12 @@ WARN_AFTER_S = 600.0
 """Seconds without a step after which a warning says so, and again whenever the time has doubled."""
 GRACE_S = 5.0
 """Seconds that workers have to write their stacks before the driver ends the stage."""
+INTERRUPT_S = 30.0
+"""Seconds that Ray Train has to end after an interruption before the next one."""
 
 
 class WorkerWatch:
-    """Writes the stacks of this process to a file unless `step` is called within the limit, again and again."""
+    """Writes the stacks of this process to a file when `step` is not called within the limit."""
 
     def __init__(self, job: TrainJob, rank: int):
         self.limit = job.train.stall_limit_s
@@ -63,8 +65,9 @@ def ending_stalls(job: TrainJob, relay: Any) -> Iterator[None]:
     watch.start()
     try:
         yield
-    except BaseException:
-        if not fired.is_set():
+    except BaseException as error:
+        by_itself = isinstance(error, Failure) and error.exit_code not in (Exit.FAILED, Exit.CLUSTER)
+        if not fired.is_set() or by_itself:
             raise
         raise StageError(
             f"stage {job.stage}: no step was made for {job.train.stall_limit_s:g} s (train.stall_limit_s); the stacks of its "
@@ -78,21 +81,33 @@ def ending_stalls(job: TrainJob, relay: Any) -> Iterator[None]:
 
 
 def _watch(job: TrainJob, relay: Any, done: threading.Event, fired: threading.Event) -> None:
-    limit, before, seen = job.train.stall_limit_s, _steps(relay) or 0, 0
-    since, warn_at = time.monotonic(), WARN_AFTER_S
+    limit, last, signs = job.train.stall_limit_s, _steps(relay), 0
+    since = stalled = time.monotonic()  # the newest sign of progress; the moment from which a stall counts
+    warn_at = WARN_AFTER_S
     while not done.wait(min(5.0, (limit or WARN_AFTER_S) / 4)):
-        steps = _steps(relay)
-        if steps is not None and steps - before != seen:
-            seen, since, warn_at = steps - before, time.monotonic(), WARN_AFTER_S
-        idle = time.monotonic() - since
-        if idle > warn_at:
+        steps, now = _steps(relay), time.monotonic()
+        if steps is not None and last is not None and steps > last:
+            signs, since, stalled, warn_at = signs + 1, now, now, WARN_AFTER_S
+        last = last if steps is None else steps  # a mailbox that was restarted counts from 0
+        if now - since > warn_at:
             warn_at *= 2
-            log.warning(f"{job.stage}  no step for {idle / 60:.0f} min: {why(job, begun=seen > 1)}")
-        if limit and seen > 0 and idle > limit + GRACE_S:  # before, it waits for nodes, which may take hours
+            log.warning(f"{job.stage}  no step for {(now - since) / 60:.0f} min: {why(job, begun=signs > 1)}")
+        if limit and signs and now - stalled > limit + GRACE_S:
+            if missing(job):  # it waits for nodes, which may take hours
+                stalled = now
+                continue
             fired.set()
-            with suppress(OSError), open(Path(job.folder, STACKS, "driver.txt"), "w") as file:
-                faulthandler.dump_traceback(file)
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            _interrupt(job, done)
+            return
+
+
+def _interrupt(job: TrainJob, done: threading.Event) -> None:
+    """Keep the driver's stacks and interrupt it. Ray Train ends at the third interruption, whatever its controller does."""
+    with suppress(OSError), open(Path(job.folder, STACKS, "driver.txt"), "w") as file:
+        faulthandler.dump_traceback(file)
+    for _ in range(3):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        if done.wait(INTERRUPT_S):
             return
 
 
@@ -112,6 +127,17 @@ def why(job: TrainJob, begun: bool) -> str:
     Args:
         begun: whether it has made a step since its start.
     """
+    if wanted := missing(job):
+        return wanted
+    if not begun:
+        return (
+            "its workers start, load the model or wait for their first rows; `ray status` shows what Ray cannot place"
+        )
+    return "a worker or a rollout actor is slow or stuck; `ray stack` on its node shows where"
+
+
+def missing(job: TrainJob) -> str | None:
+    """What a stage needs and the cluster does not have now; None where it has all, or does not answer."""
     import ray
 
     train, rollout = job.train, job.rollout
@@ -120,12 +146,11 @@ def why(job: TrainJob, begun: bool) -> str:
         "CPU": train.workers * train.cpus_per_worker + actors * rollout.cpus_per_actor,
         "GPU": train.workers * train.gpus_per_worker + actors * rollout.gpus_per_actor,
     }
-    have = ray.cluster_resources()
+    try:
+        have = ray.cluster_resources()
+    except Exception:
+        return None
     for kind, amount in need.items():
         if amount > have.get(kind, 0.0) + 1e-9:
             return f"it needs {amount:g} {kind}s and the cluster has {have.get(kind, 0.0):g} now; it waits for nodes to join"
-    if not begun:
-        return (
-            "its workers start, load the model or wait for their first rows; `ray status` shows what Ray cannot place"
-        )
-    return "a worker or a rollout actor is slow or stuck; `ray stack` on its node shows where"
+    return None

@@ -11,6 +11,8 @@ rows and which step come next, so a restarted group of workers continues at the 
 from __future__ import annotations
 
 import shutil
+import signal
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,7 @@ def _fit(job: TrainJob, relay: Any) -> None:
 
     # Ray Train would resume by the run's name from checkpoints of its own. Ours are in the stage's folder.
     record = Path(job.folder, "ray_train")
+    on_interrupt = signal.getsignal(signal.SIGINT)
     shutil.rmtree(record, ignore_errors=True)
     kept = "Its last checkpoint is kept. Remove the cause and run the same command again: it continues from there"
     try:
@@ -86,6 +89,9 @@ def _fit(job: TrainJob, relay: Any) -> None:
         raise StageError(f"{text}; {report} has the stacks", cause.exit_code) from error
     except RayActorError as error:
         raise StageError(f"stage {job.stage}: the controller of Ray Train died. {kept}", Exit.CLUSTER) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves a handler that ignores two Ctrl-C
 
 
 def _trainer(job: TrainJob, relay: Any, record: Path) -> Any:

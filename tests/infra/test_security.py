@@ -137,8 +137,8 @@ SECRET = "hunter" + "2" * 6
 @pytest.mark.parametrize("field", ["tracking.uri", "data.source"])
 def test_a_password_in_a_config_is_refused_and_not_repeated(tmp_path, field):
     config = apply(recipe("smoke"), {}, [f"{field}=s3://me:{SECRET}@host/x", f"output_dir={tmp_path}/run"])
-    with pytest.raises(ConfigError, match=rf"{field}=s3://\*\*\*@host/x holds a user or a password") as error:
+    with pytest.raises(ConfigError, match=rf"{field}=s3://\*\*\*@host/x holds a password or another secret") as error:
         validate(config)
     assert SECRET not in str(error.value)
-    with pytest.raises(ConfigError, match="holds a user or a password"):
+    with pytest.raises(ConfigError, match="holds a password or another secret"):
         evaluation_config([f"tracking.uri=http://me:{SECRET}@host"])

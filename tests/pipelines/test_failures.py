@@ -2,6 +2,7 @@
 
 import errno
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,28 @@ def test_an_error_that_was_dealt_with_is_not_taken_for_the_cause():
 
     with pytest.raises(KeyError) as error:
         dealt_with()
-    assert cause_of(error.value) == Cause(Exit.FAILED, "KeyError: 'another'")
+    assert cause_of(error.value) == Cause(Exit.FAILED, "KeyError: 'another'", known=False)
+
+
+def test_the_worker_that_has_the_reason_is_named_and_not_the_one_that_lost_its_connection():
+    for order in ((0, 1), (1, 0)):
+        errors = (ValueError("wrong shape"), RuntimeError("Connection closed by peer"))
+        failed = WorkerGroupError("two workers", {rank: errors[rank] for rank in order})
+        assert cause_of(failed) == Cause(Exit.FAILED, "ValueError: wrong shape", known=False)
+
+
+def test_an_error_of_nobody_is_shown_with_what_it_came_from():
+    error = ValueError("the hub cannot be reached")
+    error.__cause__ = LookupError("no such name")
+    shown = "ValueError: the hub cannot be reached, from LookupError: no such name"
+    assert cause_of(error) == Cause(Exit.FAILED, shown, known=False)
+
+
+def test_a_stopped_job_is_an_interruption_wherever_it_is_stopped(capsys):
+    with pytest.raises(SystemExit) as ended, ending_in_one_line():
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == Exit.INTERRUPTED
+    assert capsys.readouterr().err == "interrupted; run the same command to continue\n"
 
 
 def test_real_errors_of_full_disks_and_small_memories_are_known():

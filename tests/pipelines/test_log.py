@@ -44,6 +44,9 @@ def test_lines_are_json_objects_with_ids_where_a_collector_wants_them(capsys, mo
         ("mysql+pymysql://u:p@h/a and s3://KEY:SECRET@b/c", "mysql+pymysql://***@h/a and s3://***@b/c"),
         ("sqlite:////runs/a@b/mlflow.db", "sqlite:////runs/a@b/mlflow.db"),
         ("https://host?mail=a@b", "https://host?mail=a@b"),
+        ("abfss://container@account.dfs.core.windows.net/a", "abfss://container@account.dfs.core.windows.net/a"),
+        ("hdfs://me@host/a and hdfs://me:p@host/a", "hdfs://me@host/a and hdfs://***@host/a"),
+        ("postgresql://host/db?user=me&password=p&x=1", "postgresql://host/db?user=me&password=***&x=1"),
     ],
 )
 def test_a_uri_is_shown_without_user_and_password(text, shown):

@@ -175,7 +175,12 @@ def test_a_log_that_cannot_be_written_costs_one_warning_and_no_run(tmp_path, pre
     with open(file, "a") as cut:
         cut.write('{"time": 1')  # what a full disk takes of a line
     tracker.finish("FINISHED")
-    assert caplog.text.count("log.jsonl cannot be written to (No space left on device); it lacks what happens now") == 1
+    assert (
+        caplog.text.count(
+            "log.jsonl cannot be written (No space left on device); records are missing from it until it can be"
+        )
+        == 1
+    )
     assert json.loads(file.read_text().splitlines()[-1])["event"] == "run_ended"
 
 
@@ -211,7 +216,7 @@ def test_what_a_store_did_not_take_is_named_and_given_to_it_at_the_next_start(tm
     with tracker.stage("k2", "f00", PARAMS):
         pass
     tracker.finish("FINISHED")
-    assert "lacks: status of k2, status of the run. The next start of this run tries again" in caplog.text
+    assert "has not received: status of k2, status of the run. The next start of this run tries again" in caplog.text
     (tmp_path / "later").unlink()
     _, again = tracker_for(tmp_path, tracker.mlflow.uri)
     again.begin(prepared)
@@ -237,7 +242,7 @@ def test_what_a_store_refuses_is_named_and_holds_nothing_else_up(tmp_path, prepa
     assert [client.get_run(run).info.status for run in (runs.parent, child)] == ["FINISHED", "FINISHED"]
     assert caplog.text.count("refuses the status of k1") == 1
     assert caplog.text.count("refuses the model of k2") == 1
-    assert "lacks: status of k1, model of k2. The next start" in caplog.text
+    assert "has not received: status of k1, model of k2. The next start" in caplog.text
     assert client.list_artifacts(child) == []  # a refused model is not uploaded
     # The next start tries again; files that MLflow has are not sent twice.
     _, again = tracker_for(tmp_path, runs.uri)

@@ -85,7 +85,7 @@ def test_a_gateway_that_takes_no_large_file_for_a_whole_run_has_it_after_the_nex
     with proxy_before(server[0]) as (uri, gateway):
         gateway.refuse = staticmethod(lambda method, path, length: 503 if length > 10_000 else None)
         config, _ = whole_run(tmp_path, uri, prepared, student)
-        assert "lacks: model of k2" in caplog.text
+        assert "has not received: model of k2" in caplog.text
         gateway.refuse = staticmethod(lambda *_: None)
         _, again = tracker_for(tmp_path, uri)
         again.begin(prepared)
@@ -111,7 +111,7 @@ def test_a_deleted_experiment_is_named_and_has_the_run_once_it_is_restored(tmp_p
     client.delete_experiment(number)
     config, _ = whole_run(tmp_path, uri, prepared, student)
     assert f"experiment 'kforcing' is deleted: restore it with `mlflow experiments restore -x {number}`" in caplog.text
-    assert "lacks: status of k2" in caplog.text
+    assert "has not received: status of k2" in caplog.text
     client.restore_experiment(number)
     _, again = tracker_for(tmp_path, uri)
     again.begin(prepared)
@@ -133,10 +133,26 @@ def test_an_experiment_that_is_deleted_in_the_middle_has_everything_once_it_is_r
         client.delete_experiment(number)
     tracker.register(student, 2, "f00")
     tracker.finish("FINISHED")
-    assert "lacks: status of k2, model of k2, status of the run" in caplog.text
+    assert "has not received: status of k2, model of k2, status of the run" in caplog.text
     client.restore_experiment(number)
     _, again = tracker_for(tmp_path, uri)
     again.begin(prepared)
+    again.finish("FINISHED")
+    is_complete(config, again)
+
+
+def test_files_that_an_earlier_release_left_with_the_run_are_not_taken_for_those_of_a_logged_model(
+    tmp_path, prepared, student
+):
+    uri = f"sqlite:///{tmp_path}/one.db"
+    config, tracker = whole_run(tmp_path, uri, prepared, student)
+    file = config.root / "mlflow.json"
+    state = json.loads(file.read_text())
+    earlier = {"models": {}, "registered": {}, "uploaded": {"f00": state["children"]["k2-f00"]}}
+    file.write_text(json.dumps(state | earlier))
+    _, again = tracker_for(tmp_path, uri)
+    again.begin(prepared)
+    again.register(student, 2, "f00")
     again.finish("FINISHED")
     is_complete(config, again)
 
@@ -208,6 +224,6 @@ def test_a_password_in_the_environment_is_in_no_file_of_a_run(tmp_path, prepared
     files = [file for file in config.root.rglob("*") if file.is_file()]
     assert {"log.jsonl", "config.yaml", "mlflow.json"} <= {file.name for file in files}
     assert [file for file in files if SECRET in file.read_text()] == []
-    assert "lacks: status of k2" in caplog.text
+    assert "has not received: status of k2" in caplog.text
     assert SECRET not in caplog.text
     assert made_by(config.root)["uri"] == tracker.mlflow.uri  # an evaluation finds the server again
