@@ -144,7 +144,8 @@ def _gumbel_max(logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tenso
 
 
 def _may_win(logits: Tensor, z: Tensor, temperature: Tensor | float, best: int) -> tuple[Tensor, Tensor] | None:
-    """The ids, ascending, of the tokens that may be among the `best`, and which of them count; None for all tokens."""
+    """The ids, ascending, of the tokens that may be among the `best`, and a mask that is False where an id only fills the
+    row; None where that would be all tokens."""
     if not can_race(logits, best):
         return None
     V, shape = logits.shape[-1], logits.shape[:-1]

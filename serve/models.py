@@ -53,7 +53,7 @@ REMOTE = (PREFIX, "runs:/")
 LOADING = {
     *("model", "name", "teacher", "k", "acceptance", "coupling", "device", "dtype"),
     *("row_kernel", "quantization", "batch_invariant"),
-    *("max_num_seqs", "max_model_len", "max_num_batched_tokens"),
+    *("max_num_seqs", "max_model_len", "max_num_batched_tokens", "prefix_cache_mb", "prefix_cache_device"),
 }
 """Settings whose change needs the models to be loaded again."""
 

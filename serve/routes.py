@@ -118,7 +118,11 @@ def model_routes(service: Service) -> APIRouter:
         await service.wait_for_models()
         return AsciiJSON({"object": "list", "data": [card(name) for name in service.models]})
 
-    @router.get("/v1/models/{name:path}", response_model=ModelCard, responses={404: ERROR_RESPONSES[404]})
+    @router.get(
+        "/v1/models/{name:path}",
+        response_model=ModelCard,
+        responses={code: ERROR_RESPONSES[code] for code in (404, 503)},
+    )
     async def one_model(name: str) -> Response:
         """Describe one model."""
         await service.wait_for_models()
@@ -129,7 +133,7 @@ def model_routes(service: Service) -> APIRouter:
 
 def tokenizer_routes(service: Service) -> APIRouter:
     """/tokenize and /detokenize, as vLLM has them."""
-    router = APIRouter(responses={code: ERROR_RESPONSES[code] for code in (400, 401, 404, 413)})
+    router = APIRouter(responses={code: ERROR_RESPONSES[code] for code in (400, 401, 404, 413, 503)})
 
     @router.post("/tokenize", response_model=Tokens)
     async def tokenize(body: TokenizeRequest) -> Response:

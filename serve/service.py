@@ -75,7 +75,7 @@ class Service:
 
         The former models answer until the new ones are loaded, or are freed before with `load_after_drain`.
         Where they cannot be loaded, the models that are served already stay, or those of the settings `before` are loaded,
-        and `failed_deployment` says why. Without either the error is raised.
+        and `failed_deployment` says why. If there is nothing to fall back to, the error is raised.
         """
         async with self._swap:
             if self.models and self.settings and loading_settings(settings) == loading_settings(self.settings):
@@ -87,14 +87,17 @@ class Service:
             before = self.settings or before
             if settings.load_after_drain:
                 await self._drain()
-            failure = None
+            failure, models = None, None
             try:
                 models = await self._load(settings)
             except Exception as error:
                 if before is None:
                     raise
                 failure = f"model={settings.model} cannot be served: {type(error).__name__}: {error}"
+            if models is None:  # outside of `except`, since the error's traceback holds what was loaded
+                gc.collect()
                 logger.error("%s; what was served before is served on", failure)
+                assert before is not None
                 settings = before
                 models = self.models or await self._load(settings)
             self._note_failure(failure)
@@ -115,6 +118,10 @@ class Service:
         while any(engine() for engine in engines) and time.monotonic() < deadline:
             await asyncio.sleep(POLL_S)
             gc.collect()
+        if any(engine() for engine in engines):
+            logger.warning(
+                "clients still read answers of the former models, so these stay in memory beside the new ones"
+            )
 
     async def wait_for_models(self) -> None:
         """Return when there are models: while they are replaced after a drain, there are none."""
@@ -157,9 +164,11 @@ class Service:
             model.proved = time.monotonic()
 
     def model(self, name: str | None) -> ServedModel:
-        """The model with this name, or the first when the name is None. Raises ApiError with status 404."""
+        """The model with this name, or the first when the name is None. Raises ApiError: 404, or 503 without models."""
         if name is None and self.models:
             return next(iter(self.models.values()))
+        if not self.models:
+            raise ApiError(503, "no model is loaded; try again later", code="not_ready")
         if name not in self.models:
             known = ", ".join(self.models)
             raise ApiError(404, f"model {name!r} is not served here; there are: {known}", "model", "model_not_found")
@@ -207,7 +216,10 @@ async def _finish(models: dict[str, ServedModel]) -> None:
     """Refuse new requests of these models, and wait until the others have ended."""
     for model in models.values():
         model.async_engine.close()
-    while not all(model.async_engine.done for model in models.values()):
+    while running := [(name, model.async_engine) for name, model in models.items() if not model.async_engine.done]:
+        for name, engine in running:
+            if not engine.thread.alive or engine.stuck_for() > STUCK_S:  # Serve replaces a replica that cannot change
+                raise RuntimeError(f"the engine of {name} hangs while its requests are finished")
         await asyncio.sleep(POLL_S)
 
 

@@ -162,6 +162,8 @@ def record(traffic: Traffic, deployments: Deployments, memory: dict[str, float],
         problems.append(f"the memory of the replicas grew: {memory}")
     if missing := [name for name, count in deployments.counts.items() if not count]:
         problems.append(f"these changes never had the intended result: {missing}")
+    if unanswered := [model for model in traffic.expected if not traffic.answered_by[model]]:
+        problems.append(f"no text of these models was compared: {unanswered}")
     if (running := _running(traffic.endpoint)) > 0:
         problems.append(f"{running} requests run after all clients have gone")
     return {

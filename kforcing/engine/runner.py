@@ -69,7 +69,7 @@ class StepShape(NamedTuple):
     light: bool = False
     """All slots verify, and the drafts are those of the light read-out."""
     unfiltered: bool = False
-    """Such drafts need no logits over the vocabulary: no slot has options beyond a temperature, which may be 0."""
+    """`light`, and no slot has options beyond a temperature, which may be 0: drafts need no logits over the vocabulary."""
 
 
 class ARReadout:
@@ -360,7 +360,8 @@ class ModelRunner:
         if counts_RV is not None:
             counts_RV.scatter_add_(1, first_R[:, None], torch.ones_like(first_R, dtype=counts_RV.dtype)[:, None])
         readout = self.drafter if shape.light else self.readout
-        own = None if shape.unfiltered else pick
+        # Without candidates a greedy draft is an argmax, which takes less time than a draw.
+        own = None if shape.unfiltered and (shape.plain or readout.config.draft_rank) else pick
         turns = readout.drafts(self.backbone, windows, reader, trunk_RD[:, None], first_R[:, None], own)
         return torch.cat([first_R[:, None], self._tokens(turns, shape, records)], dim=1)
 

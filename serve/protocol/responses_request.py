@@ -69,8 +69,11 @@ class MessageItem(Item):
     content: Content
 
     def add_to(self, messages: list[dict[str, Any]]) -> None:
-        """Append it as a message of a chat completion."""
-        messages.append({"role": self.role, "content": _text(self.content)})
+        """Append it as a message of a chat completion; text behind a call belongs to the same answer as the call."""
+        if self.role == "assistant" and messages and messages[-1].get("tool_calls"):
+            messages[-1]["content"] = (messages[-1]["content"] or "") + _text(self.content)
+        else:
+            messages.append({"role": self.role, "content": _text(self.content)})
 
 
 class CallItem(Item, CalledFunction):

@@ -84,7 +84,7 @@ def test_an_agents_loop_has_the_conversation_of_the_same_chat(client):
     assert last.usage.input_tokens == chat.usage.prompt_tokens
 
 
-def test_a_call_belongs_to_the_message_before_it_and_its_output_may_come_in_parts():
+def test_calls_and_the_texts_around_them_are_one_message_and_an_output_may_come_in_parts():
     call = {"type": "function_call", "call_id": "1", "name": "a", "arguments": ""}
     body = ResponsesRequest.model_validate(
         {
@@ -93,12 +93,13 @@ def test_a_call_belongs_to_the_message_before_it_and_its_output_may_come_in_part
                 {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "c"}]},
                 call | {"id": "fc_1", "status": "completed", "caller": None},
                 call | {"call_id": "2"},
+                {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "e"}]},
                 {"type": "function_call_output", "call_id": "1", "output": [{"type": "input_text", "text": "d"}]},
             ]
         }
     )
     user, assistant, tool = body.as_chat().messages
-    assert (user.text, assistant.text, tool.text, tool.tool_call_id) == ("b", "c", "d", "1")
+    assert (user.text, assistant.text, tool.text, tool.tool_call_id) == ("b", "ce", "d", "1")
     assert [each.id for each in assistant.tool_calls] == ["1", "2"]
 
 
