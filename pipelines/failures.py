@@ -124,14 +124,23 @@ def cause_of(error: BaseException) -> Cause:
     for each in found:
         if isinstance(each, Failure):
             return Cause(each.exit_code, each.line)
-        line = _one_line(each)
-        for kind in KINDS:
-            if re.search(kind.signs, line):
-                return Cause(kind.exit_code, f"{kind.name} ({line[:LONGEST]}). {kind.remedy}")
+        if known := _of_a_kind(_one_line(each)):
+            return known
+    for line in re.findall(r"^[\w.]+: .+", str(error), re.M):  # Ray Data keeps the text alone
+        if known := _of_a_kind(line):
+            return known
     lines = [_one_line(each) for each in found]
     lines = [line for line in lines if not re.search(LOST_PEER, line)] or lines
     behind = f", from {lines[-1][:LONGEST]}" if len(lines) > 1 and lines[-1] != lines[0] else ""
     return Cause(Exit.FAILED, lines[0][:LONGEST] + behind, known=False)
+
+
+def _of_a_kind(line: str) -> Cause | None:
+    """The cause that the kind and the text of an error stand for, if they are known."""
+    for kind in KINDS:
+        if re.search(kind.signs, line):
+            return Cause(kind.exit_code, f"{kind.name} ({line[:LONGEST]}). {kind.remedy}")
+    return None
 
 
 def _behind(error: BaseException, seen: tuple[BaseException, ...] = ()) -> Iterator[BaseException]:

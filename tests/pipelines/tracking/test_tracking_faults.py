@@ -145,7 +145,7 @@ def test_files_that_an_earlier_release_left_with_the_run_are_not_taken_for_those
     tmp_path, prepared, student
 ):
     uri = f"sqlite:///{tmp_path}/one.db"
-    config, tracker = whole_run(tmp_path, uri, prepared, student)
+    config, _ = whole_run(tmp_path, uri, prepared, student)
     file = config.root / "mlflow.json"
     state = json.loads(file.read_text())
     earlier = {"models": {}, "registered": {}, "uploaded": {"f00": state["children"]["k2-f00"]}}

@@ -345,7 +345,7 @@ def test_the_reported_wait_is_that_of_the_rank_that_waited_longest(tmp_path):
 
 def _check_wait(rank, world):
     told = []
-    relay = SimpleNamespace(put=SimpleNamespace(remote=told.append))
+    relay = SimpleNamespace(put=SimpleNamespace(remote=told.append), beat=SimpleNamespace(remote=lambda: None))
     job = SimpleNamespace(stage="k2", rollout_job=None, train=dataclasses.replace(TRAIN, steps=2, log_every=2))
     progress = Progress(job, 0, None if rank else relay)
     progress.mark -= 100
