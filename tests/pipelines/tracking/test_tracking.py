@@ -248,7 +248,7 @@ def test_what_a_store_refuses_is_named_and_holds_nothing_else_up(tmp_path, prepa
     _, again = tracker_for(tmp_path, runs.uri)
     again.begin(prepared)
     state = json.loads((config.root / "mlflow.json").read_text())
-    assert (state["uploaded"], state["registered"]) == ({"f00": child}, {"f00": 1})
+    assert (state["uploaded"], state["registered"]) == ({"f00": state["models"][child]}, {"f00": 1})
     (student / "merges.txt").write_text("a file that a second upload would take along")
     (config.root / "mlflow.json").write_text(json.dumps({**state, "registered": {}}))
     again.register(student, 2, "f00")
