@@ -4,6 +4,7 @@
 # make test         everything CI runs, in about 40 minutes on two cores
 # make test-fast    what needs no cluster, no server and no other process, in less than a minute
 # make test-slow    what takes minutes, some of it with a real pretrained model
+# make chaos        real runs with 50 faults, one after the other: what became of each (three hours; finished ones are kept)
 # make check        lint, format, types
 # make serve        the quickstart's k=4 student behind an OpenAI-compatible endpoint on port 8000
 
@@ -12,7 +13,7 @@ BIN := .venv/bin
 MODEL ?= runs/quickstart/k4
 RUN ?= runs/toy
 
-.PHONY: setup distill toy evaluate smoke ui benchmark compare serve check format test test-fast test-slow
+.PHONY: setup distill toy evaluate smoke ui benchmark compare serve check format test test-fast test-slow chaos
 
 setup: .venv/.installed
 distill: .venv/.gguf ; $(BIN)/python pipelines/distill.py $(ARGS)
@@ -29,6 +30,7 @@ format: .venv/.dev ; $(BIN)/ruff format . && $(BIN)/ruff check --fix .
 test: .venv/.dev ; $(BIN)/pytest -m "not slow" -n 2 --dist loadfile --durations=40
 test-fast: .venv/.dev ; $(BIN)/pytest -m "not slow and not cluster and not long" -n 2 --dist worksteal
 test-slow: .venv/.dev .venv/.gguf ; $(BIN)/pytest -m slow --durations=20
+chaos: .venv/.dev ; $(BIN)/python -m tests.chaos $(ARGS)
 
 # torch comes first and by exact version, so that no other requirement picks a build.
 .venv/.installed: pyproject.toml constraints.txt

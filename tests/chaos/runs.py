@@ -1,0 +1,184 @@
+"""Runs of the pipeline that can be watched and hit."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.pipeline_runs import command, distill, environment, hear_interrupts, run_command
+
+STEPS = 240
+LOG_EVERY = 4
+STAGE = "k2"
+WORDS = ("--recipe", "smoke", "student.k=2", f"stages.{STAGE}.train.steps={STEPS}")
+LONGEST_S = 900
+"""Seconds that one start of a run may take. A run that takes longer is ended, and its cell has failed."""
+
+
+def undisturbed(folder):
+    """The run directory of a run without a fault, made once; its data and its MLflow store lie beside it."""
+    run = folder / "undisturbed" / "run"
+    if not (run / "report.json").is_file():
+        run.parent.mkdir(parents=True, exist_ok=True)
+        distill(*WORDS, f"output_dir={run}", f"data.cache_dir={folder / 'data'}", cwd=run.parent)
+    return run
+
+
+@dataclass
+class Run:
+    """A run whose last stage is not trained yet: a copy of the undisturbed one, with a corpus of its own."""
+
+    folder: Path
+    words: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+    process: subprocess.Popen | None = None
+    starts: int = 0
+
+    @classmethod
+    def copied(cls, reference, folder, *words, **env):
+        """A copy of the undisturbed run in a folder, which may be the root of a file system."""
+        missing = shutil.ignore_patterns("mlflow.json", STAGE, "report.*", ".*")
+        shutil.copytree(reference, folder / "run", ignore=missing)
+        shutil.copytree(reference.parent.parent / "data", folder / "data")
+        return cls(folder, words, env)
+
+    @property
+    def path(self):
+        """The run directory."""
+        return self.folder / "run"
+
+    @property
+    def line(self):
+        """The command line, the same for each start."""
+        places = (f"output_dir={self.path}", f"data.cache_dir={self.folder / 'data'}")
+        return command("distill.py", *WORDS, *places, *self.words)
+
+    def start(self, log):
+        """Start the run; `log` is a folder for what it says."""
+        self.starts += 1
+        self.out, self.err = log / f"out-{self.starts}.txt", log / f"err-{self.starts}.txt"
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.process = subprocess.Popen(
+                self.line, stdout=out, stderr=err, cwd=log, env=environment(**self.env), preexec_fn=hear_interrupts
+            )
+
+    def said(self):
+        """What the present start has printed."""
+        return self.out.read_text() + self.err.read_text()
+
+    def steps(self):
+        """The steps that the present start has reported, in their order."""
+        return [int(step) for step in re.findall(rf"{STAGE} +step (\d+)/{STEPS}", self.said())]
+
+    def complaint(self):
+        """The last line of the present start's errors."""
+        lines = [line for line in self.err.read_text().splitlines() if "logging.cc" not in line]
+        return lines[-1] if lines else ""
+
+    def wait(self):
+        """The exit code of the present start; None if it had to be ended."""
+        try:
+            return self.process.wait(timeout=LONGEST_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(timeout=60)
+            return None
+
+    def reach(self, moment):
+        """Wait for a moment of the present start. Raises RuntimeError if the start ends, or lasts too long, before."""
+        deadline = time.monotonic() + LONGEST_S
+        while not moment(self):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the moment was not reached: {self.said()[-2000:]}")
+            time.sleep(0.02)
+
+
+def processes_below(pid, title):
+    """Ids of the processes below another one whose command line contains a text; Ray names its workers."""
+    parents, found = {}, []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if title in (folder / "cmdline").read_text().replace("\0", " "):
+                found.append(int(folder.name))
+
+    def is_below(child):
+        return child in parents and (parents[child] == pid or is_below(parents[child]))
+
+    return sorted(filter(is_below, found))
+
+
+def at_start(run):
+    """The train workers exist, and no step has been reported."""
+    return len(processes_below(run.process.pid, "ray::RayTrainWorker")) == 2
+
+
+def training(run):
+    """Step 40 has been reported."""
+    return any(step >= 40 for step in run.steps())
+
+
+def at_checkpoint(run):
+    """A checkpoint is being written: its folder is there without the record that completes it."""
+    tags = (run.path / STAGE / "checkpoints").glob("step-*")
+    return training(run) and any(not (tag / "latest.json").exists() for tag in tags)
+
+
+def at_export(run):
+    """The last step has been reported."""
+    return STEPS in run.steps()
+
+
+def evaluating(run):
+    """The stage is scored."""
+    return f"{STAGE}  evaluating" in run.said()
+
+
+def reporting(run):
+    """The report is being written."""
+    return "report  continuing prompts" in run.said()
+
+
+MOMENTS = {
+    "start": at_start,
+    "training": training,
+    "checkpoint": at_checkpoint,
+    "export": at_export,
+    "evaluation": evaluating,
+    "report": reporting,
+}
+
+
+def signalled(title, number, count=1):
+    """A fault: a signal to the first `count` processes of a run with this title; an empty title is the driver."""
+
+    def hit(run):
+        targets = processes_below(run.process.pid, title) if title else [run.process.pid]
+        assert targets, f"no process {title} below {run.process.pid}"
+        for pid in targets[:count]:
+            os.kill(pid, number)
+
+    return hit
+
+
+def paused(title, seconds=20):
+    """A fault: a process stands still for some seconds, as on a node that swaps."""
+
+    def hit(run):
+        pid = processes_below(run.process.pid, title)[0]
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGCONT)
+
+    return hit
+
+
+def umount(folder):
+    """Take a file system away if one is mounted there."""
+    if os.path.ismount(folder):
+        run_command(["umount", "-l", str(folder)], "/")
