@@ -1,5 +1,6 @@
 """Start `pipelines/distill.py` and `pipelines/evaluate.py` as users do, in a process of their own."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -57,3 +58,18 @@ def copy_with_tracking(run, folder):
     state = copy / "mlflow.json"
     state.write_text(state.read_text().replace(str(run.parent), str(copy.parent)))
     return copy
+
+
+def processes_below(pid, title):
+    """Ids of the processes below another one whose command line contains a text; Ray names its workers."""
+    parents, found = {}, []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if title in (folder / "cmdline").read_text().replace("\0", " "):
+                found.append(int(folder.name))
+
+    def is_below(child):
+        return child in parents and (parents[child] == pid or is_below(parents[child]))
+
+    return sorted(filter(is_below, found))

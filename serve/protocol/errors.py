@@ -100,7 +100,8 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 EXPLAINING = {"extra_forbidden": 0, "missing": 2}
-"""Kinds of errors, those first that explain others: an object of an unknown type has unknown fields and lacks others."""
+"""Kinds of errors and their rank; the lowest is reported. A wrong object has unknown fields and lacks others: its unknown
+fields say more."""
 
 
 def _invalid(error: RequestValidationError, content_type: str) -> ApiError:

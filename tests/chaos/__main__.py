@@ -53,7 +53,7 @@ def outcome(cell, reference, folder):
         if cell.disk_mb:
             done = run_command(["mount", "-t", "tmpfs", "-o", f"size={cell.disk_mb}m", "tmpfs", str(disk)], "/")
             assert done.returncode == 0, done.stderr
-        run = Run.copied(reference, disk, *cell.words)
+        run = Run.copied(reference, disk)
         return disturbed(cell, run, folder) | compared(run, reference)
     except Exception:
         return {"same": False, "problem": traceback.format_exc()[-1500:]}

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.chaos.runs import STAGE, paused, processes_below, signalled
-from tests.pipeline_runs import run_command
+from tests.chaos.runs import STAGE, paused, signalled
+from tests.pipeline_runs import processes_below, run_command
 
 
 def nothing(run):
@@ -27,7 +27,6 @@ class Cell:
     remedy: Callable = nothing
     disk_mb: int = 0
     """Size of a file system of its own for the run; 0 for none."""
-    words: tuple[str, ...] = ()
 
     @property
     def name(self):

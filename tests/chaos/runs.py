@@ -1,16 +1,15 @@
 """Runs of the pipeline that can be watched and hit."""
 
-import contextlib
 import os
 import re
 import shutil
 import signal
 import subprocess
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.pipeline_runs import command, distill, environment, hear_interrupts, run_command
+from tests.pipeline_runs import command, distill, environment, hear_interrupts, processes_below, run_command
 
 STEPS = 240
 LOG_EVERY = 4
@@ -34,18 +33,16 @@ class Run:
     """A run whose last stage is not trained yet: a copy of the undisturbed one, with a corpus of its own."""
 
     folder: Path
-    words: tuple[str, ...] = ()
-    env: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen | None = None
     starts: int = 0
 
     @classmethod
-    def copied(cls, reference, folder, *words, **env):
+    def copied(cls, reference, folder):
         """A copy of the undisturbed run in a folder, which may be the root of a file system."""
         missing = shutil.ignore_patterns("mlflow.json", STAGE, "report.*", ".*")
         shutil.copytree(reference, folder / "run", ignore=missing)
         shutil.copytree(reference.parent.parent / "data", folder / "data")
-        return cls(folder, words, env)
+        return cls(folder)
 
     @property
     def path(self):
@@ -56,7 +53,7 @@ class Run:
     def line(self):
         """The command line, the same for each start."""
         places = (f"output_dir={self.path}", f"data.cache_dir={self.folder / 'data'}")
-        return command("distill.py", *WORDS, *places, *self.words)
+        return command("distill.py", *WORDS, *places)
 
     def start(self, log):
         """Start the run; `log` is a folder for what it says."""
@@ -64,7 +61,7 @@ class Run:
         self.out, self.err = log / f"out-{self.starts}.txt", log / f"err-{self.starts}.txt"
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
-                self.line, stdout=out, stderr=err, cwd=log, env=environment(**self.env), preexec_fn=hear_interrupts
+                self.line, stdout=out, stderr=err, cwd=log, env=environment(), preexec_fn=hear_interrupts
             )
 
     def said(self):
@@ -96,21 +93,6 @@ class Run:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the moment was not reached: {self.said()[-2000:]}")
             time.sleep(0.02)
-
-
-def processes_below(pid, title):
-    """Ids of the processes below another one whose command line contains a text; Ray names its workers."""
-    parents, found = {}, []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if title in (folder / "cmdline").read_text().replace("\0", " "):
-                found.append(int(folder.name))
-
-    def is_below(child):
-        return child in parents and (parents[child] == pid or is_below(parents[child]))
-
-    return sorted(filter(is_below, found))
 
 
 def at_start(run):

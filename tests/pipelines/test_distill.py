@@ -1,12 +1,10 @@
 """The whole pipeline for real: embedded Ray, DeepSpeed on two ranks, sqlite MLflow, processes killed in the middle."""
 
-import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +16,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from kforcing import PushForwardLM
 from tests.models import CONFIGS
-from tests.pipeline_runs import command, copy_of, distill, environment, hear_interrupts, report, run_command
+from tests.pipeline_runs import (
+    command,
+    copy_of,
+    distill,
+    environment,
+    hear_interrupts,
+    processes_below,
+    report,
+    run_command,
+)
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
@@ -140,22 +147,6 @@ def in_the_middle_of_k2(words, folder, step=40):
     return process
 
 
-def worker_below(process, title):
-    """The id of the one process below another whose title begins like this; Ray names its workers."""
-    parents, found = {}, []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if (folder / "cmdline").read_text().startswith(title):
-                found.append(int(folder.name))
-
-    def is_below(pid):
-        return pid in parents and (parents[pid] == process or is_below(parents[pid]))
-
-    (pid,) = filter(is_below, found)
-    return pid
-
-
 def test_a_run_that_is_stopped_three_times_ends_with_the_figures_of_an_undisturbed_one(smoke, tmp_path):
     """A longer k2: Ctrl-C at step 40, the controller of Ray Train killed at step 100, the driver killed at step 160."""
     words = (*same_data(smoke), "student.k=2", "stages.k2.train.steps=240")
@@ -176,7 +167,8 @@ def test_a_run_that_is_stopped_three_times_ends_with_the_figures_of_an_undisturb
     process.send_signal(signal.SIGINT)
     assert last_line(process, 130) == "interrupted; run the same command to continue"
     process = in_the_middle_of_k2(again, tmp_path, step=100)
-    os.kill(worker_below(process.pid, "ray::TrainController"), signal.SIGKILL)
+    (controller,) = processes_below(process.pid, "ray::TrainController")
+    os.kill(controller, signal.SIGKILL)
     assert last_line(process, 3) == (
         "error: stage k2: the controller of Ray Train died. Its last checkpoint is kept. Remove the cause and run the same "
         "command again: it continues from there"

@@ -82,7 +82,7 @@ def test_the_worker_that_has_the_reason_is_named_and_not_the_one_that_lost_its_c
         assert cause_of(failed) == Cause(Exit.FAILED, "ValueError: wrong shape", known=False)
 
 
-def test_an_error_of_nobody_is_shown_with_what_it_came_from():
+def test_an_unknown_error_is_shown_with_the_error_behind_it():
     error = ValueError("the hub cannot be reached")
     error.__cause__ = LookupError("no such name")
     shown = "ValueError: the hub cannot be reached, from LookupError: no such name"
