@@ -18,13 +18,12 @@ from dataclasses import dataclass, field
 
 logger = logging.getLogger(__name__)
 
-FIRST_LOOK = 4
+FIRST_LOOK = 2
 """Steps of each width that are timed before the first choice."""
-LOOK_AGAIN = 256
-"""Steps after which a width that was not chosen is timed again, for one step."""
 LOOK_SOON = 32
-"""The same for a width whose tokens a second are more than `CLOSE` times those of the best."""
-CLOSE = 0.8
+"""Steps after which a width that was not chosen is timed again, for one step. They double with each time, up to `LOOK_AGAIN`:
+one step may have been slow by chance, and several seldom are."""
+LOOK_AGAIN = 256
 GAIN = 1.03
 """A wider block is taken only if its tokens a second are more than this times those of the narrowest one, because the
 acceptance of drafts is an estimate."""
@@ -96,14 +95,13 @@ class WidthChooser:
             return most
         bucket, widths = _bucket(len(drafts)), range(least, most + 1)
         timings = {width: self._timings[bucket, width] for width in widths}
-        for width in widths:
+        for width in reversed(widths):
             if timings[width].steps < FIRST_LOOK:
                 return width
         speeds = {width: self.tokens(drafts, width) / timings[width].seconds for width in widths}
         best = max(widths, key=speeds.__getitem__)
-        for width in widths:
-            patience = LOOK_SOON if speeds[width] > CLOSE * speeds[best] else LOOK_AGAIN
-            if self._observations - timings[width].last > patience:
+        for width, timing in timings.items():
+            if self._observations - timing.last > min(LOOK_AGAIN, LOOK_SOON << min(timing.steps - FIRST_LOOK, 8)):
                 return width
         return best if speeds[best] > GAIN * speeds[least] else least
 

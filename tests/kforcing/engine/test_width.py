@@ -32,7 +32,7 @@ def test_all_widths_are_timed_before_the_first_choice():
     for _ in range(3 * FIRST_LOOK):
         chosen.append(chooser.choose([(0, 2)], 1, 3))
         chooser.step(1, chosen[-1], 1.0)
-    assert chosen == [1] * FIRST_LOOK + [2] * FIRST_LOOK + [3] * FIRST_LOOK
+    assert chosen == [3] * FIRST_LOOK + [2] * FIRST_LOOK + [1] * FIRST_LOOK
 
 
 def test_the_widest_step_is_chosen_when_steps_cost_nearly_the_same_and_drafts_are_right():
@@ -60,6 +60,16 @@ def test_the_choice_depends_on_the_number_of_requests():
     assert settled(chooser, 1, {1: 1.0, 2: 1.2}, steps=50) == 2
 
 
+def test_the_time_between_looks_at_a_width_doubles():
+    chooser, looks = experienced(2, accepted=1), []
+    for step in range(1000):
+        width = chooser.choose([(0, 1)], 1, 2)
+        chooser.step(1, width, 3.0 if width == 2 else 1.0)
+        looks += [step] if width == 2 else []
+    between = [after - before - 2 for before, after in zip(looks[2:], looks[3:], strict=False)]
+    assert between == [2 * LOOK_SOON, 4 * LOOK_SOON, LOOK_AGAIN, LOOK_AGAIN]
+
+
 def test_a_width_that_was_not_chosen_is_timed_again():
     chooser = experienced(2, accepted=1)
     assert settled(chooser, 1, {1: 1.0, 2: 3.0}) == 1
@@ -81,7 +91,7 @@ def test_a_width_that_looked_a_little_too_slow_is_soon_timed_again():
     for width in times:
         for _ in range(FIRST_LOOK):
             chooser.step(1, width, times[width] * (1.4 if width == 4 else 1))
-    assert settled(chooser, 1, times, steps=3 * LOOK_SOON) == 3
+    assert settled(chooser, 1, times, steps=LOOK_SOON // 2) == 3
     assert settled(chooser, 1, times, steps=3 * LOOK_SOON) == 4
 
 
@@ -89,7 +99,7 @@ def test_limits_of_the_requests_bound_the_width():
     chooser = WidthChooser(4)
     assert chooser.choose([(0, 3)], 2, 2) == 2
     assert chooser.choose([(0, 3)], 4, 2) == 2
-    assert chooser.choose([(0, 3)], 3, 4) == 3
+    assert chooser.choose([(0, 3)], 3, 4) == 4
 
 
 def test_expected_tokens_follow_the_observed_acceptance():
