@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kforcing.cpu.race import can_race, may_win
+from kforcing.cpu.race import Left, can_race, may_win
 from kforcing.noise import race_words
 
 _SMALLEST = 5e-324
@@ -88,7 +88,7 @@ def gumbel_max(logits: Tensor, z: Tensor, temperature: Tensor | float = 1.0, ids
     """
     if ids is None:
         return _by_rows(_gumbel_max, logits, z, temperature, RACE_ENTRIES if can_race(logits) else None)
-    return ids[first_largest(_tempered(logits, temperature, torch.float32) - _race(z, ids))]
+    return ids[first_largest(_scores(logits, race_words(z, ids), temperature)[0])]
 
 
 @dataclass(frozen=True)
@@ -120,44 +120,42 @@ def gumbel_candidates(logits: Tensor, z: Tensor, temperature: Tensor | float, m:
     """
     left = _may_win(logits, z, temperature, m)
     if left is None:
-        race = _race(z, torch.arange(logits.shape[-1], device=z.device))
-        scores = _tempered(logits, temperature, torch.float32) - race
-    else:
-        race = _race(z, left[0])
-        scores = _tempered(logits.gather(-1, left[0]), temperature, torch.float32) - race
-        scores.masked_fill_(~left[1], -torch.inf)
+        ids = torch.arange(logits.shape[-1], device=z.device)
+        scores, race = _scores(logits, race_words(z, ids), temperature)
+        places = scores.topk(m, dim=-1, sorted=False).indices.sort(dim=-1).values
+        return Candidates(places, race.gather(-1, places))
+    scores, race = _scores(left.logits, left.words, temperature)
     places = scores.topk(m, dim=-1, sorted=False).indices.sort(dim=-1).values
-    return Candidates(places if left is None else left[0].gather(-1, places), race.gather(-1, places))
+    return Candidates(left.ids.gather(-1, places), race.gather(-1, places))
 
 
 def _gumbel_max(logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
     left = _may_win(logits, z, temperature, 1)
     if left is None:
         ids = torch.arange(logits.shape[-1], device=z.device)
-        return first_largest(_tempered(logits, temperature, torch.float32) - _race(z, ids))
-    ids, counts = left
-    if ids.shape[-1] == 1:
-        return ids.squeeze(-1)
-    scores = _tempered(logits.gather(-1, ids), temperature, torch.float32) - _race(z, ids)
-    place = scores.masked_fill_(~counts, -torch.inf).argmax(dim=-1, keepdim=True)
-    return ids.gather(-1, place).squeeze(-1)
+        return first_largest(_scores(logits, race_words(z, ids), temperature)[0])
+    if left.ids.shape[-1] == 1:
+        return left.ids.squeeze(-1)
+    scores, _ = _scores(left.logits, left.words, temperature)
+    return left.ids.gather(-1, scores.argmax(dim=-1, keepdim=True)).squeeze(-1)
 
 
-def _may_win(logits: Tensor, z: Tensor, temperature: Tensor | float, best: int) -> tuple[Tensor, Tensor] | None:
-    """The ids, ascending, of the tokens that may be among the `best`, and a mask that is False where an id only fills the
-    row; None where that would be all tokens."""
+def _may_win(logits: Tensor, z: Tensor, temperature: Tensor | float, best: int) -> Left | None:
+    """The tokens that may be among the `best`, (..., n) each; None where that would be all tokens."""
     if not can_race(logits, best):
         return None
     V, shape = logits.shape[-1], logits.shape[:-1]
     temperature_R = torch.as_tensor(temperature, dtype=torch.float64).expand(shape).reshape(-1)
     found = may_win(logits.reshape(-1, V), z.to(torch.float64).expand(shape).reshape(-1), temperature_R, best)
-    return found and (found[0].view(*shape, -1), found[1].view(*shape, -1))
+    return found and Left(*(x.view(*shape, -1) for x in found))
 
 
-def _race(z: Tensor, ids: Tensor) -> Tensor:
-    """log(−log(1 − w)) of the noise w of some tokens, in float32: what the race subtracts from their logits."""
-    w = race_words(z.to(torch.float64), ids).to(torch.float32)
-    return w.mul_((2.0**-23 - 1) * 2.0**-31).sub_(2.0**-32).log1p_().neg_().log_()
+def _scores(logits: Tensor, words: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
+    """The perturbed scores of the tokens with these `race_words`, and log(−log(1 − w)) of their noise w, which the race
+    subtracts from their logits; float32."""
+    w = words.to(torch.float32)
+    race = w.mul_((2.0**-23 - 1) * 2.0**-31).sub_(2.0**-32).log1p_().neg_().log_()
+    return _tempered(logits, temperature, torch.float32) - race, race
 
 
 def first_largest(scores: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from kforcing.cpu.compiler import (
     next_row,
     splat,
 )
-from kforcing.noise import RACE_LAST_SHIFT, RACE_ROUNDS, RACE_STRIDE, race_key
+from kforcing.noise import RACE_LAST_SHIFT, RACE_ROUNDS, RACE_STRIDE, race_words
 
 GROUPS = 64
 """The tokens that a pass looks at in one turn."""
@@ -46,7 +47,18 @@ def can_race(logits: Tensor, best: int = 1) -> bool:
     return useful and logits.device.type == "cpu" and machine() is not None
 
 
-def may_win(logits_RV: Tensor, z_R: Tensor, temperature_R: Tensor, best: int = 1) -> tuple[Tensor, Tensor] | None:
+class Left(NamedTuple):
+    """What is left of each row, (R, n) each."""
+
+    ids: Tensor
+    """int64, ascending."""
+    words: Tensor
+    """int32, the `race_words` of the ids."""
+    logits: Tensor
+    """float32; −inf where an id only fills the row."""
+
+
+def may_win(logits_RV: Tensor, z_R: Tensor, temperature_R: Tensor, best: int = 1) -> Left | None:
     """The tokens whose scores may be among the `best` largest of a row.
 
     Args:
@@ -55,29 +67,31 @@ def may_win(logits_RV: Tensor, z_R: Tensor, temperature_R: Tensor, best: int = 1
         temperature_R: (R,) float64, above 0.
         best: 1 to `GROUPS`.
     Returns:
-        (R, n) int64 ids, ascending, and (R, n) bool, which of them count; None where a row has none, because its logits
-        are not numbers.
+        None where a row has none, because its logits are not numbers.
     """
     R, V = logits_RV.shape
     logits_RV = logits_RV.float().contiguous()
-    low_R, high_R = race_key(z_R)
-    inverse_R = (1 / temperature_R).float()
     whole = V - V % GROUPS
     bounds_RV = torch.empty(torch.get_num_threads(), whole, dtype=torch.float32, device="cpu")
-    ids_RV = torch.empty(R, whole, dtype=torch.int32, device="cpu")
+    ids_RV, words_RV = torch.empty(2, R, whole, dtype=torch.int32, device="cpu")
+    kept_RV = torch.empty(R, whole, dtype=torch.float32, device="cpu")
     count_R = torch.empty(R, dtype=torch.int64, device="cpu")
-    tensors = (logits_RV, low_R.contiguous(), high_R.contiguous(), inverse_R, bounds_RV, ids_RV, count_R)
+    tensors = (logits_RV, z_R.contiguous(), temperature_R.contiguous(), bounds_RV, ids_RV, words_RV, kept_RV, count_R)
     _kernel(best > 1)(*(t.data_ptr() for t in tensors), R, V, whole, torch.get_num_threads())
     counts = count_R.tolist()
-    most = max(counts)
     if not all(counts):
         return None
-    counts_Rn = torch.arange(most) < count_R[:, None]
-    ids_Rn = ids_RV[:, :most].long().where(counts_Rn, 0)
+    most = max(counts)
+    ids_Rn, words_Rn, kept_Rn = ids_RV[:, :most].long(), words_RV[:, :most], kept_RV[:, :most]
+    if min(counts) < most:
+        fills_Rn = torch.arange(most) >= count_R[:, None]
+        for left, filler in ((ids_Rn, 0), (words_Rn, 0), (kept_Rn, -torch.inf)):
+            left.masked_fill_(fills_Rn, filler)
     if whole == V:
-        return ids_Rn, counts_Rn
+        return Left(ids_Rn, words_Rn, kept_Rn)
     rest = torch.arange(whole, V).expand(R, -1)  # the tokens behind the last whole group are kept
-    return torch.cat([ids_Rn, rest], dim=1), torch.cat([counts_Rn, torch.ones_like(rest, dtype=torch.bool)], dim=1)
+    parts = (ids_Rn, rest), (words_Rn, race_words(z_R, rest)), (kept_Rn, logits_RV[:, whole:])
+    return Left(*(torch.cat(part, dim=1) for part in parts))
 
 
 @cache
@@ -85,7 +99,7 @@ def _kernel(several: bool) -> Callable[..., None]:
     """The kernel for the winner, or for several best. A unit of work is a row."""
     n = lanes()
     f, i = f"<{n} x float>", f"<{n} x i32>"
-    arguments = dict.fromkeys(("logits", "low", "high", "inverse", "bounds", "ids", "count"), "ptr")
+    arguments = dict.fromkeys(("logits", "z", "temperature", "bounds", "ids", "words", "left", "count"), "ptr")
     arguments |= {"units": "i64", "V": "i64", "whole": "i64"}
     functions = [
         f"declare {f} @llvm.maxnum.v{n}f32({f}, {f})",
@@ -93,6 +107,7 @@ def _kernel(several: bool) -> Callable[..., None]:
         f"declare float @llvm.vector.reduce.fmin.v{n}f32({f})",
         "declare float @llvm.fabs.f32(float)",
         f"declare void @llvm.masked.compressstore.v{n}i32({i}, ptr, <{n} x i1>)",
+        f"declare void @llvm.masked.compressstore.v{n}f32({f}, ptr, <{n} x i1>)",
         f"declare i{n} @llvm.ctpop.i{n}(i{n})",
     ]
     body = [*_row(), *_bounds(n), *_threshold(n, "fmin" if several else "fmax"), *_kept(n)]
@@ -104,13 +119,24 @@ def _row() -> list[str]:
     code = list(FIRST_ROW)
     code += ["%rV = mul i64 %r, %V", "%l = getelementptr float, ptr %logits, i64 %rV"]
     code += ["%tw = mul i64 %thread, %whole", "%u = getelementptr float, ptr %bounds, i64 %tw"]
-    code += ["%ri = mul i64 %r, %whole", "%kept = getelementptr i32, ptr %ids, i64 %ri"]
-    for name, type_ in (("low", "i32"), ("high", "i32"), ("inverse", "float")):
-        code += [
-            f"%{name}.p = getelementptr {type_}, ptr %{name}, i64 %r",
-            f"%{name}.1 = load {type_}, ptr %{name}.p",
-            *everywhere(f"%{name}.1", f"%{name}.v", type_),
-        ]
+    code.append("%ri = mul i64 %r, %whole")
+    for name, kind in (("ids", "i32"), ("words", "i32"), ("left", "float")):
+        code.append(f"%{name}.row = getelementptr {kind}, ptr %{name}, i64 %ri")
+    code += [
+        "%z.p = getelementptr double, ptr %z, i64 %r",
+        "%z.1 = load double, ptr %z.p",
+        f"%z.m = fmul double %z.1, {2.0**52}",
+        "%z.bits = fptosi double %z.m to i64",  # as `race_key`
+        "%low.1 = trunc i64 %z.bits to i32",
+        "%z.high = lshr i64 %z.bits, 32",
+        "%high.1 = trunc i64 %z.high to i32",
+        "%t.p = getelementptr double, ptr %temperature, i64 %r",
+        "%t.1 = load double, ptr %t.p",
+        "%t.i = fdiv double 1.0, %t.1",
+        "%inverse.1 = fptrunc double %t.i to float",
+    ]
+    for name, kind in (("low", "i32"), ("high", "i32"), ("inverse", "float")):
+        code += everywhere(f"%{name}.1", f"%{name}.v", kind)
     return [*code, "br label %bound"]
 
 
@@ -121,24 +147,8 @@ def _bounds(n: int) -> list[str]:
     code = ["bound:", "%v = phi i64 [0, %work], [%v.next, %bound]"]
     code += [f"%top{p} = phi {f} [{splat(-math.inf)}, %work], [%top{p}.next, %bound]" for p in parts]
     for p in parts:
+        code += [f"%v{p} = add i64 %v, {p * n}", *_ids(f"%v{p}", f"%id{p}", n), *_words(f"%id{p}", f"%word{p}", n)]
         code += [
-            f"%v{p} = add i64 %v, {p * n}",
-            *_ids(f"%v{p}", f"%id{p}", n),
-            f"%x{p}.m = mul {i} %id{p}, {splat(RACE_STRIDE)}",
-            f"%x{p}.0 = add {i} %x{p}.m, %low.v",
-        ]
-        x = f"%x{p}.0"
-        for turn, (shift, multiplier) in enumerate(RACE_ROUNDS):
-            name = f"%x{p}.{turn + 1}"
-            code += [f"{name}.s = lshr {i} {x}, {splat(shift)}", f"{name}.x = xor {i} {x}, {name}.s"]
-            code.append(f"{name}{'.p' if turn == 0 else ''} = mul {i} {name}.x, {splat(multiplier)}")
-            if turn == 0:
-                code.append(f"{name} = add {i} {name}.p, %high.v")
-            x = name
-        code += [
-            f"%s{p} = lshr {i} {x}, {splat(RACE_LAST_SHIFT)}",
-            f"%y{p} = xor {i} {x}, %s{p}",
-            f"%word{p} = and {i} %y{p}, {splat(0x7FFFFFFF)}",
             f"%wf{p} = sitofp {i} %word{p} to {f}",
             f"%wm{p} = fmul {f} %wf{p}, {splat(2.0**-31)}",
             f"%w{p} = fadd {f} %wm{p}, {splat(2.0**-32)}",
@@ -188,19 +198,28 @@ def _threshold(n: int, reduction: str) -> list[str]:
 
 
 def _kept(n: int) -> list[str]:
-    """The second pass: the ids of the tokens that reach the threshold, and their number."""
-    f, i = f"<{n} x float>", f"<{n} x i32>"
+    """The second pass: ids, words and logits of the tokens that reach the threshold, and their number."""
+    f = f"<{n} x float>"
     return [
         "keep:",
-        "%k = phi i64 [0, %threshold], [%k.next, %keep]",
-        "%n = phi i64 [0, %threshold], [%n.next, %keep]",
+        "%k = phi i64 [0, %threshold], [%k.next, %keep.next]",
+        "%n = phi i64 [0, %threshold], [%n.next, %keep.next]",
         "%kp = getelementptr float, ptr %u, i64 %k",
         f"%ku = load {f}, ptr %kp, align 4",
         f"%reach = fcmp oge {f} %ku, %least.v",
-        *_ids("%k", "%kid", n),
-        "%np = getelementptr i32, ptr %kept, i64 %n",
-        f"call void @llvm.masked.compressstore.v{n}i32({i} %kid, ptr %np, <{n} x i1> %reach)",
         f"%mask = bitcast <{n} x i1> %reach to i{n}",
+        f"%some = icmp ne i{n} %mask, 0",
+        "br i1 %some, label %keep.some, label %keep.next",
+        "keep.some:",
+        *_ids("%k", "%kid", n),
+        *_words("%kid", "%kword", n),
+        "%klp = getelementptr float, ptr %l, i64 %k",
+        f"%kl = load {f}, ptr %klp, align 4",
+        *_stored("ids", "%kid", "i32", n),
+        *_stored("words", "%kword", "i32", n),
+        *_stored("left", "%kl", "float", n),
+        "br label %keep.next",
+        "keep.next:",
         f"%ones = call i{n} @llvm.ctpop.i{n}(i{n} %mask)",
         f"%ones64 = zext i{n} %ones to i64",
         "%n.next = add i64 %n, %ones64",
@@ -215,8 +234,37 @@ def _kept(n: int) -> list[str]:
     ]
 
 
+def _stored(name: str, vector: str, kind: str, n: int) -> list[str]:
+    """The lanes of a vector that reach the threshold go into the row of an array, behind those that are there."""
+    suffix = f"v{n}{'i' if kind == 'i32' else 'f'}32"
+    return [
+        f"%{name}.p = getelementptr {kind}, ptr %{name}.row, i64 %n",
+        f"call void @llvm.masked.compressstore.{suffix}(<{n} x {kind}> {vector}, ptr %{name}.p, <{n} x i1> %reach)",
+    ]
+
+
 def _ids(first: str, vector: str, n: int) -> list[str]:
     """A vector of the ids from an i64 on."""
     steps = ", ".join(f"i32 {lane}" for lane in range(n))
     code = [f"{vector}.first = trunc i64 {first} to i32", *everywhere(f"{vector}.first", f"{vector}.all", "i32")]
     return [*code, f"{vector} = add <{n} x i32> {vector}.all, <{steps}>"]
+
+
+def _words(ids: str, vector: str, n: int) -> list[str]:
+    """The `race_words` of a vector of ids."""
+    i, name = f"<{n} x i32>", f"{vector}.x"
+    code = [f"{name}m = mul {i} {ids}, {splat(RACE_STRIDE)}", f"{name}0 = add {i} {name}m, %low.v"]
+    x = f"{name}0"
+    for turn, (shift, multiplier) in enumerate(RACE_ROUNDS):
+        y = f"{name}{turn + 1}"
+        code += [f"{y}.s = lshr {i} {x}, {splat(shift)}", f"{y}.x = xor {i} {x}, {y}.s"]
+        code.append(f"{y}{'.p' if turn == 0 else ''} = mul {i} {y}.x, {splat(multiplier)}")
+        if turn == 0:
+            code.append(f"{y} = add {i} {y}.p, %high.v")
+        x = y
+    return [
+        *code,
+        f"{name}.s = lshr {i} {x}, {splat(RACE_LAST_SHIFT)}",
+        f"{name}.y = xor {i} {x}, {name}.s",
+        f"{vector} = and {i} {name}.y, {splat(0x7FFFFFFF)}",
+    ]

@@ -6,6 +6,7 @@ import torch
 from kforcing import coupling
 from kforcing.coupling import gumbel_candidates, gumbel_max
 from kforcing.cpu.race import can_race, may_win
+from kforcing.noise import race_words
 from tests.models import needs_kernels
 
 pytestmark = needs_kernels
@@ -53,8 +54,9 @@ def test_the_candidates_are_those_of_torch(spread, m, without_kernel):
 def test_few_tokens_are_left_for_the_winner_and_some_hundreds_for_the_best_64():
     logits, z = rows(32_000, 3.0)
     for best, most in ((1, 5), (64, 1000)):
-        _, counts = may_win(logits, z, torch.ones(len(z), dtype=torch.float64), best)
-        assert 1 <= counts.sum(dim=-1).float().mean().item() < most
+        left = may_win(logits, z, torch.ones(len(z), dtype=torch.float64), best)
+        assert 1 <= left.logits.isfinite().sum(dim=-1).float().mean().item() < most
+        assert torch.equal(left.words, race_words(z, left.ids).where(left.logits.isfinite(), 0))
 
 
 def test_tokens_of_probability_zero_are_never_drawn_and_rows_keep_their_own_temperature(without_kernel):

@@ -1,5 +1,6 @@
 """The width of a step: which one is chosen for given costs and acceptances, and that texts do not depend on it."""
 
+import itertools
 import random
 
 import pytest
@@ -66,7 +67,7 @@ def test_the_time_between_looks_at_a_width_doubles():
         width = chooser.choose([(0, 1)], 1, 2)
         chooser.step(1, width, 3.0 if width == 2 else 1.0)
         looks += [step] if width == 2 else []
-    between = [after - before - 2 for before, after in zip(looks[2:], looks[3:], strict=False)]
+    between = [after - before - 2 for before, after in itertools.pairwise(looks[2:])]
     assert between == [2 * LOOK_SOON, 4 * LOOK_SOON, LOOK_AGAIN, LOOK_AGAIN]
 
 
