@@ -31,9 +31,9 @@ from pipelines.evaluation.plan import plan_of
 from pipelines.evaluation.report.record import write_evaluation
 from pipelines.evaluation.subject import Subject, open_subject, subject_of
 from pipelines.failures import ending_in_one_line
-from pipelines.log import log, show_progress
+from pipelines.log import belonging, log, show_progress
 from pipelines.runs.cluster import READING, Pool, Work, connected
-from pipelines.runs.stages import hold, open_stage
+from pipelines.runs.stages import hold, open_stage, run_id
 from pipelines.tracking.evaluation_log import log_evaluation
 from pipelines.tracking.mlflow_client import tracking_uri
 
@@ -44,7 +44,7 @@ def evaluate(target: str, config: EvaluationConfig) -> dict[str, Any]:
     run, root = open_subject(target, config)
     plan = plan_of(run, config)
     busy = f"{root} is in use by another evaluation; wait for it or choose another output_dir"
-    with hold(root, busy), connected(root, work_of(config)):
+    with hold(root, busy), belonging(run=run_id(run.root) or run.root.name), connected(root, work_of(config)):
         subject = subject_of(target, run, root, config)
         windows = same_noise(subject, config)
         results = run_parts(plan(subject), root, config.cpus, config.gpus, alone_cpus(config))
@@ -74,10 +74,11 @@ def same_noise(subject: Subject, config: EvaluationConfig) -> dict[str, Any]:
         stage = open_stage(
             Path(subject.root), name, fingerprint(subject.id, name, config.fidelity, config.bootstrap, config.seed)
         )
-        log.info(f"{name:<36}{'finished before' if stage.manifest else 'scoring'}")
-        found[f"{student.name} at k={k}"] = evaluate_student(
-            stage, Prepared(Path(subject.heldout).parent), job, settings
-        )
+        with belonging(stage=name):
+            log.info(f"{name:<36}{'finished before' if stage.manifest else 'scoring'}")
+            found[f"{student.name} at k={k}"] = evaluate_student(
+                stage, Prepared(Path(subject.heldout).parent), job, settings
+            )
     return found
 
 

@@ -13,11 +13,25 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 log = logging.getLogger("kforcing")
 ids: dict[str, str] = {}
-"""The `run` and the `stage` that the lines of this process belong to; the tracker of the run sets them."""
+"""The `run` and the `stage` that the lines of this process belong to. The tracker of a run sets them; an evaluation names its
+parts as stages."""
+
+
+@contextmanager
+def belonging(**which: str) -> Iterator[None]:
+    """Inside, lines belong to this `run` or `stage`."""
+    ids.update(which)
+    try:
+        yield
+    finally:
+        for name in which:
+            ids.pop(name, None)
 
 
 def show_progress() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipelines.config.fingerprint import fingerprint
 from pipelines.failures import cause_of
-from pipelines.log import log
+from pipelines.log import belonging, log
 from pipelines.runs.stages import Stage, StageError, open_whole_stage
 
 Results = dict[str, Any]
@@ -78,7 +78,8 @@ def run_parts(parts: list[Part], root: Path, cpus: float, gpus: float, alone_cpu
         stage.finish(result=results[part.name], seconds=seconds, checksums=stage.checksums)
         left = len(todo) + len(running)
         took = f"done in {seconds:.0f} s  ({left} to go, {time.monotonic() - started:.0f} s so far)"
-        log.info(f"{part.name:<36}{took}")
+        with belonging(stage=part.name):
+            log.info(f"{part.name:<36}{took}")
     return {part.name: results[part.name] for part in parts}
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pipelines.log import ids, log, show_progress, without_passwords
+from pipelines.log import belonging, ids, log, show_progress, without_passwords
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +51,11 @@ def test_lines_are_json_objects_with_ids_where_a_collector_wants_them(capsys, mo
 )
 def test_a_uri_is_shown_without_user_and_password(text, shown):
     assert without_passwords(text) == shown
+
+
+def test_lines_of_an_evaluation_belong_to_its_run_and_to_one_part_at_a_time():
+    with belonging(run="toy-1a2b3c"):
+        with belonging(stage="speed"):
+            assert ids == {"run": "toy-1a2b3c", "stage": "speed"}
+        assert ids == {"run": "toy-1a2b3c"}
+    assert ids == {}
