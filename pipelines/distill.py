@@ -32,7 +32,11 @@ from pipelines.runs.stages import locked
 def distill(config: Config) -> Path:
     """Run the whole pipeline and return the path of its report."""
     started = time.monotonic()
-    with locked(config.root, config.recipe), connected(config.root, work_of_run(config)), Pipeline(config) as pipeline:
+    with (
+        locked(config.root, config.recipe),
+        connected(config.root, work_of_run(config), config.wait_for_nodes_s),
+        Pipeline(config) as pipeline,
+    ):
         prepared = pipeline.prepare()
         teacher = pipeline.teacher(prepared)
         student = None

@@ -44,7 +44,11 @@ def evaluate(target: str, config: EvaluationConfig) -> dict[str, Any]:
     run, root = open_subject(target, config)
     plan = plan_of(run, config)
     busy = f"{root} is in use by another evaluation; wait for it or choose another output_dir"
-    with hold(root, busy), belonging(run=run_id(run.root) or run.root.name), connected(root, work_of(config)):
+    with (
+        hold(root, busy),
+        belonging(run=run_id(run.root) or run.root.name),
+        connected(root, work_of(config), config.wait_for_nodes_s),
+    ):
         subject = subject_of(target, run, root, config)
         windows = same_noise(subject, config)
         results = run_parts(plan(subject), root, config.cpus, config.gpus, alone_cpus(config))

@@ -57,7 +57,7 @@ def run(options: Options) -> dict[str, Any]:
     chosen = [v for v in variants() if options.only is None or v.name in options.only or v.name == "paper"]
     for variant in chosen:
         config_of(variant, 0, options)
-    with locked(config.root, config.recipe), connected(config.root, work_of_run(config)):
+    with locked(config.root, config.recipe), connected(config.root, work_of_run(config), config.wait_for_nodes_s):
         with Pipeline(config) as pipeline:
             prepared = pipeline.prepare()
             teacher = pipeline.teacher(prepared)

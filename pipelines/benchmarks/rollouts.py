@@ -51,7 +51,7 @@ def run(config: Config) -> dict[str, Any]:
     if not config.student.design.learns(config.student.k):
         raise ConfigError(f"student.k={config.student.k} has nothing to train under this recipe; choose 2 or more")
     modes: dict[str, Any] = {}
-    with locked(config.root, config.recipe), connected(config.root, work_of_run(config)):
+    with locked(config.root, config.recipe), connected(config.root, work_of_run(config), config.wait_for_nodes_s):
         for mode in ("streaming", "cached"):
             chosen = override(config, f"stages.{name}.rollout.cache", mode == "cached")
             with Pipeline(chosen) as pipeline:

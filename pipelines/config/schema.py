@@ -296,6 +296,8 @@ class Config:
     """Name of the recipe it started from."""
     output_dir: Annotated[str, RUNTIME] = ""
     """Run directory, on a file system every node sees; default `runs/<recipe>`."""
+    wait_for_nodes_s: Annotated[NonNegative, RUNTIME] = 600.0
+    """Seconds that a run waits for the nodes of a cluster (`RAY_ADDRESS`) which has too few: it may be growing."""
     seed: Seed = 0
     """Of initialisation, noise, anchors and data order."""
     targets: Literal["self", "ar", "text"] = "self"

@@ -127,6 +127,8 @@ class EvaluationConfig:
     """Ray CPUs of a task."""
     gpus: Annotated[NonNegative, RUNTIME] = 0.0
     """Ray GPUs of a task."""
+    wait_for_nodes_s: Annotated[NonNegative, RUNTIME] = 600.0
+    """Seconds that an evaluation waits for the nodes of a cluster (`RAY_ADDRESS`) which has too few."""
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)
     """Fidelity."""
     text: TextConfig = field(default_factory=TextConfig)

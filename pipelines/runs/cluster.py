@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,11 +82,12 @@ Work = dict[str, dict[str, Pool]]
 
 
 @contextmanager
-def connected(root: Path, work: Work) -> Iterator[None]:
+def connected(root: Path, work: Work, wait_s: float = 0.0) -> Iterator[None]:
     """Start the embedded Ray, or attach to the cluster in `RAY_ADDRESS`, after checking that the work fits.
 
-    Raises ConfigError when the pools do not fit on the cluster or on the nodes that they are tied to, or when `root` is on
-    one node's own disk. SIGTERM (a stopped job) becomes a KeyboardInterrupt, as Ctrl-C is one.
+    Raises ConfigError when the pools do not fit on this machine, or for `wait_s` seconds not on the cluster or on the nodes
+    that they are tied to, or when `root` is on one node's own disk. SIGTERM (a stopped job) becomes a KeyboardInterrupt, as
+    Ctrl-C is one.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -96,10 +98,8 @@ def connected(root: Path, work: Work) -> Iterator[None]:
 
     _start_ray()
     try:
-        preflight(work, ray.cluster_resources(), "the cluster" if attached() else "this machine")
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        check_labels(work, nodes)
-        _check_shared(root, len(nodes))
+        _wait_for_nodes(work, wait_s if attached() else 0.0)
+        _check_shared(root, len(_nodes()))
     except ConfigError:
         ray.shutdown()
         raise
@@ -112,6 +112,53 @@ def connected(root: Path, work: Work) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before)
         ray.shutdown()
+
+
+def _nodes() -> list[dict[str, Any]]:
+    """The nodes of the cluster, as `ray.nodes()` describes them, without those that have gone."""
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _wait_for_nodes(work: Work, wait_s: float) -> None:
+    """Return when the work fits on the cluster, which may grow: an autoscaler is asked for what the largest work needs.
+
+    Raises ConfigError when it does not fit for so many seconds.
+    """
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    began, asked = time.monotonic(), False
+    while True:
+        try:
+            preflight(work, ray.cluster_resources(), "the cluster" if attached() else "this machine")
+            check_labels(work, _nodes())
+            break
+        except ConfigError as error:
+            if time.monotonic() - began >= wait_s:
+                raise
+            if not asked:
+                log.info(f"waiting up to {wait_s:.0f} s for nodes (wait_for_nodes_s): {error}")
+                _ask_autoscaler(max(work.values(), key=_cpus))
+                asked = True
+        time.sleep(1)
+    if asked:
+        request_resources(bundles=[])  # from here on, what runs says what is needed
+        log.info(f"the nodes are there after {time.monotonic() - began:.0f} s")
+
+
+def _ask_autoscaler(pools: dict[str, Pool]) -> None:
+    """Let an autoscaler, if there is one, add nodes for these pools."""
+    from ray.autoscaler.sdk import request_resources
+
+    members = [pool for pool in pools.values() if pool.cpus or pool.gpus for _ in range(pool.count)]
+    bundles = [{kind: n for kind, n in (("CPU", pool.cpus), ("GPU", pool.gpus)) if n} for pool in members]
+    request_resources(bundles=bundles, bundle_label_selectors=[node_selector(pool.label) or {} for pool in members])
+
+
+def _cpus(pools: dict[str, Pool]) -> float:
+    return sum(pool.count * pool.cpus for pool in pools.values())
 
 
 def _start_ray() -> None:
@@ -265,7 +312,7 @@ def _rollout_actors(spec: StageSpec) -> dict[str, Pool]:
 
 
 def preflight(work: Work, have: dict[str, float], where: str) -> None:
-    """Raise ConfigError unless the pools of each work fit side by side: Ray would otherwise wait for ever."""
+    """Raise ConfigError unless the pools of each work fit side by side; Ray would wait for ever."""
     for name, pools in work.items():
         _check_pools(name, pools, have, where)
 
@@ -283,7 +330,7 @@ def check_labels(work: Work, nodes: list[dict[str, Any]]) -> None:
             tied = {key: pool for key, pool in pools.items() if pool.label == label}
             if not there:
                 raise ConfigError(
-                    f"{name}, {' and '.join(tied)}: no node of the cluster has the label {label}, so Ray would wait for ever",
+                    f"{name}, {' and '.join(tied)}: no node of the cluster has the label {label}",
                     Exit.CLUSTER,
                 )
             _check_pools(name, tied, have, f"the part with label {label}")
@@ -299,7 +346,7 @@ def _check_pools(work: str, pools: dict[str, Pool], have: dict[str, float], wher
         if sum(need.values()) > have.get(kind, 0.0) + 1e-9:
             parts = " + ".join(f"{amount:g} for {name}" for name, amount in need.items())
             raise ConfigError(
-                f"{work} needs {sum(need.values()):g} {kind}s ({parts}), {where} has {have.get(kind, 0.0):g}: "
-                f"Ray would wait for ever. Ask for fewer or for fewer {kind}s each, or use a larger cluster",
+                f"{work} needs {sum(need.values()):g} {kind}s ({parts}), {where} has {have.get(kind, 0.0):g}. "
+                f"Ask for fewer or for fewer {kind}s each, or use a larger cluster",
                 Exit.CLUSTER,
             )

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.chaos.cells import all_cells
-from tests.chaos.runs import LOG_EVERY, LONGEST_S, MOMENTS, STAGE, Run, umount, undisturbed
+from tests.chaos.runs import LOG_EVERY, LONGEST_S, MOMENTS, STAGE, Nodes, Run, umount, undisturbed
 from tests.pipeline_runs import report, run_command
 
 MOST_STARTS = 4
@@ -47,17 +47,19 @@ def main():
 
 def outcome(cell, reference, folder):
     """What became of the run of a cell."""
-    disk = folder / "disk"
+    disk, cluster = folder / "disk", Nodes() if cell.nodes else None
     disk.mkdir()
     try:
         if cell.disk_mb:
             done = run_command(["mount", "-t", "tmpfs", "-o", f"size={cell.disk_mb}m", "tmpfs", str(disk)], "/")
             assert done.returncode == 0, done.stderr
-        run = Run.copied(reference, disk)
+        run = Run.copied(reference, disk, cluster)
         return disturbed(cell, run, folder) | compared(run, reference)
     except Exception:
         return {"same": False, "problem": traceback.format_exc()[-1500:]}
     finally:
+        if cluster:
+            cluster.end()
         umount(disk)
         shutil.rmtree(disk, ignore_errors=True)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.chaos.runs import STAGE, paused, signalled
+from tests.chaos.runs import STAGE, paused, replaced, signalled
 from tests.pipeline_runs import processes_below, run_command
 
 
@@ -27,6 +27,8 @@ class Cell:
     remedy: Callable = nothing
     disk_mb: int = 0
     """Size of a file system of its own for the run; 0 for none."""
+    nodes: bool = False
+    """Whether the run is on a cluster of several nodes, which begins without any."""
 
     @property
     def name(self):
@@ -193,6 +195,10 @@ def all_cells():
         Cell(name, "training", f"file {damage}", killed_then(DAMAGES[damage](find)))
         for name, (find, damages) in FILES.items()
         for damage in damages
+    ]
+    cells += [
+        Cell(f"node of the {pool}", "training", "lost, another joins", replaced(pool), nodes=True)
+        for pool in ("trainers", "rollouts")
     ]
     cells.append(Cell("checkpoints", "training", "folder gone", killed_then(without_folder(STAGE, "checkpoints"))))
     return cells

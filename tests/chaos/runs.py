@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray.cluster_utils import Cluster
+
 from tests.pipeline_runs import command, distill, environment, hear_interrupts, processes_below, run_command
 
 STEPS = 240
@@ -33,16 +35,17 @@ class Run:
     """A run whose last stage is not trained yet: a copy of the undisturbed one, with a corpus of its own."""
 
     folder: Path
+    cluster: "Nodes | None" = None
     process: subprocess.Popen | None = None
     starts: int = 0
 
     @classmethod
-    def copied(cls, reference, folder):
-        """A copy of the undisturbed run in a folder, which may be the root of a file system."""
+    def copied(cls, reference, folder, cluster=None):
+        """A copy of the undisturbed run in a folder, which may be the root of a file system; on a cluster, or alone."""
         missing = shutil.ignore_patterns("mlflow.json", STAGE, "report.*", ".*")
         shutil.copytree(reference, folder / "run", ignore=missing)
         shutil.copytree(reference.parent.parent / "data", folder / "data")
-        return cls(folder)
+        return cls(folder, cluster)
 
     @property
     def path(self):
@@ -53,16 +56,20 @@ class Run:
     def line(self):
         """The command line, the same for each start."""
         places = (f"output_dir={self.path}", f"data.cache_dir={self.folder / 'data'}")
-        return command("distill.py", *WORDS, *places)
+        return command("distill.py", *WORDS, *places, *(self.cluster.words if self.cluster else ()))
 
     def start(self, log):
         """Start the run; `log` is a folder for what it says."""
         self.starts += 1
         self.out, self.err = log / f"out-{self.starts}.txt", log / f"err-{self.starts}.txt"
+        address = {"RAY_ADDRESS": self.cluster.address} if self.cluster else {}
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
-                self.line, stdout=out, stderr=err, cwd=log, env=environment(), preexec_fn=hear_interrupts
+                self.line, stdout=out, stderr=err, cwd=log, env=environment(**address), preexec_fn=hear_interrupts
             )
+        if self.cluster and self.starts == 1:
+            self.reach(lambda run: "waiting up to" in run.said())
+            self.cluster.grow()
 
     def said(self):
         """What the present start has printed."""
@@ -93,6 +100,35 @@ class Run:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the moment was not reached: {self.said()[-2000:]}")
             time.sleep(0.02)
+
+
+class Nodes:
+    """A cluster of real raylets on this machine: a head without CPUs, and a node for each pool once the run waits for it."""
+
+    words = ("stages.k2.train.label=pool=trainers", "stages.k2.rollout.label=pool=rollouts")
+
+    def __init__(self):
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self.address = self.cluster.address
+        self.nodes = {}
+
+    def grow(self):
+        """Add the nodes."""
+        for pool in ("trainers", "rollouts"):
+            self.add(pool)
+
+    def add(self, pool):
+        """Add a node with the label of a pool."""
+        memory = 128 << 20
+        self.nodes[pool] = self.cluster.add_node(num_cpus=2, labels={"pool": pool}, object_store_memory=memory)
+
+    def lose(self, pool):
+        """End all processes of a node at once."""
+        self.cluster.remove_node(self.nodes.pop(pool), allow_graceful=False)
+
+    def end(self):
+        """End all nodes."""
+        self.cluster.shutdown()
 
 
 def at_start(run):
@@ -156,6 +192,17 @@ def paused(title, seconds=20):
         os.kill(pid, signal.SIGSTOP)
         time.sleep(seconds)
         os.kill(pid, signal.SIGCONT)
+
+    return hit
+
+
+def replaced(pool):
+    """A fault: the node of a pool is lost, and 10 seconds later another one joins."""
+
+    def hit(run):
+        run.cluster.lose(pool)
+        time.sleep(10)
+        run.cluster.add(pool)
 
     return hit
 

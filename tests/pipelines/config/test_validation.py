@@ -248,7 +248,7 @@ def test_pools_must_fit_on_the_nodes_they_are_tied_to():
     tied = ["train.label=pool=trainer", "train.gpus_per_worker=4", "rollout.label=pool=teacher"]
     check(*tied, "rollout.gpus_per_actor=1")
     with pytest.raises(
-        ConfigError, match=r"stage k1 needs 2 GPUs \(2 for rollout.actors=2\), the part with label pool=teacher has 1:"
+        ConfigError, match=r"stage k1 needs 2 GPUs \(2 for rollout.actors=2\), the part with label pool=teacher has 1\."
     ):
         check(*tied, "rollout.gpus_per_actor=1", "rollout.actors=2")
     with pytest.raises(ConfigError, match=r"stage teacher needs 32 CPUs .*, the part with label pool=trainer has 8"):

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -97,3 +98,44 @@ def test_a_run_that_is_interrupted_says_how_to_continue(tmp_path, number):
     assert run.wait(timeout=300) == Exit.INTERRUPTED, log.read_text()
     assert log.read_text().splitlines()[-1] == "interrupted; run the same command to continue"
     assert "Traceback" not in log.read_text()
+
+
+JOINING = """
+import sys
+from pathlib import Path
+from pipelines.failures import ending_in_one_line
+from pipelines.log import show_progress
+from pipelines.runs.cluster import Pool, connected
+show_progress()
+work = {"stage k1": {"train.workers=2": Pool(2, 0.5, 0, "pool=a")}}
+with ending_in_one_line(), connected(Path("run"), work, float(sys.argv[1])):
+    print("runs")
+"""
+
+
+@pytest.mark.cluster
+def test_a_run_waits_for_the_nodes_of_a_cluster_that_grows(tmp_path):
+    from ray.cluster_utils import Cluster
+
+    cluster, log = (
+        Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}),
+        tmp_path / "out.txt",
+    )
+    env, line = environment(RAY_ADDRESS=cluster.address), [sys.executable, "-c", JOINING]
+    try:
+        refused = subprocess.run([*line, "0"], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120)
+        problem = (
+            "stage k1 needs 1 CPUs (1 for train.workers=2), the cluster has 0. Ask for fewer or for fewer CPUs each"
+        )
+        assert (refused.returncode, problem in refused.stderr) == (Exit.CLUSTER, True), refused.stderr
+        with open(log, "w") as out:
+            run = subprocess.Popen([*line, "300"], stdout=out, stderr=out, cwd=tmp_path, env=env)
+        wait_until(lambda: "waiting up to 300 s for nodes" in log.read_text(), log.read_text, 120, pause=0.2)
+        cluster.add_node(num_cpus=1)
+        cluster.add_node(num_cpus=1, labels={"pool": "a"})
+        assert run.wait(timeout=120) == 0, log.read_text()
+        assert re.search(f"{re.escape(problem)}.*\nthe nodes are there after .* s\nruns\n", log.read_text()), (
+            log.read_text()
+        )
+    finally:
+        cluster.shutdown()
