@@ -6,8 +6,6 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
-from kforcing.coupling import COUPLINGS
-
 
 @dataclass(frozen=True)
 class NoiseConfig:
@@ -100,6 +98,8 @@ class Design:
 
     def check(self) -> None:
         """Raise ValueError for an unknown choice or parts that do not go together."""
+        from kforcing.coupling import COUPLINGS  # needs torch, which a process that only reads a design may not have
+
         for name, value, choices in (
             ("readout", self.readout, ("argmax", "sequential")),
             ("coupling", self.coupling, tuple(COUPLINGS)),

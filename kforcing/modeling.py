@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from kforcing.attention.reader import check_backbone
 from kforcing.attention.windows import Context, Windows
@@ -241,6 +241,5 @@ def one_window(context_ids: Tensor, noise: Tensor, temperature: Tensor | float =
     return Windows(context_ids, anchors_BW, noise[:, None], temperature_B)
 
 
-AutoConfig.register(PushForwardConfig.model_type, PushForwardConfig)
 AutoModel.register(PushForwardConfig, PushForwardLM)
 AutoModelForCausalLM.register(PushForwardConfig, PushForwardLM)

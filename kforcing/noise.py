@@ -10,24 +10,15 @@ torch arithmetic, so CPU and GPU give the same bits.
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
+
+from kforcing.keys import derive_key
 
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-
-
-def derive_key(seed: int, *stream: str | int) -> int:
-    """A 63-bit key for a named noise stream, for example ``derive_key(seed, "rollout", "k2", epoch)``.
-
-    Different seeds or stream names give unrelated keys; the result fits a signed 64-bit column.
-    """
-    text = "\x1f".join([str(seed), *map(str, stream)])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kforcing.coupling import Draw
+from kforcing.keys import derive_key
 from kforcing.modeling import PushForwardLM, one_window
-from kforcing.noise import derive_key, uniform
+from kforcing.noise import uniform
 
 
 @torch.no_grad()

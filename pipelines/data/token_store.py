@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kforcing.noise import derive_key
+from kforcing.keys import derive_key
 from pipelines.data.rows import with_place
 from pipelines.files import atomic_file, changed, checksum, read_json, write_json
 from pipelines.log import log

@@ -13,7 +13,7 @@ from safetensors.torch import save_model
 from kforcing.backbone import load_ar
 from kforcing.design import Design, NoiseConfig, SequentialConfig
 from kforcing.device import pick_device
-from kforcing.noise import derive_key
+from kforcing.keys import derive_key
 from pipelines.config.schema import TrainConfig, doubling
 from pipelines.config.stages import StageSpec
 from pipelines.data.rows import sequences_of, tokens_of

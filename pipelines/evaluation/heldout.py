@@ -17,11 +17,12 @@ from kforcing.attention.windows import Windows
 from kforcing.backbone import load_ar
 from kforcing.device import pick_device
 from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
+from kforcing.keys import derive_key
 from kforcing.loading import load_tokenizer
 from kforcing.metrics.fidelity import window_scores
 from kforcing.metrics.intervals import over_clusters
 from kforcing.modeling import PushForwardLM
-from kforcing.noise import derive_key, sample_anchors, window_noise
+from kforcing.noise import sample_anchors, window_noise
 from pipelines.config.schema import EvalConfig
 from pipelines.data.rows import fixed_list, sequences_of, to_numpy, tokens_of
 from pipelines.data.token_store import TokenStore

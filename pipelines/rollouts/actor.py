@@ -11,7 +11,6 @@ resumed at step s starts the plan at s.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,12 @@ from transformers import PreTrainedModel
 from kforcing.attention.windows import Windows
 from kforcing.backbone import key_heads, load_ar
 from kforcing.coupling import COUPLINGS
-from kforcing.design import Design, NoiseConfig
+from kforcing.design import NoiseConfig
 from kforcing.device import peak_gpu_mb, peak_rss_mb, pick_device
 from kforcing.distillation.teachers import ARTeacher, StudentTeacher
+from kforcing.keys import derive_key
 from kforcing.modeling import PushForwardLM
-from kforcing.noise import derive_key, sample_anchors, uniform, window_noise
+from kforcing.noise import sample_anchors, uniform, window_noise
 from pipelines.data.rows import (
     epochs_of,
     positions_of,
@@ -35,36 +35,11 @@ from pipelines.data.rows import (
     with_rollout,
     with_rollout_cost,
 )
+from pipelines.rollouts.plan import RolloutJob
 from pipelines.tracking.metrics import set_gauge
 
 # Sequences in one forward pass on a CPU, where larger batches are not faster.
 CPU_BATCH = 16
-
-
-@dataclass(frozen=True)
-class RolloutJob:
-    """All that determines the rows of a rollout, so that every actor makes the same ones."""
-
-    teacher: str
-    """Folder of the teacher: a `PushForwardLM`, or a Hugging Face causal LM when `ar`."""
-    ar: bool
-    k: int
-    """Target tokens of a window."""
-    windows: int
-    seed: int
-    stage: str
-    """Stage and epoch name the stream of the noise."""
-    design: Design
-    """Design of the student, which determines the coupling and the temperatures."""
-    teacher_top_k: int | None
-    """How many of the teacher's likeliest tokens label each target; None for targets without labels."""
-    batch: int | None
-    """Sequences in one forward pass; None for as many as the device has room for."""
-    threads: int
-    draws: int = 1
-    """Windows of each anchor, with independent noise."""
-    run: str = ""
-    """Name of the run, for its metrics."""
 
 
 class RolloutActor:

@@ -18,8 +18,7 @@ from pipelines.data.token_store import (
     write_shard,
 )
 from pipelines.log import log
-from pipelines.rollouts.actor import RolloutJob
-from pipelines.rollouts.plan import ReadChunk, StepPlan
+from pipelines.rollouts.plan import ReadChunk, RolloutJob, StepPlan
 from pipelines.rollouts.stream import _rolled_out
 from pipelines.runs.stages import Stage
 

@@ -1,4 +1,4 @@
-"""Which rows of the token store belong to which optimiser step and train worker."""
+"""Which rows of the token store belong to which optimiser step and train worker, and what a rollout adds to them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from kforcing.design import Design
 from pipelines.config.schema import RolloutConfig, TrainConfig
 from pipelines.data.token_store import (
     open_store,
@@ -63,3 +64,29 @@ class ReadChunk:
         """A column `id` of chunk numbers → their rows."""
         positions = np.concatenate([self.plan.positions(int(c)) for c in chunks["id"].to_numpy()])
         return open_store(self.store, self.seed).read(positions)
+
+
+@dataclass(frozen=True)
+class RolloutJob:
+    """All that determines the rows of a rollout, so that every actor makes the same ones."""
+
+    teacher: str
+    """Folder of the teacher: a `PushForwardLM`, or a Hugging Face causal LM when `ar`."""
+    ar: bool
+    k: int
+    """Target tokens of a window."""
+    windows: int
+    seed: int
+    stage: str
+    """Stage and epoch name the stream of the noise."""
+    design: Design
+    """Design of the student, which determines the coupling and the temperatures."""
+    teacher_top_k: int | None
+    """How many of the teacher's likeliest tokens label each target; None for targets without labels."""
+    batch: int | None
+    """Sequences in one forward pass; None for as many as the device has room for."""
+    threads: int
+    draws: int = 1
+    """Windows of each anchor, with independent noise."""
+    run: str = ""
+    """Name of the run, for its metrics."""

@@ -6,8 +6,20 @@ from typing import Any
 
 from pipelines.config.schema import RolloutConfig
 from pipelines.config.section import node_selector
-from pipelines.rollouts.actor import RolloutActor, RolloutJob
-from pipelines.rollouts.plan import ReadChunk, StepPlan
+from pipelines.rollouts.plan import ReadChunk, RolloutJob, StepPlan
+
+
+class Rollouts:
+    """A `RolloutActor`, which is imported where it runs: every process that plans or splits the dataset loads this class."""
+
+    def __init__(self, job: RolloutJob):
+        from pipelines.rollouts.actor import RolloutActor
+
+        self.actor = RolloutActor(job)
+
+    def __call__(self, rows: Any) -> Any:
+        """Rows of tokens → the same rows with their rollouts."""
+        return self.actor(rows)
 
 
 def training_rows(store: str, seed: int, plan: StepPlan, job: RolloutJob | None, rollout: RolloutConfig) -> Any:
@@ -28,7 +40,7 @@ def _rolled_out(dataset: Any, job: RolloutJob, rollout: RolloutConfig, rows: int
     import ray.data
 
     return dataset.map_batches(
-        RolloutActor,
+        Rollouts,
         fn_constructor_args=(job,),
         batch_format="pyarrow",
         # Ray needs a batch size when there are GPUs. Without one, a call gets a block, which is a chunk.

@@ -32,7 +32,7 @@ from pipelines.runs.teacher import copy_teacher
 from pipelines.tracking.tracker import Tracker
 from pipelines.training.initial_model import AR
 from pipelines.training.job import TrainJob, stage_job
-from pipelines.training.progress import Relay
+from pipelines.training.relay import Relay
 from pipelines.training.worker import begin, fit
 
 

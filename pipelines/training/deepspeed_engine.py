@@ -9,8 +9,10 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,13 +23,12 @@ from torch.nn.utils import get_total_norm
 
 from kforcing.distillation.losses import LossSums
 from pipelines.config.schema import TrainConfig
-from pipelines.files import atomic_folder, changed, checksum, read_json, warn_once, write_json
-from pipelines.log import log
+from pipelines.files import atomic_folder, checksum, write_json
 from pipelines.runs.stages import StageError
+from pipelines.training.checkpoints import LATEST, latest_checkpoint
 from pipelines.training.guard import StepFigures
 from pipelines.training.schedule import ema_decay
 
-LATEST = "latest.json"
 MUON_MOMENTUM = 0.95
 SAFE_CLASSES = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -40,7 +41,8 @@ SAFE_CLASSES = (
 def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+    with _without("mlflow"):  # its autotuner would import it, which takes a second and which nothing here uses
+        import deepspeed
 
     if not torch.cuda.is_available():
         # The shared-memory collective is compiled at first use; gloo alone needs neither compiler nor ninja.
@@ -54,6 +56,17 @@ def _import_deepspeed() -> Any:
     torch.compiler.set_stance("force_eager")  # DeepSpeed would compile Muon, for which a machine may lack the compiler
     deepspeed.utils.logger.setLevel("ERROR")
     return deepspeed
+
+
+@contextmanager
+def _without(library: str) -> Iterator[None]:
+    """Let imports of a library fail for the time of the block, unless it is there already."""
+    hidden = sys.modules.setdefault(library, cast(Any, None)) is None
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[library]
 
 
 def engine_config(train: TrainConfig, world_size: int, universal: bool) -> dict[str, Any]:
@@ -199,51 +212,6 @@ def _writer(name: str) -> int:
     """The rank that has written a file of a checkpoint."""
     found = re.search(r"(?:pp_rank_|average-)(\d+)", name)
     return int(found[1]) if found else 0
-
-
-def set_changed_aside(folder: Path) -> None:
-    """Rename the newest checkpoint if a file of it does not hold what was written to it, and look at the one before.
-
-    The whole checkpoint is read for it. A warning names the file and the checkpoint's new name.
-    """
-    while latest := latest_checkpoint(folder):
-        place = folder / latest["tag"]
-        wrong = changed(place, latest.get("crc32", {}))
-        if not wrong:
-            break
-        aside = folder / f"changed-{place.name}"
-        shutil.rmtree(aside, ignore_errors=True)
-        place.rename(aside)
-        (folder / LATEST).unlink(missing_ok=True)
-        log.warning(
-            f"{place / wrong[0]} does not hold what was written to it; the checkpoint is now {aside}, and an earlier one is "
-            "used if there is one"
-        )
-
-
-def latest_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """`{"tag", "step", "world_size", …}` of the newest checkpoint whose files are all there and whole, or None."""
-    places = [folder, *sorted(folder.glob("step-????????"), reverse=True)]
-    for record in (read_json(place / LATEST) for place in places):
-        if (
-            record
-            and re.fullmatch(r"step-\d{8}", record["tag"])
-            and _whole(folder / record["tag"], record.get("bytes", {}))
-        ):
-            return record
-    return None
-
-
-def _whole(checkpoint: Path, sizes: dict[str, int]) -> bool:
-    """Whether a checkpoint has files of these sizes; a warning names one that has not."""
-    for name, size in sizes.items():
-        file = checkpoint / name
-        if not file.is_file() or file.stat().st_size != size:
-            warn_once(
-                f"{file} is missing or cut; the checkpoint is left aside, and an earlier one is used if there is one"
-            )
-            return False
-    return checkpoint.is_dir()
 
 
 def refuse_code(folder: Path) -> None:

@@ -17,7 +17,7 @@ from pipelines.config.schema import RolloutConfig, TrainConfig
 from pipelines.config.stages import StageSpec
 from pipelines.data.rows import tokens_of
 from pipelines.data.token_store import TokenStore
-from pipelines.rollouts.actor import RolloutJob
+from pipelines.rollouts.plan import RolloutJob
 from pipelines.training.initial_model import AR, Grown, Wrapped
 from pipelines.training.step import text_batch, to_batch
 

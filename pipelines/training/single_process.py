@@ -22,8 +22,8 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from kforcing.device import pick_device
 from kforcing.distillation.losses import LossSums
 from kforcing.distillation.steps import StudentStep
+from kforcing.keys import derive_key
 from kforcing.metrics.flops import flop_counter
-from kforcing.noise import derive_key
 from pipelines.config.schema import TrainConfig
 from pipelines.config.stages import StageSpec
 from pipelines.data.token_store import TokenStore

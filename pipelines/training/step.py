@@ -23,7 +23,8 @@ import torch.distributed as dist
 from kforcing.distillation.losses import LossSums
 from kforcing.distillation.steps import TokenBatch, WindowBatch
 from kforcing.distillation.text import TextBatch
-from kforcing.noise import derive_key, sample_anchors, uniform, window_noise
+from kforcing.keys import derive_key
+from kforcing.noise import sample_anchors, uniform, window_noise
 from pipelines.data.rows import (
     epochs_of,
     has_rollout,

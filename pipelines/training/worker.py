@@ -10,6 +10,7 @@ rows and which step come next, so a restarted group of workers continues at the 
 
 from __future__ import annotations
 
+import functools
 import shutil
 import signal
 import threading
@@ -21,20 +22,20 @@ import pyarrow as pa
 import torch
 
 from kforcing.chunking import checkpoint_layers
+from kforcing.keys import derive_key
 from kforcing.loading import save_checked
-from kforcing.noise import derive_key
 from pipelines.config.section import node_selector
 from pipelines.data.rows import positions_of
 from pipelines.failures import Exit, cause_of
 from pipelines.files import added_files, atomic_write
-from pipelines.rollouts.plan import StepPlan
-from pipelines.rollouts.stream import training_rows
 from pipelines.runs.stages import StageError
 from pipelines.tracking.metrics import count
 from pipelines.training import deepspeed_engine as strategy
+from pipelines.training.checkpoints import latest_checkpoint, set_changed_aside
 from pipelines.training.guard import Diverged, StepFigures, explain
 from pipelines.training.job import TrainJob, fit_candidates, micro_batches
 from pipelines.training.progress import Progress
+from pipelines.training.row_source import rows_from_checkpoint
 from pipelines.training.schedule import on_policy_fraction, set_learning_rates
 from pipelines.training.step import optimizer_step
 from pipelines.training.watchdog import STACKS, WorkerWatch, ending_stalls
@@ -55,7 +56,7 @@ def fit(job: TrainJob, relay: Any) -> None:
     """
     if Path(job.folder, "config.json").is_file():
         return
-    strategy.set_changed_aside(Path(job.folder, "checkpoints"))
+    set_changed_aside(Path(job.folder, "checkpoints"))
     strategy.check_workers(Path(job.folder, "checkpoints"), job.train)
     strategy.refuse_code(Path(job.folder, "checkpoints"))
     diverged = Path(job.folder, DIVERGED)
@@ -100,17 +101,14 @@ def _trainer(job: TrainJob, relay: Any, record: Path) -> Any:
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    def rows() -> Any:  # called anew for each group of workers, so a restart begins at the latest checkpoint
-        latest = strategy.latest_checkpoint(Path(job.folder, "checkpoints"))
-        plan = StepPlan.of(job.train, job.rollout, latest["step"] if latest else 0)
-        return training_rows(job.store, job.seed, plan, job.rollout_job, job.rollout)
-
     train, resources = job.train, {"CPU": job.train.cpus_per_worker}
+    source = (job.store, job.seed, job.rollout_job, job.rollout)
+    rows = functools.partial(rows_from_checkpoint, Path(job.folder, "checkpoints"), train, *source)
     if train.gpus_per_worker:
         resources["GPU"] = train.gpus_per_worker
     return TorchTrainer(
-        train_worker,
-        train_loop_config={"job": job, "relay": relay},
+        # As one function: Ray Train would show a config to its controller, which then would have to import torch.
+        functools.partial(train_worker, job, relay),
         scaling_config=ScalingConfig(
             num_workers=train.workers,
             use_gpu=train.gpus_per_worker > 0,
@@ -128,31 +126,31 @@ def _trainer(job: TrainJob, relay: Any, record: Path) -> Any:
     )
 
 
-def train_worker(config: dict[str, Any]) -> None:
+def train_worker(job: TrainJob, relay: Any) -> None:
     """Train one rank to the end of the stage; rank 0 writes the model, or why training diverged.
 
     A worker whose training diverged returns, because a new start from the last checkpoint would take the same step.
 
     Args:
-        config: `{"job": TrainJob, "relay": handle of the Relay actor}`.
+        job: the stage.
+        relay: handle of the Relay actor.
     """
     import ray.train
 
-    job: TrainJob = config["job"]
     train, checkpoints = job.train, Path(job.folder, "checkpoints")
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(max(1, int(train.cpus_per_worker)))
     watch = WorkerWatch(job, rank)
     if rank == 0:
-        config["relay"].beat.remote()  # the driver's time begins with that of the workers
+        relay.beat.remote()  # the driver's time begins with that of the workers
     module = job.init.build(train.loss_chunk).eval()  # no dropout, as in the paper; a resumed step repeats exactly
     if train.activation_checkpointing:
         checkpoint_layers(module)
     engine = strategy.build_engine(module, train, checkpoints)
     average = strategy.MovingAverage(engine, train.ema) if train.ema else None
     start = strategy.load_checkpoint(engine, average, checkpoints)
-    progress = Progress(job, start, config["relay"] if rank == 0 else None)
+    progress = Progress(job, start, relay if rank == 0 else None)
     shard = ray.train.get_dataset_shard("train")
     batches = shard.iter_batches(batch_size=train.batch // world, batch_format="pyarrow", prefetch_batches=2)
     own_key = derive_key(job.seed, job.stage, "own")
@@ -186,7 +184,7 @@ def _diverged(job: TrainJob, step: int, figures: StepFigures, rank: int) -> bool
     except Diverged as error:
         if rank == 0:
             checkpoints = Path(job.folder, "checkpoints")
-            good = strategy.latest_checkpoint(checkpoints)
+            good = latest_checkpoint(checkpoints)
             place = str(checkpoints / good["tag"]) if good else None
             atomic_write(Path(job.folder, DIVERGED), explain(error, step, job.train, (job.store, job.seed), place))
         return True

@@ -140,7 +140,7 @@ COMPONENTS = {
     "driver": "",
     "train controller": "ray::TrainController",
     "train worker": "ray::RayTrainWorker",
-    "rollout actor": "ray::MapWorker(MapBatches(RolloutActor))",
+    "rollout actor": "ray::MapWorker(MapBatches(Rollouts))",
     "split coordinator": "ray::SplitCoordinator",
     "dataset manager": "ray::DatasetManager",
     "relay of metrics": "ray::Relay",

@@ -8,7 +8,8 @@ from scipy import stats
 
 from kforcing import coupling
 from kforcing.coupling import BLOCK, COUPLINGS, first_largest, gumbel_max, inverse_cdf
-from kforcing.noise import derive_key, race_words, uniform
+from kforcing.keys import derive_key
+from kforcing.noise import race_words, uniform
 
 
 def logits(*probabilities):

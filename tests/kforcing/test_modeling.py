@@ -58,7 +58,8 @@ def test_committed_tokens_between_context_and_hints_are_context(student):
 def test_two_passes_of_a_student_are_its_generation(student):
     context, _ = inputs(B=1)
     tokens = student.continue_prompts(context, k=2, max_new_tokens=4, seed=3)[0]
-    from kforcing.noise import derive_key, uniform
+    from kforcing.keys import derive_key
+    from kforcing.noise import uniform
 
     z = uniform(derive_key(3, "decode"), torch.zeros(1, dtype=torch.int64), 0, torch.arange(7, 11))
     windows = Windows(context, torch.tensor([[6]]), z[None, None], torch.ones(1))

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from scipy import stats
 
-from kforcing.noise import derive_key, philox4x32, repetitions, sample_anchors, uniform, window_noise
+from kforcing.keys import derive_key
+from kforcing.noise import philox4x32, repetitions, sample_anchors, uniform, window_noise
 
 
 def words(*values):

@@ -15,7 +15,8 @@ from kforcing import LLM, PushForwardLM, SamplingParams, StructuredOutputs
 from kforcing.coupling import gumbel_max
 from kforcing.engine import Engine, EngineConfig, Request
 from kforcing.engine import SamplingParams as Drawing
-from kforcing.noise import derive_key, uniform
+from kforcing.keys import derive_key
+from kforcing.noise import uniform
 from kforcing.structured import KEPT, Grammars
 from tests.kforcing.schemas import schema
 from tests.kforcing.test_detokenizer import TOKENIZERS

@@ -15,9 +15,10 @@ from kforcing.backbone import load_ar
 from kforcing.coupling import COUPLINGS
 from kforcing.distillation.losses import SoftTargets, soft_target_kl
 from kforcing.distillation.teachers import ARTeacher
+from kforcing.keys import derive_key
 from kforcing.metrics.joint import independent, joint_tv, position_entropy, sample_blocks
 from kforcing.modeling import PushForwardLM
-from kforcing.noise import derive_key, sample_anchors, window_noise
+from kforcing.noise import sample_anchors, window_noise
 from pipelines.benchmarks.comparison.variants import TrainingJob
 from pipelines.data.rows import sequences_of, tokens_of
 from pipelines.data.token_store import TokenStore

@@ -18,9 +18,10 @@ from kforcing.coupling import COUPLINGS
 from kforcing.device import pick_device
 from kforcing.distillation.teachers import ARTeacher
 from kforcing.engine import Engine, EngineConfig, Request
+from kforcing.keys import derive_key
 from kforcing.metrics.free_run import free_run, same_so_far
 from kforcing.modeling import PushForwardLM
-from kforcing.noise import derive_key, sample_anchors, window_noise
+from kforcing.noise import sample_anchors, window_noise
 from pipelines.evaluation.measure.measurement import Measurement
 from pipelines.evaluation.measure.prompts import heldout
 

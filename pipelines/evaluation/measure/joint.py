@@ -15,6 +15,7 @@ from kforcing.baselines.base import Decoder
 from kforcing.coupling import COUPLINGS
 from kforcing.device import pick_device
 from kforcing.distillation.teachers import ARTeacher
+from kforcing.keys import derive_key
 from kforcing.metrics.joint import (
     ar_score,
     divergence,
@@ -26,7 +27,6 @@ from kforcing.metrics.joint import (
     student_score,
 )
 from kforcing.modeling import PushForwardLM
-from kforcing.noise import derive_key
 from pipelines.evaluation.measure.measurement import Measurement
 from pipelines.evaluation.measure.prompts import heldout
 

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from kforcing.device import pick_device
-from kforcing.noise import derive_key
+from kforcing.keys import derive_key
 from pipelines.data.rows import documents_of, tokens_of
 from pipelines.data.token_store import TokenStore
 from pipelines.evaluation.measure.measurement import Measurement

@@ -12,7 +12,8 @@ from kforcing.baselines.medusa import MedusaDecoder, MedusaHeads, MedusaStep
 from kforcing.baselines.ptp import PTPDecoder
 from kforcing.coupling import COUPLINGS, inverse_cdf
 from kforcing.engine import Engine, EngineConfig, Request
-from kforcing.noise import derive_key, sample_anchors, uniform
+from kforcing.keys import derive_key
+from kforcing.noise import sample_anchors, uniform
 from kforcing.reference import decode
 from tests.models import CONFIGS, VOCAB, make_backbone
 

@@ -4,8 +4,8 @@ import pytest
 
 from kforcing.distillation.self_text import ChatFrame, TextSettings, TextWriter, repetition
 from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
+from kforcing.keys import derive_key
 from kforcing.loading import load_tokenizer
-from kforcing.noise import derive_key
 from tests.endpoint import EOS, ids_of, save_model
 from tests.models import make_backbone
 

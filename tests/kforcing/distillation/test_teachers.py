@@ -8,7 +8,8 @@ from kforcing.attention.reader import ar_block_logits
 from kforcing.attention.windows import Windows, read_context
 from kforcing.coupling import gumbel_max, inverse_cdf
 from kforcing.distillation.teachers import ARTeacher
-from kforcing.noise import derive_key, uniform
+from kforcing.keys import derive_key
+from kforcing.noise import uniform
 from tests.models import VOCAB, make_backbone
 
 

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from kforcing import Design, NoiseConfig, PushForwardLM
 from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
 from kforcing.engine.graphs import Graphs
+from kforcing.keys import derive_key
 from kforcing.modeling import one_window
-from kforcing.noise import derive_key, uniform
+from kforcing.noise import uniform
 from tests.kforcing.engine.scenes import run_eagerly
 from tests.kforcing.engine.test_exact import PARTS, student
 from tests.models import CONFIGS, make_backbone, make_sequential

@@ -9,9 +9,10 @@ from kforcing import Design
 from kforcing.attention.windows import Windows
 from kforcing.coupling import inverse_cdf
 from kforcing.distillation.teachers import ARTeacher
+from kforcing.keys import derive_key
 from kforcing.metrics.fidelity import window_scores
 from kforcing.metrics.intervals import Interval, cluster_bootstrap, over_clusters
-from kforcing.noise import derive_key, sample_anchors, window_noise
+from kforcing.noise import sample_anchors, window_noise
 from kforcing.readout.base import BlockScores
 from tests.models import VOCAB, make_backbone
 

@@ -5,6 +5,7 @@ import kforcing.metrics.joint as joint_module
 from kforcing import PushForwardLM
 from kforcing.coupling import inverse_cdf
 from kforcing.distillation.teachers import ARTeacher
+from kforcing.keys import derive_key
 from kforcing.metrics.joint import (
     ar_score,
     bucket,
@@ -15,7 +16,6 @@ from kforcing.metrics.joint import (
     sample_blocks,
     student_score,
 )
-from kforcing.noise import derive_key
 from tests.models import VOCAB, make_backbone, make_sequential
 
 CONTEXT = torch.tensor([3, 1, 4, 1, 5])

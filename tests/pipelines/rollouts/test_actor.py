@@ -10,7 +10,8 @@ from kforcing.coupling import inverse_cdf
 from kforcing.design import NoiseConfig
 from kforcing.distillation.teachers import ARTeacher
 from pipelines.data.rows import rollout_cost, token_rows, with_place
-from pipelines.rollouts.actor import CPU_BATCH, RolloutActor, RolloutJob, fitting_batch, pass_bytes
+from pipelines.rollouts.actor import CPU_BATCH, RolloutActor, fitting_batch, pass_bytes
+from pipelines.rollouts.plan import RolloutJob
 from pipelines.training.step import to_batch
 from tests.models import VOCAB, make_backbone
 

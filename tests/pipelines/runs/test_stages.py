@@ -8,7 +8,7 @@ import pytest
 from pipelines.config.section import ConfigError
 from pipelines.files import checksum
 from pipelines.runs.stages import claim, hold, open_stage, open_whole_stage
-from pipelines.training.deepspeed_engine import latest_checkpoint, set_changed_aside
+from pipelines.training.checkpoints import latest_checkpoint, set_changed_aside
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from pipelines.config.overrides import apply
 from pipelines.config.recipes import recipe
 from pipelines.config.stages import resolve_run
 from pipelines.data.rows import token_rows, with_place
-from pipelines.rollouts.actor import RolloutActor, RolloutJob
+from pipelines.rollouts.actor import RolloutActor
+from pipelines.rollouts.plan import RolloutJob
 from pipelines.runs.cluster import init_ray
 from pipelines.tracking.metrics import COUNTERS, GAUGES, RunMetrics, count, set_gauge
 from pipelines.tracking.tracker import Tracker

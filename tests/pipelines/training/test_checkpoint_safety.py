@@ -73,7 +73,7 @@ def test_deepspeed_itself_loads_no_code_in_the_processes_of_a_run(tmp_path):
 
 
 def test_a_record_that_names_a_place_outside_of_the_checkpoints_is_left_aside(tmp_path):
-    from pipelines.training.deepspeed_engine import latest_checkpoint
+    from pipelines.training.checkpoints import latest_checkpoint
 
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "checkpoints").mkdir()

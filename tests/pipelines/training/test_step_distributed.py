@@ -17,6 +17,7 @@ from kforcing.distillation.steps import StudentStep, WindowBatch
 from pipelines.config.schema import TrainConfig
 from pipelines.runs.stages import StageError
 from pipelines.training import deepspeed_engine as strategy
+from pipelines.training.checkpoints import latest_checkpoint, set_changed_aside
 from pipelines.training.guard import Diverged
 from pipelines.training.progress import Progress
 from pipelines.training.schedule import learning_rate, set_learning_rates
@@ -232,18 +233,18 @@ def test_a_flipped_byte_of_a_checkpoint_is_noticed_and_the_checkpoint_before_it_
     run(tmp_path, "flipped", 2, 2, even_micro_batches, steps=2)
     run(tmp_path, "flipped", 2, 2, even_micro_batches, steps=3, resume_at=2)
     checkpoints = tmp_path / "flipped" / "checkpoints"
-    latest = strategy.latest_checkpoint(checkpoints)
+    latest = latest_checkpoint(checkpoints)
     files = {file.name for file in (checkpoints / latest["tag"]).iterdir()}
     assert set(latest["crc32"]) == set(latest["bytes"]) == files - {"latest.json"}
     assert {"average-1.safetensors", "mp_rank_00_model_states.pt"} < files
-    strategy.set_changed_aside(checkpoints)
-    assert strategy.latest_checkpoint(checkpoints) == latest
+    set_changed_aside(checkpoints)
+    assert latest_checkpoint(checkpoints) == latest
     (part,) = (checkpoints / latest["tag"]).glob("*zero_pp_rank_1_*")
     content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 1
     part.write_bytes(content)
-    strategy.set_changed_aside(checkpoints)
-    assert strategy.latest_checkpoint(checkpoints)["step"] == 2
+    set_changed_aside(checkpoints)
+    assert latest_checkpoint(checkpoints)["step"] == 2
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])

@@ -14,7 +14,7 @@ from pipelines.failures import Exit
 from pipelines.runs.stages import StageError
 from pipelines.training import watchdog
 from pipelines.training.job import TrainJob
-from pipelines.training.progress import Relay
+from pipelines.training.relay import Relay
 from pipelines.training.watchdog import ending_stalls, why
 from pipelines.training.worker import fit
 
