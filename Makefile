@@ -27,7 +27,7 @@ ui: setup ; $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
 check: .venv/.dev ; $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 format: .venv/.dev ; $(BIN)/ruff format . && $(BIN)/ruff check --fix .
 # Tests of one file stay together in a worker, so that they share its fixtures.
-test: .venv/.dev ; $(BIN)/pytest -m "not slow" -n 2 --dist loadfile --durations=40
+test: .venv/.dev ; $(BIN)/pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=40
 test-fast: .venv/.dev ; $(BIN)/pytest -m "not slow and not cluster and not long" -n 2 --dist worksteal
 test-slow: .venv/.dev .venv/.gguf ; $(BIN)/pytest -m slow --durations=20
 chaos: .venv/.dev ; $(BIN)/python -m tests.chaos $(ARGS)

@@ -4,11 +4,13 @@ This module imports no library at its top, because every process of pytest-xdist
 """
 
 import os
+import sys
 
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # threads cost more than they bring on models this small
 ALL_CLUSTER = "\npytestmark = pytest.mark.cluster\n"
+LONGEST = ("test_distill.py", "test_serve.py", "test_tokenise.py", "test_job.py", "test_evaluation.py")
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -18,16 +20,26 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
-@pytest.fixture(scope="module")
+def pytest_collection_modifyitems(items):
+    """Files of minutes come first, so that no worker of pytest-xdist begins one when the other has nothing left to do."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def pytest_sessionfinish():
+    """End the cluster that `ray_here` has started."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
+@pytest.fixture
 def ray_here():
-    """A Ray cluster inside this process."""
+    """A Ray cluster inside this process, which stays for the next tests: its processes have imported what they need."""
     import ray
 
     from pipelines.runs.cluster import init_ray
 
-    init_ray(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
-    yield
-    ray.shutdown()
+    if not ray.is_initialized():
+        init_ray(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
 
 
 @pytest.fixture(params=["llama", "qwen2", "gpt2"])
@@ -45,23 +57,44 @@ def student():
     return PushForwardLM.from_backbone(make_backbone(), k=4, design=Design(noise=NoiseConfig(0.25, 32.0))).eval()
 
 
-@pytest.fixture(scope="session")
-def smoke(tmp_path_factory):
-    """One undisturbed smoke run, started from a folder that is not the project's: (run directory, its output).
-
-    Parallel workers share it: the first makes it while the others wait. Tests only read it, and change copies of it.
-    """
+def made_once(tmp_path_factory, name, make):
+    """(folder, what `make` of it has printed): parallel workers share it, and the first makes it while the others wait."""
     from filelock import FileLock
-
-    from tests.pipeline_runs import distill
 
     parallel = "PYTEST_XDIST_WORKER" in os.environ
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if parallel else base) / "shared-smoke"
+    folder = (base.parent if parallel else base) / name
     output = folder / "output.txt"
     with FileLock(f"{folder}.lock", timeout=2100):
         if not output.exists():
             folder.mkdir(exist_ok=True)
-            done = distill("--recipe", "smoke", "output_dir=runs/smoke", cwd=folder)
+            done = make(folder)
             output.write_text(done.stdout + done.stderr)
-    return folder / "runs" / "smoke", output.read_text()
+    return folder, output.read_text()
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """One undisturbed smoke run, started from a folder that is not the project's: (run directory, its output).
+
+    Its stage k2 is so long that a run which is stopped in the middle of it can be compared with this one. Tests only read it,
+    and change copies of it.
+    """
+    from tests.pipeline_runs import LONG_K2, distill
+
+    words = ("--recipe", "smoke", LONG_K2, "output_dir=runs/smoke")
+    folder, output = made_once(tmp_path_factory, "shared-smoke", lambda folder: distill(*words, cwd=folder))
+    return folder / "runs" / "smoke", output
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A tiny run with students of k = 1 and 2 that an earlier release finished, continued once: (run directory, output)."""
+    from tests.pipeline_runs import FINISHED_WORDS, distill, unpack_finished_run
+
+    def make(folder):
+        unpack_finished_run(folder)
+        return distill(*FINISHED_WORDS, cwd=folder)
+
+    folder, output = made_once(tmp_path_factory, "shared-finished", make)
+    return folder / "runs" / "tiny", output

@@ -7,9 +7,32 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+LONG_K2 = "stages.k2.train.steps=160"
+"""Word of the shared smoke run: its stage k2 takes seconds, in which a test can stop a run."""
+FINISHED_WORDS = [
+    "--recipe",
+    "smoke",
+    "output_dir=runs/tiny",
+    "data.max_docs=12",
+    "data.docs_per_shard=4",
+    "data.heldout_fraction=0.3",
+    "tokenizer.vocab_size=260",
+    "teacher.hidden=16",
+    "teacher.layers=1",
+    "teacher.heads=2",
+    "teacher.mlp=16",
+    "teacher.max_positions=64",
+    "teacher.train.steps=4",
+    "train.steps=4",
+    "student.k=2",
+    "eval.blocks=8",
+    "eval.windows=4",
+]
+"""The command line of the run in `tests/data/finished_run.tar.gz`."""
 
 
 def command(script, *words):
@@ -73,3 +96,10 @@ def processes_below(pid, title):
         return child in parents and (parents[child] == pid or is_below(parents[child]))
 
     return sorted(filter(is_below, found))
+
+
+def unpack_finished_run(folder):
+    """The run directory of the tiny run that an earlier release finished, with its data beside it."""
+    with tarfile.open(ROOT / "tests" / "data" / "finished_run.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "runs" / "tiny"

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from pipelines.config import schema
+from kforcing import loading
 from pipelines.config.command_line import read_command_line
 from pipelines.config.recipes import RECIPES
 from pipelines.distill import read_plan_options
@@ -147,7 +147,9 @@ def options_of(line, name):
 def test_distill_line_passes_validation(line, folder, monkeypatch):
     monkeypatch.chdir(folder)
     # The wheel of SmolLM2 need not be installed.
-    monkeypatch.setattr(schema, "locate_model", lambda name: ("models/Qwen3-0.6B" if name == "smollm2" else name, None))
+    monkeypatch.setattr(
+        loading, "locate_model", lambda name: ("models/Qwen3-0.6B" if name == "smollm2" else name, None)
+    )
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     _, words = read_plan_options(options_of(line, "distill"))
     assert read_command_line("", words).recipe in RECIPES

@@ -197,16 +197,18 @@ def test_the_loader_of_models_loads_students_and_ar_models(tmp_path):
 
 
 @pytest.mark.cluster
-def test_the_tokenizer_of_a_student_loads_without_a_warning(tmp_path):
+def test_after_import_kforcing_the_auto_classes_know_students_and_do_not_warn(tmp_path):
     with tarfile.open(FINISHED_RUN) as archive:
         archive.extractall(tmp_path, filter="data")
     folder = tmp_path / "runs" / "tiny" / "k2"
     code = (
-        "import warnings, kforcing; warnings.simplefilter('always'); from transformers import AutoTokenizer; "
-        f"print(AutoTokenizer.from_pretrained({str(folder)!r}).eos_token)"
+        "import sys, warnings, kforcing; assert 'torch' not in sys.modules; warnings.simplefilter('always'); "
+        "from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer; "
+        f"print(AutoTokenizer.from_pretrained({str(folder)!r}).eos_token); "
+        f"print(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained({str(folder)!r})).k)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "<|endoftext|>\n"
+    assert done.stdout == "<|endoftext|>\n2\n"
     assert done.stderr == ""
     assert AutoTokenizer.from_pretrained(folder)("the").input_ids

@@ -11,8 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from tests.pipeline_runs import ROOT, environment
+from kforcing import PushForwardLM
+from tests.pipeline_runs import ROOT, copy_of, environment, report
 from tests.ranks import free_port
 from tests.waiting import wait_until
 
@@ -20,8 +23,8 @@ pytestmark = pytest.mark.cluster
 RAY = Path(sys.executable).with_name("ray")
 
 
-@pytest.fixture
-def cluster(tmp_path):
+@pytest.fixture(scope="module")
+def cluster():
     """A head node on its own ports, with token authentication as new clusters have it."""
     env = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32)
     env["PATH"] = f"{RAY.parent}{os.pathsep}{env['PATH']}"  # jobs run the cluster's `python`
@@ -44,8 +47,7 @@ def cluster(tmp_path):
         head.wait(timeout=60)
 
 
-def submit(env, name, run, *flags):
-    words = ["--recipe", "smoke", "student.k=1", "teacher.train.steps=400", f"output_dir={run}"]
+def submit(env, name, words, *flags):
     line = [RAY, "job", "submit", f"--submission-id={name}", "--working-dir", ".", *flags]
     return subprocess.run(
         [*line, "--", "python", "pipelines/distill.py", *words],
@@ -88,23 +90,33 @@ def test_a_jobs_own_environment_wins_and_its_words_arrive_as_they_were_written(c
     assert json.loads(found[1]) == [words, ["true", "error", "a b'c"]]
 
 
-def test_a_stopped_job_is_continued_by_the_next_submit(cluster, tmp_path):
-    run = tmp_path / "runs" / "job"
+def test_a_stopped_job_is_continued_by_the_next_submit_and_text_makes_a_student_of_k_in_one_stage(
+    cluster, smoke, tmp_path
+):
+    run = copy_of(smoke[0], tmp_path / "run", "k1", "k2", "k4")
+    words = ["--recipe", "smoke", f"data.cache_dir={smoke[0].parent / 'data'}", f"output_dir={run}"]
+    words += ["targets=text", "loss=kl", "student.k=3", "train.sampled_tokens=40", "stages.k3.train.steps=400"]
     refused = "the cluster takes no jobs"  # while its agent starts, it says that one should try again
-    wait_until(lambda: submit(cluster, "first", run, "--no-wait").returncode == 0, refused, 300, pause=1)
+    wait_until(lambda: submit(cluster, "first", words, "--no-wait").returncode == 0, refused, 300, pause=1)
 
     def past_the_first_checkpoint():
         text = logs(cluster, "first")
         assert "Traceback" not in text
-        return re.search(r"teacher +step (1[2-9]|[2-9]\d|\d{3})/400", text)
+        return re.search(r"k3 +step (1[2-9]|[2-9]\d|\d{3})/400", text)
 
     wait_until(past_the_first_checkpoint, lambda: logs(cluster, "first"), 900, pause=0.5)
     stopped = subprocess.run([RAY, "job", "stop", "first"], env=cluster, capture_output=True, text=True, timeout=120)
     assert "was stopped" in stopped.stdout + stopped.stderr
-    done = submit(cluster, "second", run)
+    done = submit(cluster, "second", words)
     out = done.stdout + done.stderr
     assert done.returncode == 0, out[-4000:]
-    resumed = re.search(r"teacher +step (\d+)/400", out)  # none when training ended before the stop took hold
+    resumed = re.search(r"k3 +step (\d+)/400", out)  # none when training ended before the stop took hold
     assert resumed is None or int(resumed[1]) > 8
     assert (run / "report.md").is_file()
-    assert (run / "k1" / "manifest.json").is_file()
+    (stage,) = report(run)["stages"]
+    assert (stage["name"], stage["k"], len(stage["match"])) == ("k3", 3, 3)
+    assert stage["match"][0]["value"] > 0.999
+    assert not (run / "k1").exists()
+    student = PushForwardLM.from_pretrained(run / "k3")
+    inside, teacher = student.backbone.state_dict(), load_file(run / "teacher" / "model.safetensors")
+    assert all(torch.equal(inside[name], weight) for name, weight in teacher.items())

@@ -33,6 +33,7 @@ URL = "http://127.0.0.1:8000"
 @pytest.fixture(scope="module")
 def cluster():
     folder = tempfile.mkdtemp(prefix="kf", dir="/tmp" if os.path.isdir("/tmp") else None)  # short: sockets lie below it
+    ray.shutdown()  # the cluster of other tests in this process
     ray.init(address="local", num_cpus=8, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": 8000})
     yield

@@ -1,4 +1,4 @@
-"""The evaluation for real: every method trained and decoded on a smoke run, killed in the middle, tracked."""
+"""The evaluation for real: every method trained and decoded on a tiny run (slow: on a smoke run), killed, tracked."""
 
 import dataclasses
 import json
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from mlflow import MlflowClient
@@ -48,17 +49,28 @@ SMALL = [
     "fidelity.free_prompts=8",
     "fidelity.free_tokens=6",
     "bootstrap=100",
-    "baselines.share=0.1",
     "speed.rounds=1",
     "speed.batches=1,2",
 ]
 
 
-EXACT = [
-    "this run, k4, exact at k=4",
-    "this run, k4, exact at k=auto",
-    "K-Forcing, sequential, k4, exact at k=4",
-]
+class Case(NamedTuple):
+    """A run to evaluate, the largest k of its students, the share of its FLOPs for a method, and the rows of the table."""
+
+    fixture: str
+    k: int
+    share: float
+    rows: int
+
+    @property
+    def exact(self):
+        """The rows in exact mode."""
+        names = [f"this run, k{self.k}, exact at k={width}" for width in (self.k, "auto")]
+        return [*names, f"K-Forcing, sequential, k{self.k}, exact at k={self.k}"]
+
+
+TINY = Case("finished", 2, 2.0, 21)
+WHOLE = Case("smoke", 4, 0.03, 29)
 
 
 def command(*words):
@@ -79,16 +91,21 @@ def figures(tree):
     return [found for item in items for found in figures(item)]
 
 
-@pytest.fixture(scope="module")
-def run(smoke, tmp_path_factory):
-    """A smoke run of this module's own, with its MLflow store."""
-    return copy_with_tracking(smoke[0], tmp_path_factory.mktemp("evaluated"))
+@pytest.fixture(scope="module", params=[TINY, pytest.param(WHOLE, marks=pytest.mark.slow)], ids=["tiny", "whole"])
+def case(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def killed(run):
-    """An evaluation of the smoke run, killed with the first rows done, and continued."""
-    words = [str(run), *SMALL]
+def run(request, case, tmp_path_factory):
+    """A finished run of this module's own, with its MLflow store."""
+    return copy_with_tracking(request.getfixturevalue(case.fixture)[0], tmp_path_factory.mktemp("evaluated"))
+
+
+@pytest.fixture(scope="module")
+def killed(run, case):
+    """An evaluation of the run, killed with the first rows done, and continued."""
+    words = [str(run), *SMALL, f"baselines.share={case.share}"]
     cwd, root = run.parent.parent, run / "evaluation"
 
     def output():
@@ -122,11 +139,11 @@ def test_a_killed_evaluation_continues_where_it_stopped(killed):
 
 
 @pytest.mark.cluster
-def test_every_row_of_the_table_is_filled_by_a_run(killed):
+def test_every_row_of_the_table_is_filled_by_a_run(killed, case):
     root, _, _ = killed
     report = json.loads((root / "report.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
-    assert len(rows) == len(report["rows"]) == 29
+    assert len(rows) == len(report["rows"]) == case.rows
     for name, row in rows.items():
         assert set(row["tokens_per_s"]) == ({"1"} if name == "transformers, assisted" else {"1", "2"})
         assert row["passes"] > 0
@@ -134,12 +151,14 @@ def test_every_row_of_the_table_is_filled_by_a_run(killed):
         assert (row["training"]["flops"] == 0) == untrained, name
         assert row["nll"]["value"] > 0
         assert ("joint" in row) == (name != "transformers, assisted")
-    run = {s["name"]: s["rollouts"] + s["train"] for s in report["cost"]["stages"]}
-    assert rows["this run, k2 at k=2"]["training"]["flops"] == run["k2"]
-    assert rows["this run, k4 at k=1"]["training"]["flops"] == run["k2"] + run["k4"] == report["cost"]["flops"]
+    spent = {s["name"]: s["rollouts"] + s["train"] for s in report["cost"]["stages"]}
+    learning = [spent[f"k{k}"] for k in (2, 4) if k <= case.k]
+    assert rows[f"this run, k{case.k} at k=1"]["training"]["flops"] == sum(learning) == report["cost"]["flops"]
+    if case.k == 4:
+        assert rows["this run, k2 at k=2"]["training"]["flops"] == spent["k2"]
     spent = {row["method"]: row["training"]["flops"] for row in rows.values() if row["method"]}
     assert set(spent) == set(METHODS)
-    budget = 0.1 * report["cost"]["flops"]
+    budget = case.share * report["cost"]["flops"]
     assert all(0.5 * budget < s < 2 * budget for s in spent.values()), (budget, spent)  # a step is a coarse coin here
     for figure in figures(report):
         assert math.isfinite(figure["value"])
@@ -157,46 +176,41 @@ def test_every_row_of_the_table_is_filled_by_a_run(killed):
 
 
 @pytest.mark.cluster
-def test_lossless_rows_follow_the_ar_model_exactly(killed):
+def test_lossless_rows_follow_the_ar_model_exactly(killed, case):
     root, _, _ = killed
     report = json.loads((root / "report.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
-    for name in (
-        "AR, engine",
-        "PTP, k=4, verified",
-        "Medusa, k=4, verified",
-        "this run, k1 at k=1",
-        "K-Forcing, sequential, k4 at k=1",
-        *EXACT,
-    ):
+    k, exact = case.k, case.exact
+    verified = [f"PTP, k={k}, verified", f"Medusa, k={k}, verified"]
+    for name in ("AR, engine", "this run, k1 at k=1", f"K-Forcing, sequential, k{k} at k=1", *verified, *exact):
         assert rows[name]["tokens_until_divergence"]["value"] == 16
-    for name in EXACT:
+    for name in exact:
         assert all(rows[name][figure] == rows["AR, engine, Gumbel"][figure] for figure in ("nll", "entropy", "joint"))
-        assert 1 / 4 <= rows[name]["passes"] <= 1
-    assert rows["this run, k4, exact at k=4"]["passes"] < 1
+        assert 1 / k <= rows[name]["passes"] <= 1
+    assert rows[exact[0]]["passes"] < 1
     assert rows["AR, engine"]["passes"] == 1
     assert report["joint"]["k1 at k=1"]["tv"]["value"] < 1e-6
-    assert report["free"]["k4 at k=1"]["match"][-1]["value"] == 1
-    assert rows["K-Forcing, paper, k4 at k=4"]["passes"] == 0.25
+    assert report["free"][f"k{k} at k=1"]["match"][-1]["value"] == 1
+    assert rows[f"K-Forcing, paper, k{k} at k={k}"]["passes"] == 1 / k
     assert rows["MDLM, 2 a pass"]["passes"] == 0.5
-    ptp, medusa = rows["PTP, k=4, verified"]["passes"], rows["Medusa, k=4, verified"]["passes"]
-    assert 2 / 5 <= ptp <= 2
-    assert 1 / 5 <= medusa <= 1
+    ptp, medusa = (rows[name]["passes"] for name in verified)
+    assert 2 / (k + 1) <= ptp <= 2
+    assert 1 / (k + 1) <= medusa <= 1
     assert all(f["texts"] == 0 for n, f in report["determinism"]["ar"]["flips"].items() if "batch-invariant" in n)
 
 
 @pytest.mark.cluster
-def test_mlflow_holds_the_evaluation_below_the_run_and_a_row_below_it(killed, run):
+def test_mlflow_holds_the_evaluation_below_the_run_and_a_row_below_it(killed, run, case):
     client = MlflowClient(f"sqlite:///{run.parent}/mlflow.db")
     parent = json.loads((run / "mlflow.json").read_text())["parent"]
     experiment = client.get_run(parent).info.experiment_id
-    below = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent}' and tags.evaluation = 'smoke'")
+    below = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent}' and tags.evaluation = '{run.name}'")
     assert len(below) == 1
     assert "config.yaml" in {f.path for f in client.list_artifacts(parent)}
     names = {f.path for f in client.list_artifacts(below[0].info.run_id)}
     assert {"report.md", "report.json", "samples.html", "match.png", "distance.png", "baselines.png"} <= names
     rows = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{below[0].info.run_id}'")
-    assert len(rows) == 29
+    assert len(rows) == case.rows
     metrics = [set(row.data.metrics) for row in rows]
     assert all({"eval/nll", "eval/entropy", "eval/passes", "eval/tokens_per_s/1"} <= m for m in metrics)
     students = [row.data.metrics for row in rows if re.match("this run, k. at k=", row.info.run_name)]
@@ -206,14 +220,15 @@ def test_mlflow_holds_the_evaluation_below_the_run_and_a_row_below_it(killed, ru
 
 
 @pytest.mark.slow
-def test_a_registered_model_is_evaluated_with_the_teacher_it_carries(killed, run, tmp_path):
+def test_a_registered_model_is_evaluated_with_the_teacher_it_carries(killed, run, case, tmp_path):
+    k = case.k
     uri = f"sqlite:///{run.parent}/mlflow.db"
     words = [*SMALL, "baselines.only=off", f"tracking.uri={uri}", f"output_dir={tmp_path}/out"]
-    evaluate("models:/kforcing-smoke@k4", *words, cwd=run.parent.parent)
+    evaluate(f"models:/kforcing-smoke@k{k}", *words, cwd=run.parent.parent)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [row["name"] for row in report["rows"][3:7]] == [f"this run, k4 at k={k}" for k in (1, 2, 3, 4)]
-    assert [row["name"] for row in report["rows"][7:]] == EXACT[:2]
-    assert report["free"]["k4 at k=1"]["match"][0]["value"] == 1
+    own = [f"this run, k{k} at k={n}" for n in range(1, k + 1)]
+    assert [row["name"] for row in report["rows"][3:]] == [*own, *case.exact[:2]]
+    assert report["free"][f"k{k} at k=1"]["match"][0]["value"] == 1
     of_run = json.loads((run / "evaluation" / "report.json").read_text())["cost"]
     names = ("name", "steps", "rollouts", "train")  # all stages are charged, though their students are not here
     mine, theirs = ([[stage[n] for n in names] for stage in cost["stages"]] for cost in (report["cost"], of_run))
@@ -276,7 +291,7 @@ def test_rows_have_names_and_folders_of_their_own():
     designs = {"sequential": Design("sequential"), "head": Design("sequential", "gumbel")}
     students = [("k4", "/x", k, "gumbel") for k in (1, 2, 4)]
     rows = rows_of(list(METHODS), students, 4, [1, 2, 3, 4], designs, students[-1])
-    assert [row.name for row in rows if row.exact] == EXACT
+    assert [row.name for row in rows if row.exact] == WHOLE.exact
     assert len({slug(row.name) for row in rows}) == len({row.name for row in rows}) == len(rows)
     assert slug("noise inversion A (heads), k=4") == "noise-inversion-a-heads-k-4"
     assert [row.k for row in rows if row.method == "mdlm"] == [1, 2, 4]

@@ -47,6 +47,7 @@ def scrape():
     import ray
 
     report = {"metrics_report_interval_ms": 1000}
+    ray.shutdown()  # the cluster of other tests in this process
     init_ray(address="local", include_dashboard=False, log_to_driver=False, num_cpus=1, _system_config=report)
     (node,) = ray.nodes()
 
