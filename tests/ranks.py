@@ -1,5 +1,9 @@
-"""Run a function on n CPU ranks, each a process with one thread and a gloo group."""
+"""Run a function on n CPU ranks, each a process with one thread and a gloo group.
 
+Ranks are forked from a server without threads that has imported the module of the first such function, which takes seconds.
+"""
+
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -27,5 +31,6 @@ def _start(rank, function, world, folder, args):
 
 
 def run_ranks(world, function, *args):
+    multiprocessing.set_forkserver_preload([function.__module__])
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_start, (function, world, folder, args), nprocs=world)
+        mp.start_processes(_start, (function, world, folder, args), nprocs=world, start_method="forkserver")
