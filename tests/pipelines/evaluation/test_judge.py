@@ -179,7 +179,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
 
     with served(stops_after_seven) as server:
         one = config(server, workers=1)
-        child = multiprocessing.get_context("fork").Process(target=judge, args=(pairs, one, path))
+        child = multiprocessing.get_context("spawn").Process(target=judge, args=(pairs, one, path))
         child.start()
         assert stuck.wait(120), "the first seven questions were not asked"
         os.kill(child.pid, signal.SIGKILL)
