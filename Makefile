@@ -1,7 +1,7 @@
 # make distill      a k=4 student of SmolLM2-135M-Instruct and its report, on this machine, in 30 minutes
 # make toy          every stage on a tiny model: corpus → AR teacher → k=1 → k=2 → k=4 → report
 # make evaluate     the toy's models against the AR model and the baselines: fidelity, text, speed, cost → report
-# make test         everything CI runs, in about 40 minutes on two cores
+# make test         everything CI runs, in about 20 minutes on two cores
 # make test-fast    what needs no cluster, no server and no other process, in less than a minute
 # make test-slow    what takes minutes, some of it with a real pretrained model
 # make chaos        real runs with 52 faults, one after the other: what became of each (three hours; finished ones are kept)

@@ -246,7 +246,8 @@ def hf_teacher(tmp_path):
     return tmp_path / "teacher"
 
 
-def test_the_papers_recipe_on_a_given_teacher_and_jsonl_corpus_with_tracking_unreachable(hf_teacher, tmp_path):
+@pytest.mark.parametrize("k", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_papers_recipe_on_a_given_teacher_and_jsonl_corpus_with_tracking_unreachable(hf_teacher, tmp_path, k):
     lines = [json.dumps({"body": f"Document {i}. " + "The state of the union is strong. " * 20}) for i in range(60)]
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
     words = [
@@ -258,7 +259,7 @@ def test_the_papers_recipe_on_a_given_teacher_and_jsonl_corpus_with_tracking_unr
         f"teacher.path={hf_teacher}",
         "data.source=corpus.jsonl",
         "data.text_column=body",
-        "student.k=2",
+        f"student.k={k}",
         "train.steps=8",
         "train.zero_stage=3",
         "student.design.noise.temperature_min=0.7",
@@ -267,12 +268,12 @@ def test_the_papers_recipe_on_a_given_teacher_and_jsonl_corpus_with_tracking_unr
     ]
     done = distill(*words, cwd=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
     assert "tracking to http://127.0.0.1:9 failed, training goes on" in done.stderr
-    assert [s["k"] for s in report(tmp_path / "run")["stages"]] == [1, 2]
-    student = PushForwardLM.from_pretrained(tmp_path / "run" / "k2")
+    assert [s["k"] for s in report(tmp_path / "run")["stages"]] == [1, 2][:k]
+    student = PushForwardLM.from_pretrained(tmp_path / "run" / f"k{k}")
     assert student.backbone.config.model_type == "qwen2"
     assert student.config.design.noise.temperature_min == 0.7
     events = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert any(e.get("event") == "train" and e["stage"] == "k2" and e["step"] == 8 for e in events)
+    assert any(e.get("event") == "train" and e["stage"] == f"k{k}" and e["step"] == 8 for e in events)
 
 
 def test_mistakes_end_in_one_line_without_a_traceback(tmp_path):
