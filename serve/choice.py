@@ -59,6 +59,8 @@ class ChoiceReader:
         )
         self.tools = asked.tools.stream() if asked.tools else None
         self.tokens = 0
+        self.begun: float | None = None
+        """When the first tokens were read (`time.perf_counter`)."""
         self._echo = asked.echo[index] if asked.echo else ""
 
     def read(self, output: Output, stamp: float) -> ChoiceDelta:

@@ -95,6 +95,11 @@ async def read_choices(model: ServedModel, body: CompletionRequest | ChatRequest
     return Choices(requests, detokenizer, stops, special, echo, sampling.min_tokens, include_stop, silent, tools)
 
 
+def count_choices(body: CompletionRequest | ChatRequest) -> int:
+    """How many choices a body asks for."""
+    return len(_given_prompts(body)) * (body.n or 1)
+
+
 def _tools(model: ServedModel, body: CompletionRequest | ChatRequest) -> ToolUse | None:
     if not isinstance(body, ChatRequest) or not body.functions:
         return None

@@ -2,7 +2,7 @@
 
     handlers (event loop)  ── submit, cancel ──►  inbox  ─►  engine thread: one step of each engine that has work, and again
            ▲                                                        │ one call for each step
-           └──────── one queue for each pending request ◄───────────┘
+           └──────── one queue for each HTTP request ◄──────────────┘
 
 The thread sleeps when no request runs. If a step raises an exception, all open requests of that engine fail, `alive` becomes
 false, and Ray Serve replaces the replica.
@@ -19,9 +19,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 from kforcing.engine import Engine, Output, Request
 from serve.metrics import EngineMetrics
@@ -35,22 +36,31 @@ class EngineFailed(Exception):
     """The engine of this replica is dead. The client may send the request again."""
 
 
+THREAD_NAME = "engines"
+"""Of the engine thread and those that compute for it, also for the operating system."""
 SWITCH_S = 2e-4
 """Seconds for which another Python thread may hold the interpreter's lock while the engine waits for it (default: 5 ms)."""
 
-Item = tuple[Output, float] | BaseException
-"""An output with the time (`time.perf_counter`) at which its step ended, or the reason why no output will follow."""
+
+class Delivery(NamedTuple):
+    """What a step made for a request, or why no more will follow."""
+
+    pending: PendingRequest
+    output: Output | EngineFailed
+    stamp: float
+    """`time.perf_counter` at the end of the step."""
 
 
 @dataclass(eq=False)
 class PendingRequest:
-    """A request that waits or runs."""
+    """A request that waits or runs. It does not refer to the engine, which may be freed before its outputs have been read."""
 
     request: Request
+    outputs: asyncio.Queue[Delivery]
+    """Of all choices of one HTTP request."""
+    wake: threading.Condition
+    """Of the engine thread."""
     client: str = ""
-    group: object = None
-    """What the choices of one HTTP request have in common."""
-    outputs: asyncio.Queue[Item] = field(default_factory=asyncio.Queue)
     id: int | None = None
     """The engine's id of the request; None until the engine thread has submitted it."""
     submitted: float = field(default_factory=time.perf_counter)
@@ -58,11 +68,18 @@ class PendingRequest:
     """Whether it still waits for a slot."""
     ended: bool = False
     cancelled: bool = False
-    read: bool = False
-    """Whether somebody has begun to read its outputs, and counts its end."""
 
+    def cancel(self) -> None:
+        """Cancel the request; nothing happens if it has ended.
 
-Delivery = tuple[PendingRequest, Item]
+        This only marks the request and wakes the engine thread. Before its next step the thread calls `Engine.cancel`
+        (`_drop_cancelled`), and the step's `Scheduler.drop_cancelled` frees the slot. Handlers come here when a client
+        disconnects, when a stop string was found, and after every normal end.
+        """
+        if not self.ended:
+            with self.wake:
+                self.cancelled = True
+                self.wake.notify()
 
 
 class EngineThread:
@@ -71,7 +88,7 @@ class EngineThread:
     def __init__(self) -> None:
         self.wake = threading.Condition()
         self._engines: list[AsyncEngine] = []
-        self._thread = threading.Thread(target=self._run, name="engines", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
         self._closing = False
         self._thread.start()
 
@@ -94,6 +111,8 @@ class EngineThread:
     def _run(self) -> None:
         # There are many handlers and they can wait, so the engine gets the interpreter's lock back as soon as possible.
         sys.setswitchinterval(SWITCH_S)
+        with suppress(OSError):  # Linux; the threads that it starts for computing inherit the name
+            Path("/proc/thread-self/comm").write_text(THREAD_NAME)
         while self._run_once():
             pass
 
@@ -109,13 +128,16 @@ class EngineThread:
             busy = [engine for engine in self._engines if engine.has_work]
             if not busy:
                 self.wake.wait()
+            elif len(busy) == 1 and (seconds := busy[0].seconds_for_successors()) > 0:
+                self.wake.wait(seconds)
+                busy = []
         for engine in busy:
             engine.step()
         return True
 
 
 class AsyncEngine:
-    """An engine as the handlers of one event loop use it: `submit`, `outputs`, `cancel`. Its steps run in `thread`.
+    """An engine as the handlers of one event loop use it. Its steps run in `thread`.
 
     Args:
         max_waiting: requests that may wait in addition to the `max_num_seqs` that run.
@@ -127,6 +149,7 @@ class AsyncEngine:
         self.failure: BaseException | None = None
         self.last_step = time.perf_counter()
         self._slept = True
+        self._ended, self._wait_until = 0, 0.0
         self._inbox: list[PendingRequest] = []
         self._open: dict[int, PendingRequest] = {}
         self._pending = 0
@@ -150,7 +173,7 @@ class AsyncEngine:
         return time.perf_counter() - self.last_step if self._pending else 0.0
 
     def submit(self, requests: list[Request], client: str = "") -> list[PendingRequest]:
-        """Queue all of the requests or none. The event loop that calls this must also be the one that reads the outputs.
+        """Queue all of the requests or none; their outputs come in one queue, which the event loop that calls this reads.
 
         Args:
             requests: the choices of one HTTP request.
@@ -168,8 +191,8 @@ class AsyncEngine:
                 f"n × prompts = {len(requests)} choices are asked for, and at most {most} can run and wait; ask for fewer"
             )
         self._event_loop = asyncio.get_running_loop()
-        group = object()
-        pending = [PendingRequest(request, client, group) for request in requests]
+        outputs: asyncio.Queue[Delivery] = asyncio.Queue()
+        pending = [PendingRequest(request, outputs, self._wake, client) for request in requests]
         with self._wake:
             if self.failure is not None or self._closing:
                 raise EngineFailed(f"the engine has stopped: {self.failure or 'it was replaced'}")
@@ -183,28 +206,6 @@ class AsyncEngine:
             self._inbox += pending
             self._wake.notify()
         return pending
-
-    async def outputs(self, pending: PendingRequest) -> AsyncGenerator[tuple[Output, float], None]:
-        """The outputs of a request as they are made, each with the time at which its step ended. Raises EngineFailed."""
-        while True:
-            item = await pending.outputs.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-            if item[0].finish_reason:
-                return
-
-    def cancel(self, pending: PendingRequest) -> None:
-        """Cancel a request; nothing happens if it has ended.
-
-        This only marks the request and wakes the engine thread. Before its next step the thread calls `Engine.cancel`
-        (`_drop_cancelled`), and the step's `Scheduler.drop_cancelled` frees the slot. Handlers come here when a client
-        disconnects, when a stop string was found, and after every normal end.
-        """
-        if not pending.ended:
-            with self._wake:
-                pending.cancelled = True
-                self._wake.notify()
 
     def close(self) -> None:
         """Finish the requests that wait or run, and refuse new ones."""
@@ -222,6 +223,16 @@ class AsyncEngine:
         """Whether `step` would do anything."""
         return bool(self._inbox) or not self.engine.idle or any(pending.cancelled for pending in self._open.values())
 
+    def seconds_for_successors(self) -> float:
+        """Seconds for which the next step may still wait for as many new requests as the step before has ended.
+
+        Clients who wait for an answer before they send the next request need some milliseconds for that. A step that begins
+        without them leaves their slots empty, so it may come later by half of the share of these slots of a step's time.
+        """
+        if self._closing or len(self._inbox) >= self._ended:
+            return 0.0
+        return self._wait_until - time.perf_counter()
+
     def step(self) -> None:
         """Apply what the handlers asked for, then run one step of the engine. Only the engine thread calls this."""
         try:
@@ -233,6 +244,8 @@ class AsyncEngine:
             start, before = time.perf_counter(), self.last_step
             outputs = self.engine.step()
             self.last_step = end = time.perf_counter()
+            self._ended = sum(output.finish_reason is not None for output in outputs)
+            self._wait_until = end + (end - start) * self._ended / self.engine.config.max_num_seqs / 2
             self._record_queue_times(end)
             between = 0.0 if self._slept else max(start - before, 0.0)
             self.metrics.after_step(self.engine, end - start, between, len(self._inbox))
@@ -248,12 +261,12 @@ class AsyncEngine:
         of their arrival.
         """
         clients = Counter(pending.client for pending in self._open.values())
-        groups = Counter(pending.group for pending in self._open.values())
+        groups = Counter(pending.outputs for pending in self._open.values())
         while self._inbox and len(self._open) < self.engine.config.max_num_seqs:
-            pending = min(self._inbox, key=lambda p: (clients[p.client], groups[p.group]))
+            pending = min(self._inbox, key=lambda p: (clients[p.client], groups[p.outputs]))
             self._inbox.remove(pending)
             clients[pending.client] += 1
-            groups[pending.group] += 1
+            groups[pending.outputs] += 1
             pending.id = self.engine.submit(pending.request)
             self._open[pending.id] = pending
 
@@ -281,7 +294,7 @@ class AsyncEngine:
             if pending is None or pending.cancelled:  # its client has gone
                 self.metrics.returned(0, len(output.tokens))
                 continue
-            deliveries.append((pending, (output, now)))
+            deliveries.append(Delivery(pending, output, now))
             if output.finish_reason:
                 pending.ended = True
                 del self._open[output.id]
@@ -299,14 +312,14 @@ class AsyncEngine:
             self._pending = 0
         self.metrics.stopped()
         failed = EngineFailed(f"the engine has stopped: {type(error).__name__}: {error}")
-        self._fill_queues([(pending, failed) for pending in open_requests])
+        self._fill_queues([Delivery(pending, failed, time.perf_counter()) for pending in open_requests])
 
     def _fill_queues(self, deliveries: list[Delivery]) -> None:
         """Fill the requests' queues in the event loop that reads them, in one call."""
 
         def deliver() -> None:
-            for pending, item in deliveries:
-                pending.outputs.put_nowait(item)
+            for delivery in deliveries:
+                delivery.pending.outputs.put_nowait(delivery)
 
         if self._event_loop is not None:
             with suppress(RuntimeError):  # the event loop was closed, and its handlers with it

@@ -63,15 +63,30 @@ def loading_settings(settings: Settings) -> dict[str, Any]:
     return settings.model_dump(include=LOADING)
 
 
-def load_models(settings: Settings, metrics: Metrics, replica: str, thread: EngineThread) -> dict[str, ServedModel]:
-    """The models of a replica by name. Raises FileNotFoundError or ValueError for a setting that cannot be served."""
-    path = resolve(settings.model)
+def fetch_models(settings: Settings) -> dict[str, Path]:
+    """The local directories of `model` and, if it has its own, `teacher`: downloaded, and checked without loading weights.
+
+    Raises what `check_deployment` raises.
+    """
+    folders = {which: resolve(given, which) for which, given in _given(settings).items()}
+    for which, path in folders.items():
+        _check_folder(settings, which, path)
+    return folders
+
+
+def load_models(
+    settings: Settings, folders: dict[str, Path], metrics: Metrics, replica: str, thread: EngineThread
+) -> dict[str, ServedModel]:
+    """The models of a replica by name, from the directories of `fetch_models`.
+
+    Raises ValueError for what cannot be served.
+    """
+    path = folders["model"]
     model: Any = load_model(path, settings.device, settings.dtype)
     name = settings.name or default_name(settings.model)
     _check_name(settings, name, model)
     models = [ServedModel(name, Engine(model, engine_config(settings, model, settings.k)), path)]
-    if settings.teacher not in ("auto", "none"):
-        folder = resolve(settings.teacher)
+    if folder := folders.get("teacher"):
         teacher: Any = load_model(folder, settings.device, settings.dtype)
         models.append(ServedModel("teacher", Engine(teacher, engine_config(settings, teacher, 1)), folder))
     elif settings.teacher == "auto" and _holds_ar_model(model):
@@ -91,17 +106,27 @@ def check_deployment(settings: Settings) -> None:
         FileNotFoundError: for a directory without a model, weights or tokenizer.
         ValueError: for settings that do not fit the model, and for damaged weights.
     """
-    for name, folder, k in (("model", settings.model, settings.k), ("teacher", settings.teacher, 1)):
-        if folder in ("auto", "none") or folder.startswith(REMOTE):
-            continue
-        path = resolve(folder, name)
-        model = model_without_weights(path)
-        if not isinstance(model, PushForwardLM) and (obstacle := find_obstacle(model.config)):
-            raise ValueError(f"{name}={folder}: this model cannot be served: {obstacle}")
-        checked_sizes(model, engine_config(settings, model, k))
-        load_tokenizer(path)
-        if name == "model":
-            _check_name(settings, settings.name or default_name(folder), model)
+    for which, given in _given(settings).items():
+        if not given.startswith(REMOTE):
+            _check_folder(settings, which, resolve(given, which))
+
+
+def _given(settings: Settings) -> dict[str, str]:
+    """The settings that name a model of their own."""
+    given = {"model": settings.model, "teacher": settings.teacher}
+    return {which: model for which, model in given.items() if model not in ("auto", "none")}
+
+
+def _check_folder(settings: Settings, which: str, path: Path) -> None:
+    """See `check_deployment`."""
+    given = _given(settings)[which]
+    model = model_without_weights(path)
+    if not isinstance(model, PushForwardLM) and (obstacle := find_obstacle(model.config)):
+        raise ValueError(f"{which}={given}: this model cannot be served: {obstacle}")
+    checked_sizes(model, engine_config(settings, model, settings.k if which == "model" else 1))
+    load_tokenizer(path)
+    if which == "model":
+        _check_name(settings, settings.name or default_name(given), model)
 
 
 def _check_name(settings: Settings, name: str, model: Any) -> None:

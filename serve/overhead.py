@@ -1,9 +1,11 @@
-"""Measure what HTTP and Ray Serve cost: the same load on the bare engine and through the endpoint, in one run.
+"""Measure what HTTP and Ray Serve cost: the same load on the bare engine and through the endpoint, in turn.
 
-    python -m serve.overhead [--model DIR] [--max-num-seqs 16] [--tokens 64] [--requests 64]
+    python -m serve.overhead [--model DIR] [--max-num-seqs 16] [--tokens 64] [--requests 64] [--rounds 3] [--proxy python]
 
 Without --model, a student with 110 M parameters, random weights and k = 4 is measured. Each client has one request at a time;
 by default there are as many clients as the engine runs requests at once. Streams and whole answers are measured separately.
+Each round stands between two runs of the bare engine: if the two differ, the machine's speed has drifted. Clients, proxy and
+engine share the machine, so the record has the CPU time of each, and a ratio without the time that the clients took.
 The last line of the output is one JSON object.
 """
 
@@ -11,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import statistics
@@ -19,15 +20,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
 import torch
 
+from serve.load_client import through_http
+from serve.processes import cpu_seconds, replica_megabytes
+
 URL = "http://127.0.0.1:8000"
+PHASES = ("streams", "whole")
+PROXIES = {
+    "python": {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"},
+    "haproxy": {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    },
+}
+"""What Ray Serve's environment says for each of its proxies."""
+KINDS = ("engine", "replica", "proxy", "ray", "client")
 
 
 def bare_engine(model: str, max_num_seqs: int, tokens: int, prompts: list[list[int]]) -> float:
@@ -41,76 +54,6 @@ def bare_engine(model: str, max_num_seqs: int, tokens: int, prompts: list[list[i
     before, start = engine.stats.tokens, time.perf_counter()
     engine.generate(waiting)
     return (engine.stats.tokens - before) / (time.perf_counter() - start)
-
-
-@dataclass
-class Load:
-    """What the clients of one measurement saw; times in seconds."""
-
-    tokens: int = 0
-    first_chunks: list[float] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)
-    """Between two chunks of a stream."""
-    requests: list[float] = field(default_factory=list)
-
-
-async def through_http(clients: int, tokens: int, prompts: list[list[int]], stream: bool = True) -> dict[str, Any]:
-    """Tokens per second and latencies; each client has one request at a time until all prompts have been sent."""
-    queue = list(enumerate(prompts))
-    load = Load()
-
-    async def client() -> None:
-        while queue:
-            seed, prompt = queue.pop(0)
-            body = {"prompt": prompt, "max_tokens": tokens, "seed": seed, "ignore_eos": True}
-            await _one_request(
-                body | ({"stream": True, "stream_options": {"include_usage": True}} if stream else {}), load
-            )
-
-    start = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(clients)))
-    seconds = time.perf_counter() - start
-    medians = {"first_chunk_s": load.first_chunks, "between_chunks_s": load.gaps} if stream else {}
-    return {
-        "tokens_per_s": load.tokens / seconds,
-        **{name: statistics.median(values) for name, values in medians.items()},
-        "request_s": {f"p{p}": _percentile(load.requests, p) for p in (50, 95, 99)},
-    }
-
-
-async def _one_request(body: dict[str, Any], load: Load) -> None:
-    start = last = time.perf_counter()
-    chunks = 0
-    async for event in post(body):
-        now = time.perf_counter()
-        if "usage" in event:
-            load.tokens += event["usage"]["completion_tokens"]
-        else:
-            (load.gaps if chunks else load.first_chunks).append(now - last)
-            last, chunks = now, chunks + 1
-    load.requests.append(time.perf_counter() - start)
-
-
-async def post(body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-    """The events of a completion (one if it is not streamed), read from a bare socket so that the client costs little."""
-    host, _, port = URL.removeprefix("http://").partition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    writer.write(head.encode() + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
-    status = await reader.readline()
-    if b" 200 " not in status:
-        raise RuntimeError(f"{status.decode().strip()}: {(await reader.read(2**16)).decode()}")
-    try:
-        while line := await reader.readline():
-            if line.startswith((b"data: {", b"{")):
-                yield json.loads(line.removeprefix(b"data: "))
-    finally:
-        writer.close()
-
-
-def _percentile(values: list[float], p: int) -> float:
-    return sorted(values)[min(len(values) - 1, len(values) * p // 100)]
 
 
 def save_random(folder: Path, seed: int | None = None, chat_template: str | None = None, **sizes: int) -> str:
@@ -162,6 +105,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=32, help="tokens of each prompt (default %(default)s)")
     parser.add_argument("--clients", type=int, help="number of clients (default: the value of --max-num-seqs)")
     parser.add_argument("--cpus", type=float, default=2, help="threads of the engine (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of which medians are taken (default %(default)s)")
+    parser.add_argument("--proxy", choices=PROXIES, default="haproxy", help="of Ray Serve (default %(default)s)")
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
@@ -177,24 +122,32 @@ def main() -> None:
 
 
 def measure(model: str, given: argparse.Namespace, prompts: list[list[int]]) -> dict[str, Any]:
-    """The endpoint between two runs of the bare engine: if the two differ, the machine's speed has drifted."""
+    """All rounds, and the medians of their ratios to the bare engine's tokens per second."""
+    # Ray Serve's own switch for less work per message; and replicas get as much of a busy machine as the bare engine.
+    os.environ |= {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_worker_niceness": "0", **PROXIES[given.proxy]}
     own = [word for word in sys.argv[1:] if not word.startswith("--model=")]
     command = [sys.executable, "-m", "serve.overhead", *own, "--bare", f"--model={model}"]
 
     def run_bare() -> float:
         return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
-    before = run_bare()
-    record = _measure_endpoint(model, given, prompts)
-    after = run_bare()
-    ratio = {name: record[name]["tokens_per_s"] / ((before + after) / 2) for name in ("streams", "whole")}
-    return {"bare_tokens_per_s": [before, after], "ratio": ratio} | record
+    bare, rounds = [run_bare()], []
+    for _ in range(given.rounds):
+        rounds.append(_measure_endpoint(model, given, prompts))
+        bare.append(run_bare())
+        for name in PHASES:
+            phase = rounds[-1][name]
+            phase["ratio"] = phase["tokens_per_s"] / statistics.mean(bare[-2:])
+            phase["ratio_without_client"] = phase["ratio"] / (1 - phase["client_share"])
+    ratios = {
+        key: {name: statistics.median(each[name][key] for each in rounds) for name in PHASES}
+        for key in ("ratio", "ratio_without_client")
+    }
+    return {"bare_tokens_per_s": bare, "clients": given.clients or given.max_num_seqs, **ratios, "rounds": rounds}
 
 
 def _measure_endpoint(model: str, given: argparse.Namespace, prompts: list[list[int]]) -> dict[str, Any]:
     """Deploy the model with one replica, and send it streams and whole answers."""
-    # Ray Serve's own switch for less work per message; direct ingress would need another proxy.
-    os.environ |= {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
     import ray
     from ray import serve
 
@@ -212,63 +165,65 @@ def _measure_endpoint(model: str, given: argparse.Namespace, prompts: list[list[
     }
     ray.init(address="local", num_cpus=4, log_to_driver=False, include_dashboard=False)
     try:
+        serve.start(http_options={"host": "127.0.0.1", "port": 8000})
         serve.run(build(settings))
-        asyncio.run(through_http(clients, 8, prompts[:clients]))
-        memory = [replica_megabytes()]
-        streams = asyncio.run(through_http(clients, given.tokens, prompts))
-        memory.append(replica_megabytes())
-        delivery = _median_delivery()
-        whole = asyncio.run(through_http(clients, given.tokens, prompts, stream=False))
-        memory.append(replica_megabytes())
+        asyncio.run(through_http(URL, clients, 8, prompts[:clients]))
+        return {
+            "streams": _phase(clients, given.tokens, prompts, stream=True),
+            "step_to_chunk_s": _median_delivery(),
+            "whole": _phase(clients, given.tokens, prompts, stream=False),
+            "replica_mb": replica_megabytes(),
+        }
     finally:
         serve.shutdown()
         ray.shutdown()
-    return {
-        "clients": clients,
-        "step_to_chunk_s": delivery,
-        "streams": streams,
-        "whole": whole,
-        "replica_mb": memory,
+
+
+def _phase(clients: int, tokens: int, prompts: list[list[int]], stream: bool) -> dict[str, Any]:
+    """What the clients saw, and where the time went: CPU by process, and the engine's own counters."""
+    cpu, engine = cpu_seconds(), _counters()
+    record = asyncio.run(through_http(URL, clients, tokens, prompts, stream))
+    cpu = {kind: seconds - cpu.get(kind, 0.0) for kind, seconds in cpu_seconds().items()}
+    engine = {name: value - engine.get(name, 0.0) for name, value in _counters().items()}
+    thousands = len(prompts) * tokens / 1000
+    cores = len(os.sched_getaffinity(0))
+    return record | {
+        "client_share": cpu["client"] / (record["seconds"] * cores),
+        "cpu_s_per_1000_tokens": {kind: seconds / thousands for kind, seconds in cpu.items()},
+        "tokens_per_engine_step": len(prompts) * tokens / engine["engine_steps_total"],
+        "engine_s_per_1000_tokens": engine["engine_time_seconds_total"] / thousands,
+        "between_steps_s_per_1000_tokens": engine["framework_time_seconds_total"] / thousands,
     }
 
 
-def _summary(record: dict[str, Any]) -> str:
-    """The result in one line."""
-    before, after = record["bare_tokens_per_s"]
-    streams, whole, ratio = record["streams"], record["whole"], record["ratio"]
-    return (
-        f"bare engine {before:,.0f} and {after:,.0f} tokens/s; {record['clients']} clients through HTTP: streams "
-        f"{streams['tokens_per_s']:,.0f} tokens/s ({ratio['streams']:.2f}×), whole answers {whole['tokens_per_s']:,.0f} "
-        f"tokens/s ({ratio['whole']:.2f}×); from a step's end to its chunk {record['step_to_chunk_s'] * 1e3:.1f} ms "
-        f"(median); requests p50 {streams['request_s']['p50']:.2f} s, p99 {streams['request_s']['p99']:.2f} s; memory of the "
-        f"replica {' → '.join(f'{m:,.0f}' for m in record['replica_mb'])} MB"
-    )
-
-
-def replicas() -> list[int]:
-    """Process ids of the replicas of the Ray cluster that this process has started."""
-    parents: dict[int, int] = {}
-    found = []
-    for folder in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if folder.name.isdigit():
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                if (folder / "cmdline").read_bytes().startswith(b"ray::ServeReplica"):
-                    found.append(int(folder.name))
-    return [pid for pid in found if os.getpid() in _ancestors(pid, parents)]
-
-
-def _ancestors(pid: int, parents: dict[int, int]) -> list[int]:
-    found = []
-    while pid := parents.get(pid, 0):
-        found.append(pid)
+def _counters() -> dict[str, float]:
+    """The endpoint's counters and histograms by name, without their labels."""
+    found = {}
+    for line in urlopen(f"{URL}/metrics").read().decode().splitlines():
+        if line.startswith("kforcing_"):
+            found[line.removeprefix("kforcing_").partition("{")[0]] = float(line.split()[-1])
     return found
 
 
-def replica_megabytes() -> float:
-    """Resident memory of these replicas, in MB."""
-    pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in replicas())
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+def _summary(record: dict[str, Any]) -> str:
+    """The result in some lines."""
+    lines = [
+        f"bare engine {', '.join(f'{rate:,.0f}' for rate in record['bare_tokens_per_s'])} tokens/s; "
+        f"{record['clients']} clients through HTTP, medians of {len(record['rounds'])} rounds:"
+    ]
+    for name in PHASES:
+        rounds = [each[name] for each in record["rounds"]]
+        middle = {key: statistics.median(each[key] for each in rounds) for key in ("tokens_per_s", "client_share")}
+        cpu = {kind: statistics.median(r["cpu_s_per_1000_tokens"].get(kind, 0.0) for r in rounds) for kind in KINDS}
+        lines.append(
+            f"{name}: {middle['tokens_per_s']:,.0f} tokens/s, {record['ratio'][name]:.3f}× "
+            f"(without the clients' {middle['client_share']:.1%} of the CPUs {record['ratio_without_client'][name]:.3f}×); "
+            f"CPU s per 1,000 tokens: {', '.join(f'{kind} {seconds:.3f}' for kind, seconds in cpu.items())}"
+        )
+    last = record["rounds"][-1]
+    delivery, megabytes = last["step_to_chunk_s"] * 1e3, last["replica_mb"]
+    lines.append(f"from a step's end to its chunk {delivery:.1f} ms (median); the replica has {megabytes:,.0f} MB")
+    return "\n".join(lines)
 
 
 def _median_delivery() -> float:

@@ -37,6 +37,7 @@ from serve.streaming import (
 Responses = dict[int | str, dict[str, Any]]
 GENERATION_RESPONSES: Responses = {200: {"content": {"text/event-stream": {}}}, **ERROR_RESPONSES}
 UNAUTHORIZED: Responses = {401: ERROR_RESPONSES[401]}
+LISTING: Responses = {code: ERROR_RESPONSES[code] for code in (401, 429)}
 
 
 def generation_routes(service: Service) -> APIRouter:
@@ -58,7 +59,7 @@ def generation_routes(service: Service) -> APIRouter:
         """Answer as OpenAI's Responses API does. With `stream`, the answer is its events."""
 
         def builder(request: AcceptedRequest) -> ResponsesBuilder:
-            return ResponsesBuilder(request.model.name, body)
+            return ResponsesBuilder(request.model, body)
 
         try:
             return await answer(
@@ -72,7 +73,7 @@ def generation_routes(service: Service) -> APIRouter:
 
     async def completed(body: CompletionRequest | ChatRequest, http: Request, chat: bool) -> Response:
         def builder(request: AcceptedRequest) -> ResponseBuilder:
-            return ResponseBuilder(chat, request.model.name)
+            return ResponseBuilder(chat, request.model)
 
         return await answer(
             body,
@@ -103,7 +104,7 @@ def generation_routes(service: Service) -> APIRouter:
 
 def model_routes(service: Service) -> APIRouter:
     """/v1/models and /v1/models/NAME."""
-    router = APIRouter(responses=UNAUTHORIZED)
+    router = APIRouter(responses=LISTING)
     started = int(time.time())
 
     def card(name: str) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def model_routes(service: Service) -> APIRouter:
 
 def tokenizer_routes(service: Service) -> APIRouter:
     """/tokenize and /detokenize, as vLLM has them."""
-    router = APIRouter(responses={code: ERROR_RESPONSES[code] for code in (400, 401, 404, 413, 503)})
+    router = APIRouter(responses={code: ERROR_RESPONSES[code] for code in (400, 401, 404, 413, 429, 503)})
 
     @router.post("/tokenize", response_model=Tokens)
     async def tokenize(body: TokenizeRequest) -> Response:

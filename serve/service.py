@@ -7,18 +7,18 @@ import gc
 import logging
 import time
 import weakref
-from collections.abc import AsyncGenerator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 from kforcing.engine import Request
 from serve.choice import ChoiceDelta, ChoiceReader
-from serve.engine_requests import Choices, field_of, read_choices, tokens_of
-from serve.engine_thread import EngineFailed, EngineThread, Overloaded, PendingRequest
+from serve.engine_requests import Choices, count_choices, field_of, read_choices, tokens_of
+from serve.engine_thread import Delivery, EngineFailed, EngineThread, Overloaded, PendingRequest
 from serve.metrics import Metrics
-from serve.models import ServedModel, load_models, loading_settings
-from serve.protocol.errors import ApiError
+from serve.models import ServedModel, default_name, fetch_models, load_models, loading_settings
+from serve.protocol.errors import ApiError, overloaded
 from serve.protocol.requests import ChatRequest, CompletionRequest, TokenizeRequest
 from serve.settings import Settings
 
@@ -29,31 +29,80 @@ PROOF_S = 10.0
 
 POLL_S = 0.05
 """Seconds between two looks at whether models have come or gone."""
-DELIVERY_S = 10.0
-"""Seconds for which drained models are kept, at most, for clients that have not read the end of their answers."""
+RELEASE_S = 10.0
+"""Seconds for which a change waits, at most, for those who still use a drained model, for example to tokenise a prompt."""
 
+T = TypeVar("T")
 logger = logging.getLogger("ray.serve")
 
 
-@dataclass
-class AcceptedRequest:
-    """A request whose choices are queued; each choice is an iterator of its deltas."""
+class EngineHangs(RuntimeError):
+    """An engine does not finish its requests, so the replica cannot change its models."""
 
-    model: ServedModel
-    prompt_tokens: int
-    choices: list[AsyncGenerator[ChoiceDelta, None]]
-    asked: Choices
-    pending: list[PendingRequest]
+
+class AcceptedRequest:
+    """A request whose choices are queued. Somebody has to `close` it.
+
+    It does not refer to the engine, so that a client who reads slowly keeps no weights of a replaced model in memory.
+
+    Args:
+        pending: one for each choice.
+    """
+
+    def __init__(self, model: ServedModel, asked: Choices, pending: list[PendingRequest], prompt_tokens: int):
+        self.model, self.metrics = model.name, model.metrics
+        self.asked, self.prompt_tokens = asked, prompt_tokens
+        self.choices = len(pending)
+        self._open = {each: ChoiceReader(i, asked, model.eos) for i, each in enumerate(pending)}
+        self._outputs = pending[0].outputs
+        self._failure: EngineFailed | None = None
+
+    async def read(self) -> list[ChoiceDelta]:
+        """What the steps since the last call have added to the choices, at least one; nothing when all choices have ended.
+
+        Raises EngineFailed.
+        """
+        while self._open:
+            if self._failure:
+                raise self._failure
+            deliveries = [await self._outputs.get()]
+            while not self._outputs.empty():
+                deliveries.append(self._outputs.get_nowait())
+            if deltas := [delta for each in deliveries if (delta := self._delta(each))]:
+                return deltas
+        return []
+
+    def _delta(self, delivery: Delivery) -> ChoiceDelta | None:
+        """What an output adds to its choice; None for a choice that has ended, and for a failure."""
+        pending, output, stamp = delivery
+        if isinstance(output, EngineFailed):
+            self._failure = output
+            return None
+        if (reader := self._open.get(pending)) is None:
+            self.metrics.returned(0, len(output.tokens))
+            return None
+        before = reader.tokens
+        delta = reader.read(output, stamp)
+        made = reader.tokens - before
+        if reader.begun is None and made:
+            reader.begun = time.perf_counter()
+            self.metrics.first_token(reader.begun - pending.submitted)
+        self.metrics.returned(made, len(output.tokens) - made)
+        if delta.finish:
+            self._end(pending, delta.finish)
+        return delta
+
+    def _end(self, pending: PendingRequest, reason: str) -> None:
+        reader = self._open.pop(pending)
+        pending.cancel()
+        end = time.perf_counter()
+        seconds, after_first = end - pending.submitted, end - (reader.begun or end)
+        self.metrics.finished(reason, seconds, after_first, len(pending.request.prompt), reader.tokens)
 
     def close(self) -> None:
         """Cancel the choices that have not ended."""
-        for pending in self.pending:
-            self.model.async_engine.cancel(pending)
-            if not pending.read:
-                pending.read = True
-                self.model.metrics.finished(
-                    "abort", time.perf_counter() - pending.submitted, 0.0, len(pending.request.prompt), 0
-                )
+        for pending in list(self._open):
+            self._end(pending, "abort")
 
 
 class Service:
@@ -67,13 +116,20 @@ class Service:
         self.models: dict[str, ServedModel] = {}
         self.failed_deployment: str | None = None
         """Why the newest settings are not served, if they are not."""
+        self._folders: dict[str, Path] = {}
+        """Where the models were loaded from."""
         self._swap = asyncio.Lock()
+        self._coming: Settings | None = None
+        """The settings that `configure` was last called with."""
+        self._held = 0
+        """Choices of the requests that wait for models."""
         self._tokenising = ThreadPoolExecutor(1, "tokenise")
 
     async def configure(self, settings: Settings, before: Settings | None = None) -> None:
         """Serve the models that the settings name. Requests to the former models run to their end. Safe to repeat.
 
-        The former models answer until the new ones are loaded, or are freed before with `load_after_drain`.
+        The former models answer until the new ones are loaded. With `load_after_drain` they answer until the new ones have
+        been downloaded and checked, and are freed before these are loaded.
         Where they cannot be loaded, the models that are served already stay, or those of the settings `before` are loaded,
         and `failed_deployment` says why. If there is nothing to fall back to, the error is raised.
         """
@@ -84,12 +140,15 @@ class Service:
                     model.async_engine.max_waiting = settings.max_waiting
                 self._note_failure(None)
                 return
-            before = self.settings or before
-            if settings.load_after_drain:
-                await self._drain()
-            failure, models = None, None
+            before, self._coming = self.settings or before, settings
+            failure, models, folders = None, None, self._folders
             try:
-                models = await self._load(settings)
+                folders = await _in_thread(fetch_models, settings)
+                if settings.load_after_drain:
+                    await self._drain()
+                models = await self._load(settings, folders)
+            except EngineHangs:
+                raise
             except Exception as error:
                 if before is None:
                     raise
@@ -98,12 +157,14 @@ class Service:
                 gc.collect()
                 logger.error("%s; what was served before is served on", failure)
                 assert before is not None
-                settings = before
-                models = self.models or await self._load(settings)
+                settings, folders = before, self._folders
+                if not (self.models or folders):
+                    folders = await _in_thread(fetch_models, settings)
+                models = self.models or await self._load(settings, folders)
             self._note_failure(failure)
             if models is self.models:
                 return
-            former, self.models, self.settings = self.models, models, settings
+            former, self.models, self.settings, self._folders = self.models, models, settings, folders
             for model in former.values():
                 model.async_engine.close()
             logger.info("serving %s", ", ".join(f"{n} (k={m.engine.k})" for n, m in models.items()))
@@ -114,29 +175,38 @@ class Service:
         engines = [weakref.ref(model.engine) for model in former.values()]
         await _finish(former)
         del former
-        deadline = time.monotonic() + DELIVERY_S
+        deadline = time.monotonic() + RELEASE_S
         while any(engine() for engine in engines) and time.monotonic() < deadline:
             await asyncio.sleep(POLL_S)
             gc.collect()
         if any(engine() for engine in engines):
-            logger.warning(
-                "clients still read answers of the former models, so these stay in memory beside the new ones"
-            )
+            logger.warning("the former models are still in use, so they stay in memory beside the new ones")
 
-    async def wait_for_models(self) -> None:
-        """Return when there are models: while they are replaced after a drain, there are none."""
-        while not self.models and self._swap.locked():
-            await asyncio.sleep(POLL_S)
+    async def wait_for_models(self, choices: int = 1) -> None:
+        """Return when there are models: while they are replaced after a drain, there are none.
+
+        Raises ApiError with status 429 when `max_waiting` choices would be exceeded by those that wait.
+        """
+        coming = self._coming
+        if self.models or coming is None or not self._swap.locked():
+            return
+        if self._held + choices > coming.max_waiting:
+            name = coming.name or default_name(coming.model)
+            self.metrics.rejected.labels(model=name, replica=self.replica).inc(choices)
+            raise overloaded(f"the waiting queue is full: {self._held} choices wait for another model already")
+        self._held += choices
+        try:
+            while not self.models and self._swap.locked():
+                await asyncio.sleep(POLL_S)
+        finally:
+            self._held -= choices
 
     def _note_failure(self, failure: str | None) -> None:
         self.failed_deployment = failure
         self.metrics.failed.labels(self.replica).set(failure is not None)
 
-    async def _load(self, settings: Settings) -> dict[str, ServedModel]:
-        # A thread of its own, whose OpenMP team ends with it (`engine_thread.py` says why).
-        with ThreadPoolExecutor(1, "load") as once:
-            future = once.submit(load_models, settings, self.metrics, self.replica, self.thread)
-            return await asyncio.wrap_future(future)
+    async def _load(self, settings: Settings, folders: dict[str, Path]) -> dict[str, ServedModel]:
+        return await _in_thread(load_models, settings, folders, self.metrics, self.replica, self.thread)
 
     def check_alive(self) -> None:
         """Raise RuntimeError if an engine has died or hangs."""
@@ -189,7 +259,7 @@ class Service:
             client: who sends it; free slots are shared fairly between clients, and then between requests.
         """
         while True:
-            await self.wait_for_models()
+            await self.wait_for_models(count_choices(body))
             if (accepted := await self._accept(body, client)) is not None:
                 return accepted
 
@@ -206,10 +276,18 @@ class Service:
         except ValueError as error:
             raise ApiError(400, str(error), field_of(error, body)) from None
         except Overloaded as error:
-            raise ApiError(429, f"{error}; try again later", code="overloaded") from None
-        choices = [_deltas(model, i, each, asked) for i, each in enumerate(pending)]
+            raise overloaded(str(error)) from None
         prompt_tokens = sum(len(request.prompt) for request in asked.requests) // (body.n or 1)
-        return AcceptedRequest(model, prompt_tokens, choices, asked, pending)
+        return AcceptedRequest(model, asked, pending, prompt_tokens)
+
+
+async def _in_thread(work: Callable[..., T], *given: Any) -> T:
+    """The result of work that may compute, in a thread of its own.
+
+    Its OpenMP team ends with it (`engine_thread.py` says why).
+    """
+    with ThreadPoolExecutor(1, "load") as once:
+        return await asyncio.wrap_future(once.submit(work, *given))
 
 
 async def _finish(models: dict[str, ServedModel]) -> None:
@@ -219,7 +297,7 @@ async def _finish(models: dict[str, ServedModel]) -> None:
     while running := [(name, model.async_engine) for name, model in models.items() if not model.async_engine.done]:
         for name, engine in running:
             if not engine.thread.alive or engine.stuck_for() > STUCK_S:  # Serve replaces a replica that cannot change
-                raise RuntimeError(f"the engine of {name} hangs while its requests are finished")
+                raise EngineHangs(f"the engine of {name} hangs while its requests are finished")
         await asyncio.sleep(POLL_S)
 
 
@@ -227,68 +305,9 @@ async def _probe(model: ServedModel) -> None:
     """Decode one token. Raises asyncio.TimeoutError, EngineFailed or Overloaded."""
     (pending,) = model.async_engine.submit([Request([0], 1, k=1)])
     model.metrics.probed()
-    async with aclosing(model.async_engine.outputs(pending)) as outputs:
-        await asyncio.wait_for(anext(outputs), STUCK_S)
-
-
-async def _deltas(
-    model: ServedModel, index: int, pending: PendingRequest, asked: Choices
-) -> AsyncGenerator[ChoiceDelta, None]:
-    """The deltas of one choice. Closing the iterator before its end cancels the choice."""
-    pending.read = True
-    reader = ChoiceReader(index, asked, model.eos)
-    first, reason = None, "abort"
     try:
-        async with aclosing(model.async_engine.outputs(pending)) as outputs:
-            async for output, stamp in outputs:
-                before = reader.tokens
-                delta = reader.read(output, stamp)
-                made = reader.tokens - before
-                if first is None and made:
-                    first = time.perf_counter()
-                    model.metrics.first_token(first - pending.submitted)
-                model.metrics.returned(made, len(output.tokens) - made)
-                reason = delta.finish or reason
-                yield delta
-                if delta.finish:
-                    return
+        delivery = await asyncio.wait_for(pending.outputs.get(), STUCK_S)
     finally:
-        model.async_engine.cancel(pending)
-        end = time.perf_counter()
-        seconds, after_first = end - pending.submitted, end - (first or end)
-        model.metrics.finished(reason, seconds, after_first, len(pending.request.prompt), reader.tokens)
-
-
-async def merged(choices: list[AsyncGenerator[ChoiceDelta, None]]) -> AsyncGenerator[ChoiceDelta, None]:
-    """The deltas of all choices in the order in which they are made."""
-    if len(choices) == 1:
-        async with aclosing(choices[0]) as only:
-            async for delta in only:
-                yield delta
-        return
-    queue: asyncio.Queue[ChoiceDelta | BaseException | None] = asyncio.Queue()
-
-    async def forward(choice: AsyncGenerator[ChoiceDelta, None]) -> None:
-        try:
-            async with aclosing(choice) as deltas:
-                async for delta in deltas:
-                    queue.put_nowait(delta)
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.create_task(forward(choice)) for choice in choices]
-    try:
-        left = len(tasks)
-        while left:
-            item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                left -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        pending.cancel()
+    if isinstance(delivery.output, EngineFailed):
+        raise delivery.output

@@ -23,7 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from serve.overhead import replica_megabytes, replicas, save_random, vocabulary_of
+from serve.overhead import save_random, vocabulary_of
+from serve.processes import replica_megabytes, replicas
 from serve.soak_traffic import Endpoint, Traffic, cases, whole_texts
 
 REPLICAS = 2

@@ -5,20 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from serve.choice import ChoiceDelta
 from serve.engine_thread import EngineFailed
 from serve.protocol.errors import engine_failed
 from serve.protocol.logprobs import LogprobsWriter, Scored
 from serve.protocol.requests import StreamOptions
 from serve.protocol.responses import DONE, Progress, ResponseBuilder, usage
 from serve.protocol.responses_answer import ResponsesBuilder, status_of
-from serve.service import AcceptedRequest, merged
+from serve.service import AcceptedRequest
 from serve.tool_calls import add_to
 
 T = TypeVar("T")
@@ -69,11 +69,11 @@ async def unless_disconnected(http: Request, work: Coroutine[Any, Any, T]) -> T 
 async def whole_answer(request: AcceptedRequest, builder: ResponseBuilder) -> dict[str, Any]:
     """The body of an answer that is not streamed."""
     empty = {"text": "", "logprobs": None, "finish_reason": None, "stop_reason": None}
-    choices: list[dict[str, Any]] = [{"index": i, "calls": [], **empty} for i in range(len(request.choices))]
+    choices: list[dict[str, Any]] = [{"index": i, "calls": [], **empty} for i in range(request.choices)]
     scored: dict[int, list[Scored]] = {}
     progress = [Progress()] * len(choices)
-    async with aclosing(merged(request.choices)) as deltas:
-        async for delta in deltas:
+    while deltas := await request.read():
+        for delta in deltas:
             choice = choices[delta.index]
             choice["text"] += delta.text
             for call in delta.calls:
@@ -96,33 +96,35 @@ def _writer(request: AcceptedRequest, builder: ResponseBuilder, index: int) -> L
 async def events(
     request: AcceptedRequest, builder: ResponseBuilder, options: StreamOptions | None
 ) -> AsyncGenerator[bytes, None]:
-    """Server-sent events: one for each step of each choice, sent as soon as the step has ended, then `[DONE]`.
+    """Server-sent events: one for each step of each choice, then `[DONE]`. Those of one step are sent together, as soon as it
+    has ended.
 
     A step whose whole text is held back by the detokenizer has no event, unless it has log-probabilities or every chunk has
     to carry the usage.
     """
     options = options or StreamOptions()
-    progress = [Progress()] * len(request.choices)
+    progress = [Progress()] * request.choices
     writers: dict[int, LogprobsWriter] = {}
     started: set[int] = set()
+
+    def event(delta: ChoiceDelta) -> bytes:
+        progress[delta.index] = delta.progress
+        if not (delta.text or delta.calls or delta.finish or delta.scored or options.continuous_usage_stats):
+            return b""
+        logprobs = None
+        if delta.scored is not None:
+            if delta.index not in writers:
+                writers[delta.index] = _writer(request, builder, delta.index)
+            logprobs = writers[delta.index].write(delta.scored)
+        first = b"" if delta.index in started else builder.first_chunk(delta.index)
+        started.add(delta.index)
+        so_far = usage(request.prompt_tokens, progress) if options.continuous_usage_stats else None
+        request.metrics.delivered(time.perf_counter() - delta.stamp)
+        return first + builder.chunk(delta.index, delta.text, delta.calls, logprobs, delta.finish, delta.stop, so_far)
+
     try:
-        async with aclosing(merged(request.choices)) as deltas:
-            async for delta in deltas:
-                progress[delta.index] = delta.progress
-                if not (delta.text or delta.calls or delta.finish or delta.scored or options.continuous_usage_stats):
-                    continue
-                logprobs = None
-                if delta.scored is not None:
-                    if delta.index not in writers:
-                        writers[delta.index] = _writer(request, builder, delta.index)
-                    logprobs = writers[delta.index].write(delta.scored)
-                chunks = b"" if delta.index in started else builder.first_chunk(delta.index)
-                started.add(delta.index)
-                so_far = usage(request.prompt_tokens, progress) if options.continuous_usage_stats else None
-                chunks += builder.chunk(
-                    delta.index, delta.text, delta.calls, logprobs, delta.finish, delta.stop, so_far
-                )
-                request.model.metrics.delivered(time.perf_counter() - delta.stamp)
+        while deltas := await request.read():
+            if chunks := b"".join(map(event, deltas)):
                 yield chunks
         if options.include_usage:
             yield builder.usage_chunk(usage(request.prompt_tokens, progress))
@@ -134,8 +136,8 @@ async def events(
 async def whole_response(request: AcceptedRequest, builder: ResponsesBuilder) -> dict[str, Any]:
     """The body of a response that is not streamed."""
     finish, progress = None, Progress()
-    async with aclosing(request.choices[0]) as deltas:
-        async for delta in deltas:
+    while deltas := await request.read():
+        for delta in deltas:
             finish, progress = delta.finish, delta.progress
             for part in delta.parts:
                 builder.grow(part)
@@ -149,11 +151,11 @@ async def response_events(request: AcceptedRequest, builder: ResponsesBuilder) -
     finish, progress = None, Progress()
     yield builder.opening()
     try:
-        async with aclosing(request.choices[0]) as deltas:
-            async for delta in deltas:
+        while deltas := await request.read():
+            for delta in deltas:
                 finish, progress = delta.finish, delta.progress
                 if delta.parts:
-                    request.model.metrics.delivered(time.perf_counter() - delta.stamp)
+                    request.metrics.delivered(time.perf_counter() - delta.stamp)
                     yield b"".join(map(builder.grow, delta.parts))
         yield builder.closing(finish, usage(request.prompt_tokens, [progress]))
     except EngineFailed as error:  # the status line has been sent, so the stream itself carries the error

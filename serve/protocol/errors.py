@@ -72,6 +72,11 @@ def engine_failed(error: EngineFailed) -> ApiError:
     return ApiError(503, str(error), code="engine_failed")
 
 
+def overloaded(why: str) -> ApiError:
+    """The error of requests for which the waiting queue has no room."""
+    return ApiError(429, f"{why}; try again later", code="overloaded")
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Answer every exception of `app` with an error in OpenAI's shape."""
 

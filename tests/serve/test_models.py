@@ -1,5 +1,6 @@
 """Where a replica's models come from."""
 
+import asyncio
 import json
 import shutil
 
@@ -9,7 +10,7 @@ from kforcing import PushForwardLM
 from serve.app import build
 from serve.engine_thread import EngineThread
 from serve.metrics import Metrics
-from serve.models import default_name, load_models, pinned, resolve
+from serve.models import default_name, fetch_models, load_models, pinned, resolve
 from serve.settings import Settings
 from tests.endpoint import endpoint, save_model
 from tests.models import make_backbone
@@ -17,26 +18,52 @@ from tests.models import make_backbone
 pytestmark = pytest.mark.cluster
 
 
-def test_a_registered_model_is_found_by_its_alias_and_served(tmp_path, monkeypatch):
-    """Registered as the pipeline registers students."""
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory):
+    """models:/kforcing-quickstart@k4 in a registry of its own, registered as the pipeline registers students."""
     from mlflow import MlflowClient
 
     from pipelines.tracking.registry import model_files
 
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    folder = tmp_path_factory.mktemp("registry")
+    uri = f"sqlite:///{folder}/mlflow.db"
     client = MlflowClient(uri, registry_uri=uri)
-    run = client.create_run(client.create_experiment("e", (tmp_path / "artifacts").as_uri())).info
-    for file in model_files(save_model(tmp_path / "student")):
+    run = client.create_run(client.create_experiment("e", (folder / "artifacts").as_uri())).info
+    for file in model_files(save_model(folder / "student")):
         client.log_artifact(run.run_id, str(file), "model")
     client.create_registered_model("kforcing-quickstart")
     version = client.create_model_version("kforcing-quickstart", f"{run.artifact_uri}/model", run_id=run.run_id)
     client.set_registered_model_alias("kforcing-quickstart", "k4", version.version)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        yield
+
+
+def test_a_registered_model_is_found_by_its_alias_and_served(registered):
     assert pinned("models:/kforcing-quickstart@k4") == "models:/kforcing-quickstart/1"
     found = resolve("models:/kforcing-quickstart@k4")
     with endpoint(found, max_model_len=40) as (_, service):
         assert set(service.models) == {"tiny", "teacher"}
     assert default_name("models:/kforcing-quickstart@k4") == "kforcing-quickstart"
+
+
+def test_a_registered_model_is_downloaded_before_the_former_one_is_drained(registered, tmp_path, monkeypatch):
+    with endpoint(save_model(tmp_path / "old"), max_model_len=40, load_after_drain=True) as (_, service):
+        former, fetched = dict(service.models), []
+
+        def fetch(settings):
+            fetched.append(fetch_models(settings))
+            assert service.models == former
+            assert not any(model.async_engine.done for model in former.values())
+            return fetched[0]
+
+        monkeypatch.setattr("serve.service.fetch_models", fetch)
+        settings = service.settings.model_copy(update={"model": "models:/kforcing-quickstart@k4"})
+        asyncio.run(service.configure(settings))
+        assert service.failed_deployment is None
+        assert not set(service.models.values()) & set(former.values())
+        assert (service.settings, service._folders) == (settings, fetched[0])
+        assert (fetched[0]["model"] / "config.json").exists()
 
 
 def test_a_missing_directory_is_named_in_the_error(tmp_path):
@@ -64,7 +91,8 @@ def serve_alone(folder, **settings):
     """The models of a replica, by name."""
     thread = EngineThread()
     try:
-        return load_models(Settings(model=str(folder), max_model_len=40, **settings), Metrics(), "test", thread)
+        given = Settings(model=str(folder), max_model_len=40, **settings)
+        return load_models(given, fetch_models(given), Metrics(), "test", thread)
     finally:
         thread.close()
 

@@ -20,7 +20,7 @@ from ray import serve
 from kforcing.reference import decode
 from serve.app import build
 from serve.metrics_hub import MetricsHub
-from serve.overhead import replicas
+from serve.processes import replicas
 from tests.endpoint import EOS, ids_of, save_model, text_of
 from tests.models import make_backbone, make_sequential
 from tests.waiting import wait_until

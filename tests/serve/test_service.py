@@ -2,13 +2,16 @@
 
 import asyncio
 import concurrent.futures
+import gc
 import threading
+import time
 import weakref
 
 import httpx
 import pytest
 
-from serve.models import load_models
+from serve.models import fetch_models, load_models
+from serve.protocol.requests import CompletionRequest
 from serve.service import Service
 from serve.settings import Settings
 from tests.endpoint import HeldSteps, complete, endpoint, expected, metrics, save_model, text_of
@@ -167,6 +170,34 @@ def check_turns(tmp_path, first, second):
         assert {each.result(timeout=30).status_code for each in crowd} == {200}
 
 
+def test_a_step_waits_for_as_many_requests_as_the_one_before_has_ended(tmp_path):
+    with (
+        endpoint(save_model(tmp_path / "m"), max_num_seqs=4, max_model_len=56) as (url, service),
+        httpx.Client(base_url=url, timeout=60) as http,
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+    ):
+        engine = service.models["tiny"].async_engine
+        steps = HeldSteps(engine.engine)
+        body = {"prompt": "abc", "max_tokens": 4, "ignore_eos": True}
+
+        def ask(n=1):
+            return pool.submit(http.post, "/v1/completions", json={**body, "n": n})
+
+        steps.release(1)
+        assert ask(2).result(timeout=60).status_code == 200  # both choices in one step, which frees two of four slots
+        assert (steps.done, engine._ended) == (1, 2)
+        engine._wait_until = time.perf_counter() + 1000  # a quarter of a very long step
+        steps.release(1)
+        first = ask()
+        wait_until(lambda: len(engine._inbox) == 1, "the first request never came")
+        second = ask()
+        assert {each.result(timeout=60).status_code for each in (first, second)} == {200}
+        assert steps.done == 2, "one step for both"
+        engine._wait_until = 0.0
+        steps.release(1)
+        assert ask().result(timeout=60).status_code == 200, "after that time one may come alone"
+
+
 def test_prompts_are_tokenised_one_by_one_while_the_endpoint_answers_others(tmp_path):
     with (
         endpoint(save_model(tmp_path / "m"), max_model_len=56) as (url, service),
@@ -212,7 +243,7 @@ def test_a_deployment_that_cannot_be_loaded_leaves_the_one_before(tmp_path):
             assert metrics(http)[failed] == 1
             health = http.get("/health")
             assert health.status_code == 200
-            assert f"model={bad} cannot be served: OSError" in health.json()["failed_deployment"]
+            assert f"model={bad} cannot be served: FileNotFoundError" in health.json()["failed_deployment"]
         asyncio.run(service.configure(good))
         assert (metrics(http)[failed], http.get("/health").json()) == (0, {"status": "ok"})
         asyncio.run(service.configure(good.model_copy(update={"model": str(bad)})))
@@ -275,16 +306,92 @@ def test_models_that_are_loaded_after_a_drain_are_never_in_memory_beside_the_for
     assert [card["id"] for card in models["data"]] == ["tiny", "teacher"]
 
 
-def test_where_a_model_cannot_be_loaded_after_a_drain_the_former_one_is_loaded_again(tmp_path):
+def test_where_a_model_cannot_be_loaded_after_a_drain_the_former_one_is_loaded_again(tmp_path, monkeypatch):
+    old, bad = save_model(tmp_path / "old"), save_model(tmp_path / "bad")
+
+    def fetch(settings):
+        folders = fetch_models(settings)
+        (bad / "model.safetensors").unlink()
+        return folders
+
+    with (
+        endpoint(old, max_model_len=40, load_after_drain=True) as (url, service),
+        httpx.Client(base_url=url, timeout=60) as http,
+    ):
+        before, former = complete(http)["choices"], service.models["tiny"]
+        monkeypatch.setattr("serve.service.fetch_models", fetch)
+        asyncio.run(service.configure(service.settings.model_copy(update={"model": str(bad)})))
+        assert service.models["tiny"] is not former
+        assert complete(http)["choices"] == before
+        assert f"model={bad} cannot be served: OSError" in http.get("/health").json()["failed_deployment"]
+        assert service.settings.model == str(old)
+
+
+def test_a_model_that_does_not_pass_the_checks_before_a_drain_causes_none(tmp_path):
     old, bad = save_model(tmp_path / "old"), save_model(tmp_path / "bad")
     (bad / "model.safetensors").unlink()
     with (
         endpoint(old, max_model_len=40, load_after_drain=True) as (url, service),
         httpx.Client(base_url=url, timeout=60) as http,
     ):
-        before, former = complete(http)["choices"], service.models["tiny"]
+        former = dict(service.models)
         asyncio.run(service.configure(service.settings.model_copy(update={"model": str(bad)})))
-        assert service.models["tiny"] is not former
-        assert complete(http)["choices"] == before
-        assert f"model={bad} cannot be served: OSError" in http.get("/health").json()["failed_deployment"]
-        assert service.settings.model == str(old)
+        assert service.models == former
+        assert f"model={bad} cannot be served: FileNotFoundError" in http.get("/health").json()["failed_deployment"]
+
+
+def test_requests_that_wait_for_a_change_of_models_are_as_many_as_may_wait_for_an_engine(tmp_path):
+    save_model(tmp_path / "old")
+    save_model(tmp_path / "new")
+    with (
+        endpoint(tmp_path / "old", max_model_len=56, max_waiting=3, load_after_drain=True) as (url, service),
+        httpx.Client(base_url=url, timeout=60) as http,
+        concurrent.futures.ThreadPoolExecutor(4) as pool,
+    ):
+        steps = HeldSteps(service.models["tiny"].engine)
+        body = {"prompt": "abc", "max_tokens": 12, "ignore_eos": True}
+        running = pool.submit(http.post, "/v1/completions", json=body)
+        steps.release(1)
+        wait_until(lambda: steps.done == 1, "the request never began")
+        swapped = service.settings.model_copy(update={"model": str(tmp_path / "new")})
+        change = pool.submit(lambda: asyncio.run(service.configure(swapped)))
+        wait_until(lambda: not service.models, "the drain never began")
+        waiting = [pool.submit(http.post, "/v1/completions", json={**body, "n": n}) for n in (1, 2)]
+        wait_until(lambda: service._held == 3, "the requests never waited")
+        refused = [http.post("/v1/completions", json=body), http.post("/tokenize", json={"prompt": "a"})]
+        steps.release(1000)
+        change.result(timeout=60)
+        answers = [each.result(timeout=60) for each in (running, *waiting)]
+        assert metrics(http)['kforcing_requests_rejected_total{model="tiny",replica="test"}'] == 2
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert [(answer.status_code, answer.headers["retry-after"]) for answer in refused] == [(429, "1")] * 2
+    assert refused[0].json()["error"]["code"] == "overloaded"
+
+
+@pytest.mark.parametrize("load_after_drain", [False, True])
+def test_a_reader_who_is_slow_keeps_no_weights_of_a_replaced_model(tmp_path, load_after_drain):
+    old = make_sequential(make_backbone())
+    settings = Settings(model=str(save_model(tmp_path / "old", old)), acceptance="fixed", max_model_len=56)
+    settings.load_after_drain = load_after_drain
+    new = settings.model_copy(update={"model": str(save_model(tmp_path / "new"))})
+
+    async def scenario(service):
+        await service.configure(settings)
+        engines = [weakref.ref(model.engine) for model in service.models.values()]
+        slow = await service.accept(CompletionRequest(prompt="abc", max_tokens=40, seed=2, ignore_eos=True))
+        text = "".join(delta.text for delta in await slow.read())
+        await service.configure(new)
+        wait_until(
+            lambda: gc.collect() >= 0 and not any(engine() for engine in engines), "the weights were never freed"
+        )
+        while deltas := await slow.read():
+            text += "".join(delta.text for delta in deltas)
+        for model in service.models.values():
+            model.async_engine.close()
+        return text
+
+    service = Service("test")
+    try:
+        assert asyncio.run(scenario(service)) == text_of(expected(old, n=40, seed=2, stop=frozenset()))
+    finally:
+        service.thread.close()

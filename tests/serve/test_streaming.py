@@ -78,15 +78,18 @@ def test_a_client_that_leaves_before_its_whole_answer_frees_its_slot(tmp_path):
         assert steps.done <= 2, "53 tokens need 14 steps"
 
 
-def test_a_request_accepted_in_the_turn_in_which_its_handler_is_cancelled_is_closed(served):
+def test_a_request_accepted_in_the_turn_in_which_its_handler_is_cancelled_is_closed():
     class Accepted(AcceptedRequest):
         closed = False
+
+        def __init__(self):
+            pass
 
         def close(self):
             self.closed = True
 
     async def scenario():
-        accepted = Accepted(served[1].models["tiny"], 0, [], None, [])
+        accepted = Accepted()
 
         async def accept():
             handler.cancel()
