@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ class PushForwardConfig(PretrainedConfig):
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ):
-        import_module("kforcing.modeling")  # from now on the Auto classes know the model of this config
         if format_version != FORMAT_VERSION:
             raise ValueError(
                 f"this student has format version {format_version}; this release reads version {FORMAT_VERSION}"

@@ -26,12 +26,13 @@ parts as stages."""
 @contextmanager
 def belonging(**which: str) -> Iterator[None]:
     """Inside, lines belong to this `run` or `stage`."""
+    before = dict(ids)
     ids.update(which)
     try:
         yield
     finally:
-        for name in which:
-            ids.pop(name, None)
+        ids.clear()
+        ids.update(before)
 
 
 def show_progress() -> None:

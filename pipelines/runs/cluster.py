@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ LONGEST_TEMP = 40
 
 SHARED_MEMORY, SMALL_SHARED_MEMORY = Path("/dev/shm"), 1 << 30
 """Where Ray keeps objects, and the free bytes below which a run warns that this is too little."""
+
+ASK_AGAIN_S = 30
+"""Seconds after which an autoscaler is asked again: another run may have asked for other nodes meanwhile."""
 
 CONNECT_S, ANSWER_S = 5, 14
 """Seconds in which the GCS of a cluster must take a connection, and answer."""
@@ -103,15 +107,11 @@ def connected(root: Path, work: Work, wait_s: float = 0.0) -> Iterator[None]:
     import ray
 
     _start_ray()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         _wait_for_nodes(work, wait_s if attached() else 0.0)
         _check_shared(root, len(_nodes()))
-    except ConfigError:
-        ray.shutdown()
-        raise
-    _quieten()
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    try:
+        _quieten()
         yield
     except (KeyboardInterrupt, SystemExit):
         raise KeyboardInterrupt from None
@@ -128,43 +128,61 @@ def _nodes() -> list[dict[str, Any]]:
 
 
 def _wait_for_nodes(work: Work, wait_s: float) -> None:
-    """Return when the work fits on the cluster, which may grow: an autoscaler is asked for what the largest work needs.
+    """Return when the work fits on the cluster, which may grow: an autoscaler is asked for what each work needs.
 
     Raises ConfigError when it does not fit for so many seconds.
     """
-    import ray
-    from ray.autoscaler.sdk import request_resources
-
-    began, asked = time.monotonic(), False
-    while True:
-        try:
-            preflight(work, ray.cluster_resources(), "the cluster" if attached() else "this machine")
-            check_labels(work, _nodes())
-            break
-        except ConfigError as error:
-            if time.monotonic() - began >= wait_s:
-                raise
-            if not asked:
-                log.info(f"waiting up to {wait_s:.0f} s for nodes (wait_for_nodes_s): {error}")
-                _ask_autoscaler(max(work.values(), key=_cpus))
-                asked = True
-        time.sleep(1)
-    if asked:
-        request_resources(bundles=[])  # from here on, what runs says what is needed
+    began, asked = time.monotonic(), -math.inf
+    try:
+        while problem := _misfit(work):
+            now = time.monotonic()
+            if now - began >= wait_s:
+                raise problem
+            if asked == -math.inf:
+                log.info(f"waiting up to {wait_s:.0f} s for nodes (wait_for_nodes_s): {problem}")
+            if now - asked >= ASK_AGAIN_S:
+                _ask_autoscaler(largest_pools(work))
+                asked = now
+            time.sleep(1)
+    finally:
+        if asked > -math.inf:
+            with suppress(Exception):  # the cluster may be gone
+                _ask_autoscaler([])  # from here on, what runs says what is needed
+    if asked > -math.inf:
         log.info(f"the nodes are there after {time.monotonic() - began:.0f} s")
 
 
-def _ask_autoscaler(pools: dict[str, Pool]) -> None:
-    """Let an autoscaler, if there is one, add nodes for these pools."""
+def _misfit(work: Work) -> ConfigError | None:
+    """Why the work does not fit on the cluster as it is now."""
+    import ray
+
+    try:
+        preflight(work, ray.cluster_resources(), "the cluster" if attached() else "this machine")
+        check_labels(work, _nodes())
+    except ConfigError as error:
+        return error
+    return None
+
+
+def largest_pools(work: Work) -> list[Pool]:
+    """Pools that are enough for each work alone: of members of one shape and label as many as the work with most has."""
+    most: dict[Pool, int] = {}
+    for pools in work.values():
+        counts: dict[Pool, int] = {}
+        for pool in pools.values():
+            member = dataclasses.replace(pool, count=1)
+            counts[member] = counts.get(member, 0) + pool.count
+        most |= {member: max(count, most.get(member, 0)) for member, count in counts.items()}
+    return [dataclasses.replace(member, count=count) for member, count in most.items() if member.cpus or member.gpus]
+
+
+def _ask_autoscaler(pools: Sequence[Pool]) -> None:
+    """Let an autoscaler, if there is one, keep nodes for these pools. The request is the cluster's only one."""
     from ray.autoscaler.sdk import request_resources
 
-    members = [pool for pool in pools.values() if pool.cpus or pool.gpus for _ in range(pool.count)]
+    members = [pool for pool in pools for _ in range(pool.count)]
     bundles = [{kind: n for kind, n in (("CPU", pool.cpus), ("GPU", pool.gpus)) if n} for pool in members]
     request_resources(bundles=bundles, bundle_label_selectors=[node_selector(pool.label) or {} for pool in members])
-
-
-def _cpus(pools: dict[str, Pool]) -> float:
-    return sum(pool.count * pool.cpus for pool in pools.values())
 
 
 def _start_ray() -> None:

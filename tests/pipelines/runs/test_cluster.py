@@ -14,7 +14,7 @@ import pytest
 from pipelines.config.section import ConfigError
 from pipelines.failures import Exit
 from pipelines.runs import cluster
-from pipelines.runs.cluster import ANSWER_S, CONNECT_S, _environment_of_workers, connected
+from pipelines.runs.cluster import ANSWER_S, CONNECT_S, Pool, _environment_of_workers, connected, largest_pools
 from tests.pipeline_runs import environment, hear_interrupts
 from tests.waiting import wait_until
 
@@ -55,13 +55,13 @@ def silent_socket():
 def test_an_address_where_something_else_listens_is_one_line_within_20_s(tmp_path, monkeypatch, start):
     port, stop = start()
     assert ANSWER_S + CONNECT_S < 20
-    monkeypatch.setattr(cluster, "ANSWER_S", 2)  # nothing answers later, either
+    monkeypatch.setattr(cluster, "ANSWER_S", 8)  # nothing answers later, either
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     with pytest.raises(ConfigError) as error, connected(tmp_path, {}):
         pass
     stop()
     assert str(error.value) == (
-        f"RAY_ADDRESS=127.0.0.1:{port}: no cluster can be joined there (no answer in 2 s); "
+        f"RAY_ADDRESS=127.0.0.1:{port}: no cluster can be joined there (no answer in 8 s); "
         "give HOST:6379 of the head node, or submit the run with `ray job submit`, which sets it"
     )
 
@@ -115,6 +115,22 @@ with ending_in_one_line(), connected(Path("run"), work, float(sys.argv[1])):
 """
 
 
+def waiting(line, log, folder, env):
+    """A run that has said that it waits for nodes."""
+    with open(log, "w") as out:
+        run = subprocess.Popen([*line, "300"], stdout=out, stderr=out, cwd=folder, env=env, preexec_fn=hear_interrupts)
+    wait_until(lambda: "waiting up to 300 s for nodes" in log.read_text(), log.read_text, 120, pause=0.2)
+    return run
+
+
+def test_an_autoscaler_is_asked_for_what_each_work_needs():
+    work = {
+        "stage k1": {"train": Pool(4, 1, 1, "pool=a"), "rollout": Pool(1, 2, 0, "pool=b")},
+        "stage k2": {"train": Pool(2, 1, 1, "pool=a"), "rollout": Pool(3, 2, 0, "pool=b"), "light": Pool(5, 0, 0)},
+    }
+    assert largest_pools(work) == [Pool(4, 1, 1, "pool=a"), Pool(3, 2, 0, "pool=b")]
+
+
 @pytest.mark.cluster
 def test_a_run_waits_for_the_nodes_of_a_cluster_that_grows(tmp_path):
     from ray.cluster_utils import Cluster
@@ -130,9 +146,11 @@ def test_a_run_waits_for_the_nodes_of_a_cluster_that_grows(tmp_path):
             "stage k1 needs 1 CPUs (1 for train.workers=2), the cluster has 0. Ask for fewer or for fewer CPUs each"
         )
         assert (refused.returncode, problem in refused.stderr) == (Exit.CLUSTER, True), refused.stderr
-        with open(log, "w") as out:
-            run = subprocess.Popen([*line, "300"], stdout=out, stderr=out, cwd=tmp_path, env=env)
-        wait_until(lambda: "waiting up to 300 s for nodes" in log.read_text(), log.read_text, 120, pause=0.2)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            stopped = waiting(line, log, tmp_path, env)
+            stopped.send_signal(number)
+            assert stopped.wait(timeout=120) == Exit.INTERRUPTED, log.read_text()
+        run = waiting(line, log, tmp_path, env)
         cluster.add_node(num_cpus=1)
         cluster.add_node(num_cpus=1, labels={"pool": "a"})
         assert run.wait(timeout=120) == 0, log.read_text()

@@ -58,6 +58,16 @@ def checkpoint(folder, step, record=True):
     return place
 
 
+def test_a_stage_comes_back_from_the_archive_when_its_settings_are_changed_back(tmp_path):
+    first = open_stage(tmp_path, "k2", "a" * 16)
+    first.finish(figure=1)
+    second = open_stage(tmp_path, "k2", "b" * 16)
+    assert second.manifest is None
+    second.finish(figure=2)
+    assert open_stage(tmp_path, "k2", "a" * 16).manifest["figure"] == 1
+    assert open_stage(tmp_path, "k2", "b" * 16).manifest["figure"] == 2
+
+
 def test_the_newest_whole_checkpoint_is_used_whatever_was_cut(tmp_path, warnings):
     assert latest_checkpoint(tmp_path) is None
     checkpoint(tmp_path, 8)
