@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+EVENT = b"data: {"
 TOKENS = re.compile(rb'"completion_tokens": ?(\d+)')
 
 
@@ -21,7 +22,7 @@ class Load:
     tokens: int = 0
     first_chunks: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
-    """Between two chunks of a stream."""
+    """Between two events of a stream."""
     requests: list[float] = field(default_factory=list)
 
 
@@ -40,9 +41,9 @@ class Exchange(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Note the time, keep the bytes."""
-        if b"data: {" in data:
-            self.chunks.append(time.perf_counter())
+        seen = max(len(self.answer) - len(EVENT) + 1, 0)  # an event may begin at the end of the bytes before
         self.answer += data
+        self.chunks += [time.perf_counter()] * self.answer.count(EVENT, seen)
 
     def connection_lost(self, error: Exception | None) -> None:
         """End the exchange."""

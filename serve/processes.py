@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import defaultdict
+from glob import glob
 from pathlib import Path
 
 from serve.engine_thread import THREAD_NAME
@@ -26,7 +27,10 @@ def replicas() -> list[int]:
 
 def replica_megabytes() -> float:
     """Resident memory of the replicas, in MB."""
-    pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in replicas())
+    pages = 0
+    for pid in replicas():
+        with contextlib.suppress(OSError):  # it has ended
+            pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
@@ -35,9 +39,9 @@ def cpu_seconds() -> dict[str, float]:
     replicas that run models), `replica` (their other threads) and `ray` (everything else)."""
     seconds: dict[str, float] = defaultdict(float)
     for pid in _family():
-        for thread in Path(f"/proc/{pid}/task").iterdir():
+        for thread in glob(f"/proc/{pid}/task/*"):  # none where the process has ended
             with contextlib.suppress(OSError):
-                name, fields = _stat(thread)
+                name, fields = _stat(Path(thread))
                 kind = "engine" if name == THREAD_NAME else _kind(pid)
                 seconds[kind] += (int(fields[11]) + int(fields[12])) / TICKS
     return seconds
