@@ -15,10 +15,11 @@ an idle one, cost 20% of the tokens/s on two cores.
 from __future__ import annotations
 
 import asyncio
+import statistics
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,10 @@ THREAD_NAME = "engines"
 """Of the engine thread and those that compute for it, also for the operating system."""
 SWITCH_S = 2e-4
 """Seconds for which another Python thread may hold the interpreter's lock while the engine waits for it (default: 5 ms)."""
+SUCCESSORS_S = 0.02
+"""The most seconds for which a step waits for new requests."""
+STEPS = 9
+"""Steps whose median is the time of a step, so that one that was held up (a capture, a compilation) does not count."""
 
 
 class Delivery(NamedTuple):
@@ -149,7 +154,10 @@ class AsyncEngine:
         self.failure: BaseException | None = None
         self.last_step = time.perf_counter()
         self._slept = True
-        self._ended, self._wait_until = 0, 0.0
+        self._step_times: deque[float] = deque(maxlen=STEPS)
+        self._ended = 0
+        """HTTP requests that the last step has ended: each client has at most one successor for each of them."""
+        self._wait_until = 0.0
         self._inbox: list[PendingRequest] = []
         self._open: dict[int, PendingRequest] = {}
         self._pending = 0
@@ -227,9 +235,10 @@ class AsyncEngine:
         """Seconds for which the next step may still wait for as many new requests as the step before has ended.
 
         Clients who wait for an answer before they send the next request need some milliseconds for that. A step that begins
-        without them leaves their slots empty, so it may come later by half of the share of these slots of a step's time.
+        without them leaves their slots empty, so it may come later by half of the share of these slots of a step's time, and
+        by `SUCCESSORS_S` at most. Where nothing runs, a new request begins at once.
         """
-        if self._closing or len(self._inbox) >= self._ended:
+        if self._closing or self.engine.idle or len(self._inbox) >= self._ended:
             return 0.0
         return self._wait_until - time.perf_counter()
 
@@ -244,8 +253,7 @@ class AsyncEngine:
             start, before = time.perf_counter(), self.last_step
             outputs = self.engine.step()
             self.last_step = end = time.perf_counter()
-            self._ended = sum(output.finish_reason is not None for output in outputs)
-            self._wait_until = end + (end - start) * self._ended / self.engine.config.max_num_seqs / 2
+            self._step_times.append(end - start)
             self._record_queue_times(end)
             between = 0.0 if self._slept else max(start - before, 0.0)
             self.metrics.after_step(self.engine, end - start, between, len(self._inbox))
@@ -289,6 +297,7 @@ class AsyncEngine:
 
     def _deliver_outputs(self, outputs: list[Output], now: float) -> None:
         deliveries: list[Delivery] = []
+        ended = set()
         for output in outputs:
             pending = self._open.get(output.id)
             if pending is None or pending.cancelled:  # its client has gone
@@ -297,9 +306,14 @@ class AsyncEngine:
             deliveries.append(Delivery(pending, output, now))
             if output.finish_reason:
                 pending.ended = True
+                ended.add(pending.outputs)
                 del self._open[output.id]
                 with self._wake:
                     self._pending -= 1
+        with self._wake:
+            self._ended = len(ended.difference(p.outputs for p in (*self._inbox, *self._open.values())))
+        share = self._ended / self.engine.config.max_num_seqs
+        self._wait_until = now + min(statistics.median(self._step_times) * share / 2, SUCCESSORS_S)
         if deliveries:
             self._fill_queues(deliveries)
 

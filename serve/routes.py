@@ -37,7 +37,6 @@ from serve.streaming import (
 Responses = dict[int | str, dict[str, Any]]
 GENERATION_RESPONSES: Responses = {200: {"content": {"text/event-stream": {}}}, **ERROR_RESPONSES}
 UNAUTHORIZED: Responses = {401: ERROR_RESPONSES[401]}
-LISTING: Responses = {code: ERROR_RESPONSES[code] for code in (401, 429)}
 
 
 def generation_routes(service: Service) -> APIRouter:
@@ -104,7 +103,7 @@ def generation_routes(service: Service) -> APIRouter:
 
 def model_routes(service: Service) -> APIRouter:
     """/v1/models and /v1/models/NAME."""
-    router = APIRouter(responses=LISTING)
+    router = APIRouter(responses=UNAUTHORIZED)
     started = int(time.time())
 
     def card(name: str) -> dict[str, Any]:
@@ -134,7 +133,7 @@ def model_routes(service: Service) -> APIRouter:
 
 def tokenizer_routes(service: Service) -> APIRouter:
     """/tokenize and /detokenize, as vLLM has them."""
-    router = APIRouter(responses={code: ERROR_RESPONSES[code] for code in (400, 401, 404, 413, 429, 503)})
+    router = APIRouter(responses={code: ERROR_RESPONSES[code] for code in (400, 401, 404, 413, 503)})
 
     @router.post("/tokenize", response_model=Tokens)
     async def tokenize(body: TokenizeRequest) -> Response:

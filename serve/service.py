@@ -7,8 +7,9 @@ import gc
 import logging
 import time
 import weakref
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -121,8 +122,12 @@ class Service:
         self._swap = asyncio.Lock()
         self._coming: Settings | None = None
         """The settings that `configure` was last called with."""
+        self._change: Future[None] | None = None
+        """Of the change of models that is under way; it is done when the change has ended."""
         self._held = 0
-        """Choices of the requests that wait for models."""
+        """Choices of the requests that came while there were no models, and do not have a place in an engine yet."""
+        self._turns = asyncio.Lock()
+        """It lets these requests in by the order of their arrival, and newer ones behind them."""
         self._tokenising = ThreadPoolExecutor(1, "tokenise")
 
     async def configure(self, settings: Settings, before: Settings | None = None) -> None:
@@ -134,40 +139,53 @@ class Service:
         and `failed_deployment` says why. If there is nothing to fall back to, the error is raised.
         """
         async with self._swap:
-            if self.models and self.settings and loading_settings(settings) == loading_settings(self.settings):
-                self.settings = settings
-                for model in self.models.values():
-                    model.async_engine.max_waiting = settings.max_waiting
-                self._note_failure(None)
-                return
-            before, self._coming = self.settings or before, settings
-            failure, models, folders = None, None, self._folders
+            change: Future[None] = Future()
+            change.set_running_or_notify_cancel()  # a request that is cancelled while it waits does not cancel it
+            self._change = change
             try:
-                folders = await _in_thread(fetch_models, settings)
-                if settings.load_after_drain:
-                    await self._drain()
-                models = await self._load(settings, folders)
-            except EngineHangs:
+                await self._change_models(settings, before)
+            finally:
+                self._change = None
+                change.set_result(None)
+
+    async def _change_models(self, settings: Settings, before: Settings | None) -> None:
+        if self.models and self.settings and loading_settings(settings) == loading_settings(self.settings):
+            self.settings = settings
+            for model in self.models.values():
+                model.async_engine.max_waiting = settings.max_waiting
+            self._note_failure(None)
+            return
+        before, self._coming = self.settings or before, settings
+        failure, models, folders = None, None, self._folders
+        try:
+            folders = await _in_thread(fetch_models, settings)
+            if settings.load_after_drain:
+                await self._drain()
+            models = await self._load(settings, folders)
+        except EngineHangs:
+            raise
+        except Exception as error:
+            if before is None:
                 raise
-            except Exception as error:
-                if before is None:
-                    raise
-                failure = f"model={settings.model} cannot be served: {type(error).__name__}: {error}"
-            if models is None:  # outside of `except`, since the error's traceback holds what was loaded
-                gc.collect()
-                logger.error("%s; what was served before is served on", failure)
-                assert before is not None
-                settings, folders = before, self._folders
-                if not (self.models or folders):
-                    folders = await _in_thread(fetch_models, settings)
-                models = self.models or await self._load(settings, folders)
-            self._note_failure(failure)
-            if models is self.models:
-                return
-            former, self.models, self.settings, self._folders = self.models, models, settings, folders
-            for model in former.values():
-                model.async_engine.close()
-            logger.info("serving %s", ", ".join(f"{n} (k={m.engine.k})" for n, m in models.items()))
+            failure = f"model={settings.model} cannot be served: {type(error).__name__}: {error}"
+        if models is None:  # outside of `except`, since the error's traceback holds what was loaded
+            gc.collect()
+            logger.error("%s; what was served before is served on", failure)
+            assert before is not None
+            settings, folders, models = before, self._folders, self.models
+            if folders and not models:
+                with suppress(OSError):  # they were removed since
+                    models = await self._load(settings, folders)
+            if not models:
+                folders = await _in_thread(fetch_models, settings)
+                models = await self._load(settings, folders)
+        self._note_failure(failure)
+        if models is self.models:
+            return
+        former, self.models, self.settings, self._folders = self.models, models, settings, folders
+        for model in former.values():
+            model.async_engine.close()
+        logger.info("serving %s", ", ".join(f"{n} (k={m.engine.k})" for n, m in models.items()))
 
     async def _drain(self) -> None:
         """Finish the requests of all models and free their memory. Requests that come from now on wait for other models."""
@@ -182,24 +200,33 @@ class Service:
         if any(engine() for engine in engines):
             logger.warning("the former models are still in use, so they stay in memory beside the new ones")
 
-    async def wait_for_models(self, choices: int = 1) -> None:
-        """Return when there are models: while they are replaced after a drain, there are none.
+    async def wait_for_models(self) -> None:
+        """Return when there are models: while they are replaced after a drain, there are none."""
+        while not self.models and (change := self._change):
+            await asyncio.wrap_future(change)
 
-        Raises ApiError with status 429 when `max_waiting` choices would be exceeded by those that wait.
+    @asynccontextmanager
+    async def _turn(self, choices: int) -> AsyncIterator[None]:
+        """Wait for models. Until all requests that waited have their places, each comes by the order of its arrival.
+
+        Raises ApiError with status 429 if more choices would wait than the coming model runs and queues.
         """
-        coming = self._coming
-        if self.models or coming is None or not self._swap.locked():
+        if self.models and not self._held:
+            yield
             return
-        if self._held + choices > coming.max_waiting:
+        coming = self._coming
+        held = choices if coming and self._change and not self.models else 0
+        if coming and held and self._held + held > coming.max_num_seqs + coming.max_waiting:
             name = coming.name or default_name(coming.model)
             self.metrics.rejected.labels(model=name, replica=self.replica).inc(choices)
             raise overloaded(f"the waiting queue is full: {self._held} choices wait for another model already")
-        self._held += choices
+        self._held += held
         try:
-            while not self.models and self._swap.locked():
-                await asyncio.sleep(POLL_S)
+            async with self._turns:
+                await self.wait_for_models()
+                yield
         finally:
-            self._held -= choices
+            self._held -= held
 
     def _note_failure(self, failure: str | None) -> None:
         self.failed_deployment = failure
@@ -259,9 +286,9 @@ class Service:
             client: who sends it; free slots are shared fairly between clients, and then between requests.
         """
         while True:
-            await self.wait_for_models(count_choices(body))
-            if (accepted := await self._accept(body, client)) is not None:
-                return accepted
+            async with self._turn(count_choices(body)):
+                if (accepted := await self._accept(body, client)) is not None:
+                    return accepted
 
     async def _accept(self, body: CompletionRequest | ChatRequest, client: str) -> AcceptedRequest | None:
         """See `accept`; None for a request whose model was replaced while its prompt was tokenised."""

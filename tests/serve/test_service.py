@@ -3,13 +3,15 @@
 import asyncio
 import concurrent.futures
 import gc
+import shutil
 import threading
-import time
 import weakref
+from pathlib import Path
 
 import httpx
 import pytest
 
+from serve.engine_thread import STEPS
 from serve.models import fetch_models, load_models
 from serve.protocol.requests import CompletionRequest
 from serve.service import Service
@@ -170,32 +172,68 @@ def check_turns(tmp_path, first, second):
         assert {each.result(timeout=30).status_code for each in crowd} == {200}
 
 
-def test_a_step_waits_for_as_many_requests_as_the_one_before_has_ended(tmp_path):
+@pytest.fixture
+def stepped(tmp_path):
+    """A function that sends a request, an engine with four slots whose steps seem to take hours, and its held steps."""
     with (
         endpoint(save_model(tmp_path / "m"), max_num_seqs=4, max_model_len=56) as (url, service),
         httpx.Client(base_url=url, timeout=60) as http,
-        concurrent.futures.ThreadPoolExecutor(2) as pool,
+        concurrent.futures.ThreadPoolExecutor(5) as pool,
     ):
         engine = service.models["tiny"].async_engine
         steps = HeldSteps(engine.engine)
-        body = {"prompt": "abc", "max_tokens": 4, "ignore_eos": True}
+        engine._step_times.extend([8000.0] * STEPS)
 
-        def ask(n=1):
-            return pool.submit(http.post, "/v1/completions", json={**body, "n": n})
+        def ask(tokens=4, n=1):
+            body = {"prompt": "abc", "max_tokens": tokens, "ignore_eos": True, "n": n}
+            return pool.submit(http.post, "/v1/completions", json=body)
 
-        steps.release(1)
-        assert ask(2).result(timeout=60).status_code == 200  # both choices in one step, which frees two of four slots
-        assert (steps.done, engine._ended) == (1, 2)
-        engine._wait_until = time.perf_counter() + 1000  # a quarter of a very long step
-        steps.release(1)
-        first = ask()
-        wait_until(lambda: len(engine._inbox) == 1, "the first request never came")
-        second = ask()
-        assert {each.result(timeout=60).status_code for each in (first, second)} == {200}
-        assert steps.done == 2, "one step for both"
-        engine._wait_until = 0.0
-        steps.release(1)
-        assert ask().result(timeout=60).status_code == 200, "after that time one may come alone"
+        yield ask, engine, steps
+        steps.release(1000)
+
+
+def test_a_step_waits_for_as_many_requests_as_the_one_before_has_ended(stepped, monkeypatch):
+    monkeypatch.setattr("serve.engine_thread.SUCCESSORS_S", 1000.0)
+    ask, engine, steps = stepped
+    long = ask(tokens=40)
+    wait_until(lambda: len(engine._open) == 1, "the first step never began")
+    ending = [ask(), ask()]
+    wait_until(lambda: engine.pending == 3, "the others never came")
+    steps.release(3)
+    assert {each.result(timeout=60).status_code for each in ending} == {200}
+    assert (steps.done, engine._ended) == (2, 2)
+    first = ask()
+    wait_until(lambda: len(engine._inbox) == 1, "the first successor never came")
+    second = ask()
+    assert {each.result(timeout=60).status_code for each in (first, second)} == {200}
+    assert steps.done == 3, "one step for both"
+    monkeypatch.setattr("serve.engine_thread.SUCCESSORS_S", 0.0)
+    engine._wait_until = 0.0
+    steps.release(1)
+    assert ask().result(timeout=60).status_code == 200, "after that time one may come alone"
+    steps.release(1000)
+    assert long.result(timeout=60).status_code == 200
+
+
+def test_where_nothing_runs_a_request_begins_at_once(stepped, monkeypatch):
+    monkeypatch.setattr("serve.engine_thread.SUCCESSORS_S", 1000.0)
+    ask, engine, steps = stepped
+    earlier = ask(tokens=8)
+    wait_until(lambda: len(engine._open) == 1, "the first step never began")
+    ending = [earlier, ask()]
+    wait_until(lambda: engine.pending == 2, "the other never came")
+    steps.release(3)
+    assert {each.result(timeout=60).status_code for each in ending} == {200}
+    assert (steps.done, engine._ended) == (2, 2)
+    assert ask().result(timeout=60).status_code == 200
+
+
+def test_choices_of_one_request_have_one_successor_which_a_step_awaits_for_20_ms_at_most(stepped):
+    ask, engine, steps = stepped
+    steps.release(1)
+    assert ask(n=2).result(timeout=60).status_code == 200
+    assert (steps.done, engine._ended) == (1, 1)
+    assert engine._wait_until - engine.last_step == pytest.approx(0.02)
 
 
 def test_prompts_are_tokenised_one_by_one_while_the_endpoint_answers_others(tmp_path):
@@ -327,6 +365,28 @@ def test_where_a_model_cannot_be_loaded_after_a_drain_the_former_one_is_loaded_a
         assert service.settings.model == str(old)
 
 
+def test_a_former_model_whose_files_are_gone_is_fetched_again_where_the_new_one_cannot_be_loaded(tmp_path, monkeypatch):
+    old, bad = save_model(tmp_path / "old"), save_model(tmp_path / "bad")
+    (bad / "model.safetensors").unlink()
+    fetched = []
+
+    def fetch(settings):  # to a new directory, as MLflow does, and without checks
+        fetched.append(tmp_path / str(len(fetched)))
+        return {"model": Path(shutil.copytree(settings.model, fetched[-1]))}
+
+    monkeypatch.setattr("serve.service.fetch_models", fetch)
+    with (
+        endpoint(old, max_model_len=40, load_after_drain=True) as (url, service),
+        httpx.Client(base_url=url, timeout=60) as http,
+    ):
+        before = complete(http)["choices"]
+        shutil.rmtree(fetched[0])
+        asyncio.run(service.configure(service.settings.model_copy(update={"model": str(bad)})))
+        assert complete(http)["choices"] == before
+        assert f"model={bad} cannot be served: OSError" in http.get("/health").json()["failed_deployment"]
+        assert service._folders == {"model": fetched[2]}
+
+
 def test_a_model_that_does_not_pass_the_checks_before_a_drain_causes_none(tmp_path):
     old, bad = save_model(tmp_path / "old"), save_model(tmp_path / "bad")
     (bad / "model.safetensors").unlink()
@@ -340,13 +400,16 @@ def test_a_model_that_does_not_pass_the_checks_before_a_drain_causes_none(tmp_pa
         assert f"model={bad} cannot be served: FileNotFoundError" in http.get("/health").json()["failed_deployment"]
 
 
-def test_requests_that_wait_for_a_change_of_models_are_as_many_as_may_wait_for_an_engine(tmp_path):
+def test_requests_that_wait_for_a_change_of_models_are_as_many_as_the_new_engine_takes(tmp_path):
     save_model(tmp_path / "old")
     save_model(tmp_path / "new")
     with (
-        endpoint(tmp_path / "old", max_model_len=56, max_waiting=3, load_after_drain=True) as (url, service),
+        endpoint(tmp_path / "old", max_num_seqs=1, max_model_len=56, max_waiting=2, load_after_drain=True) as (
+            url,
+            service,
+        ),
         httpx.Client(base_url=url, timeout=60) as http,
-        concurrent.futures.ThreadPoolExecutor(4) as pool,
+        concurrent.futures.ThreadPoolExecutor(5) as pool,
     ):
         steps = HeldSteps(service.models["tiny"].engine)
         body = {"prompt": "abc", "max_tokens": 12, "ignore_eos": True}
@@ -358,14 +421,56 @@ def test_requests_that_wait_for_a_change_of_models_are_as_many_as_may_wait_for_a
         wait_until(lambda: not service.models, "the drain never began")
         waiting = [pool.submit(http.post, "/v1/completions", json={**body, "n": n}) for n in (1, 2)]
         wait_until(lambda: service._held == 3, "the requests never waited")
-        refused = [http.post("/v1/completions", json=body), http.post("/tokenize", json={"prompt": "a"})]
+        refused = http.post("/v1/completions", json=body)
+        waiting.append(pool.submit(http.post, "/tokenize", json={"prompt": "a"}))
         steps.release(1000)
         change.result(timeout=60)
         answers = [each.result(timeout=60) for each in (running, *waiting)]
-        assert metrics(http)['kforcing_requests_rejected_total{model="tiny",replica="test"}'] == 2
-    assert [answer.status_code for answer in answers] == [200] * 3
-    assert [(answer.status_code, answer.headers["retry-after"]) for answer in refused] == [(429, "1")] * 2
-    assert refused[0].json()["error"]["code"] == "overloaded"
+        assert metrics(http)['kforcing_requests_rejected_total{model="tiny",replica="test"}'] == 1
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    assert refused.json()["error"]["code"] == "overloaded"
+
+
+def test_requests_that_waited_for_a_change_of_models_take_their_places_in_order_before_newer_ones(
+    tmp_path, monkeypatch
+):
+    settings = Settings(model=str(save_model(tmp_path / "old")), name="tiny", max_model_len=56, load_after_drain=True)
+    new = settings.model_copy(update={"model": str(save_model(tmp_path / "new"))})
+    loading, permit = threading.Event(), threading.Event()
+
+    def load(*given):
+        loading.set()
+        assert permit.wait(timeout=60)
+        return load_models(*given)
+
+    async def scenario(service):
+        await service.configure(settings)
+        monkeypatch.setattr("serve.service.load_models", load)
+        change = asyncio.create_task(service.configure(new))
+        assert await asyncio.to_thread(loading.wait, 60)
+
+        def ask():
+            return asyncio.create_task(service.accept(CompletionRequest(prompt="abc", max_tokens=4)))
+
+        held = [ask() for _ in range(4)]
+        await asyncio.sleep(0)
+        assert service._held == 4
+        held.pop(1).cancel()
+        permit.set()
+        await change
+        accepted = [await each for each in [*held, ask()]]
+        assert service._held == 0
+        for model in service.models.values():
+            model.async_engine.close()
+        return [next(iter(each._open)).submitted for each in accepted]
+
+    service = Service("test")
+    try:
+        came = asyncio.run(scenario(service))
+    finally:
+        service.thread.close()
+    assert came == sorted(came)
 
 
 @pytest.mark.parametrize("load_after_drain", [False, True])
