@@ -149,24 +149,6 @@ def test_an_upgrade_of_the_cluster_loses_no_answer(service):
         assert group["template"]["spec"]["terminationGracePeriodSeconds"] > application["args"]["drain_s"]
 
 
-def test_a_change_of_replicas_cuts_no_stream_within_the_drain(service):
-    (application,) = yaml.safe_load(service["serveConfigV2"])["applications"]
-    for template in templates(one("rayservice.yaml")):
-        (container,) = template["spec"]["containers"]
-        values = {each["name"]: each.get("value") for each in container["env"]}
-        assert values["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
-        assert float(values["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) >= application["args"]["drain_s"]
-
-
-def test_lines_of_the_services_log_are_written_at_once_and_to_stderr_too():
-    for template in templates(one("rayservice.yaml")):
-        (container,) = template["spec"]["containers"]
-        values = {each["name"]: each.get("value") for each in container["env"]}
-        assert values["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
-        assert values["RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE"] == "1"
-        assert values["RAY_SERVE_LOG_TO_STDERR"] == "1"
-
-
 def test_the_service_can_grow_to_its_replicas(service):
     (application,) = yaml.safe_load(service["serveConfigV2"])["applications"]
     (group,) = service["rayClusterConfig"]["workerGroupSpecs"]
