@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, help="number of clients (default: the value of --max-num-seqs)")
     parser.add_argument("--cpus", type=float, default=2, help="threads of the engine (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of which medians are taken (default %(default)s)")
-    parser.add_argument("--proxy", choices=PROXIES, default="haproxy", help="of Ray Serve (default %(default)s)")
+    parser.add_argument("--proxy", choices=PROXIES, default="python", help="of Ray Serve (default %(default)s)")
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
