@@ -52,13 +52,7 @@ def __dir__() -> list[str]:
 
 
 @wrapt.when_imported("transformers.models.auto.configuration_auto")
-def _register_config(auto: Any) -> None:
-    """Students are known to `AutoConfig`."""
+def _register(auto: Any) -> None:
+    """Students are known to `AutoConfig`; their config brings their model, which `kforcing.modeling` registers."""
     config = import_module("kforcing.configuration").PushForwardConfig
     auto.AutoConfig.register(config.model_type, config)
-
-
-@wrapt.when_imported("transformers.models.auto.modeling_auto")
-def _register_model(_auto: Any) -> None:
-    """`kforcing.modeling` makes students known to the Auto classes of models."""
-    import_module("kforcing.modeling")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ class PushForwardConfig(PretrainedConfig):
     """
 
     model_type = "kforcing"
+
+    def __new__(cls, *_: Any, **__: Any) -> PushForwardConfig:
+        """A new, copied or unpickled config: from now on the Auto classes know its model.
+
+        Not when transformers is imported: what the model needs of transformers may then be half imported.
+        """
+        import_module("kforcing.modeling")
+        return super().__new__(cls)
 
     def __init__(
         self,

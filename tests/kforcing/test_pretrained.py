@@ -203,6 +203,7 @@ def test_after_import_kforcing_the_auto_classes_know_students_and_do_not_warn(tm
     folder = tmp_path / "runs" / "tiny" / "k2"
     code = (
         "import sys, warnings, kforcing; assert 'torch' not in sys.modules; warnings.simplefilter('always'); "
+        "import transformers.modeling_layers; "  # it imports the Auto classes before it is whole, and students need it
         "from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer; "
         f"print(AutoTokenizer.from_pretrained({str(folder)!r}).eos_token); "
         f"print(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained({str(folder)!r})).k)"
