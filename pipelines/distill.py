@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+from kforcing.remote import address
 from pipelines.config.command_line import read_command_line
 from pipelines.config.schema import Config
 from pipelines.config.section import ConfigError
@@ -68,7 +69,7 @@ def main() -> None:
     if plan.plan:
         print(describe_plan(config, plan.flops_per_s))
     else:
-        print(f"report  {distill(config)}")
+        print(f"report  {address(distill(config))}")
 
 
 if __name__ == "__main__":

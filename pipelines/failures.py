@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 
+from kforcing.remote import RemoteError
 from pipelines.log import json_lines
 
 INTERRUPTED = "interrupted; run the same command to continue"
 LOST_PEER = r"[Cc]onnection (closed|reset)|by peer"
+_REMOTE = f"{RemoteError.__module__}.{RemoteError.__name__}: "
 LONGEST = 300
 """Characters of an error of a library that are shown."""
 
@@ -124,11 +126,15 @@ def cause_of(error: BaseException) -> Cause:
     for each in found:
         if isinstance(each, Failure):
             return Cause(each.exit_code, each.line)
+        if isinstance(each, RemoteError):
+            return Cause(Exit.STORAGE, str(each))
         if known := _of_a_kind(_one_line(each)):
             return known
     for line in re.findall(r"^[\w.]+: .+", str(error), re.M):  # Ray Data keeps the text alone
         if known := _of_a_kind(line):
             return known
+        if line.startswith(_REMOTE):
+            return Cause(Exit.STORAGE, line.removeprefix(_REMOTE))
     lines = [_one_line(each) for each in found]
     lines = [line for line in lines if not re.search(LOST_PEER, line)] or lines
     behind = f", from {lines[-1][:LONGEST]}" if len(lines) > 1 and lines[-1] != lines[0] else ""

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all; those of the copy of a URI are uploaded then."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 
 from pipelines.failures import Failure
 from pipelines.log import log
+from pipelines.storage import push
 
 _KEPT_FROM = 1 << 26
 
@@ -37,6 +38,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     finally:
         partial.unlink(missing_ok=True)
     _sync(path.parent)
+    push(path)
 
 
 @contextmanager
@@ -52,6 +54,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _sync(part)
         os.replace(partial, path)
     _sync(path.parent)
+    push(path)
 
 
 @contextmanager
@@ -67,6 +70,7 @@ def added_files(folder: Path, last: str) -> Iterator[Path]:
             if file.name == last:
                 _sync(folder)
             os.replace(file, folder / file.name)
+            push(folder / file.name)
     _sync(folder)
 
 

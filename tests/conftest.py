@@ -57,6 +57,27 @@ def student():
     return PushForwardLM.from_backbone(make_backbone(), k=4, design=Design(noise=NoiseConfig(0.25, 32.0))).eval()
 
 
+@pytest.fixture(scope="module")
+def s3_server():
+    """An S3 server on loopback: (its environment for clients, its `Faults`)."""
+    from tests.object_store import object_store
+
+    with object_store() as server:
+        yield server
+
+
+@pytest.fixture
+def store(s3_server, tmp_path, monkeypatch):
+    """An empty place on the S3 server, a cache of copies of its own, and no faults: (its URI, the server's `Faults`)."""
+    import uuid
+
+    variables, faults = s3_server
+    for name, value in {**variables, "XDG_CACHE_HOME": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    faults.status_of = lambda number, environ: None
+    return f"s3://bucket/{uuid.uuid4().hex[:8]}", faults
+
+
 def made_once(tmp_path_factory, name, make):
     """(folder, what `make` of it has printed): parallel workers share it, and the first makes it while the others wait."""
     from filelock import FileLock

@@ -19,6 +19,7 @@ EXTRAS = {  # path → the extras that its users install; the longest path that 
     "kforcing/": (),
     "kforcing/metrics/mauve.py": ("eval",),  # imports scikit-learn when it is called, for evaluations alone
     "kforcing/structured.py": ("structured",),  # imports llguidance when it is called
+    "kforcing/remote.py": ("remote",),  # imports pyarrow when it is called
     "kforcing/cpu/": ("cpu",),  # does without llvmlite where it is not installed
     "pipelines/": ("train",),
     "pipelines/evaluation/": ("eval",),

@@ -23,7 +23,7 @@ def read_command_line(description: str, words: list[str] | None = None, defaults
     tree = load_file(options.config) if options.config else {}
     named = tree.pop("recipe", None)
     start = apply(recipe(options.recipe or named or "quickstart"), {}, defaults)
-    config = with_lasting_root(apply(start, tree, options.overrides))
+    config = with_lasting_root(apply(start, tree, options.overrides), remote=True)
     # A recipe's exceptions for stages that this run does not train are not the user's mistake.
     learning = [f"k{k}" for k in config.ks() if config.student.design.learns(k)]
     kept = {n: s for n, s in config.stages.items() if n in learning or s != start.stages.get(n)}

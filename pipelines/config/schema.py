@@ -10,6 +10,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from kforcing.design import Design, NoiseConfig
+from kforcing.remote import local
 from pipelines.config.section import (
     ADDED,
     RUNTIME,
@@ -55,7 +56,8 @@ class DataConfig:
     """Encode a special token that a document spells out, like `<|endoftext|>`, as that token and not as text. None does so
     only for `smollm2-chat` and `self`, whose documents are written in the form of a chat template."""
     cache_dir: Annotated[str | None, RUNTIME] = None
-    """Where prepared corpora are kept and found again; by default `data/` beside the run directory."""
+    """Where prepared corpora are kept and found again, a path or a URI as for output_dir; by default `data/` beside the run
+    directory."""
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -281,7 +283,8 @@ class TrackingConfig:
     """MLflow."""
 
     uri: Annotated[str | None, RUNTIME] = None
-    """Tracking URI; default `MLFLOW_TRACKING_URI`, else sqlite `mlflow.db` beside the run directory; `off` disables."""
+    """Tracking URI; default `MLFLOW_TRACKING_URI`, else sqlite `mlflow.db` beside the run directory, or `off`, which
+    disables it, when that is in object storage."""
     experiment: Annotated[str, RUNTIME] = "kforcing"
     """Experiment name."""
     model_name: Annotated[str | None, RUNTIME] = None
@@ -295,7 +298,8 @@ class Config:
     recipe: str
     """Name of the recipe it started from."""
     output_dir: Annotated[str, RUNTIME] = ""
-    """Run directory, on a file system every node sees; default `runs/<recipe>`."""
+    """Run directory: a path on a file system every node sees, or a URI (`s3://`, `gs://`, `abfs://`) of a folder in object
+    storage; default `runs/<recipe>`."""
     wait_for_nodes_s: Annotated[NonNegative, RUNTIME] = 600.0
     """Seconds that a run waits for the nodes of a cluster (`RAY_ADDRESS`) which has too few: it may be growing."""
     seed: Seed = 0
@@ -331,8 +335,8 @@ class Config:
 
     @property
     def relative_root(self) -> Path:
-        """The run directory as it was given, or the default one."""
-        return Path(self.output_dir or f"runs/{self.recipe}").expanduser()
+        """The run directory as it was given, or the default one; of a URI its copy on this node."""
+        return local(self.output_dir or f"runs/{self.recipe}").expanduser()
 
     @property
     def root(self) -> Path:

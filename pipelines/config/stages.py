@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kforcing.design import Design
+from kforcing.remote import local
 from pipelines.config.fingerprint import fingerprint, material
 from pipelines.config.overrides import leaves, override
 from pipelines.config.schema import (
@@ -191,7 +192,7 @@ def corpus_spec(config: Config) -> CorpusSpec:
     given: tuple[str | None, str | None] = (config.tokenizer.path, None)
     if config.teacher.path and not config.tokenizer.path:
         given = config.teacher.located()
-    cache = Path(config.data.cache_dir) if config.data.cache_dir else config.root.parent / "data"
+    cache = local(config.data.cache_dir) if config.data.cache_dir else config.root.parent / "data"
     return CorpusSpec(config.data, config.tokenizer, *given, cache.absolute(), config.self_text, config.seed)
 
 

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 from pyarrow import fs
 
+from kforcing.remote import open_uri
 from pipelines.config.section import ConfigError
 from pipelines.log import without_passwords
 
@@ -111,7 +112,11 @@ def _find(source: str) -> tuple[fs.FileSystem, str, list[fs.FileInfo], dict[str,
     """File system, the path that was given, everything below it that is not a folder, and why folders were left out."""
     skipped: dict[str, str] = {}
     if is_remote(source):
-        system, root = fs.FileSystem.from_uri(source)
+        system, root = open_uri(unquote(source)) if re.match("s3://[^?@]*$", source) else fs.FileSystem.from_uri(source)
+        if "*" in root:
+            base = root.partition("*")[0].rpartition("/")[0]
+            below = _not_folders(system.get_file_info(fs.FileSelector(base, recursive=True)))
+            return system, base, [info for info in below if PurePosixPath(info.path).match(root)], skipped
     else:
         local = re.sub("^file://(localhost)?", "", source)
         path = Path(BUILTIN.get(source, unquote(local) if local != source else source)).expanduser().absolute()
@@ -121,8 +126,8 @@ def _find(source: str) -> tuple[fs.FileSystem, str, list[fs.FileInfo], dict[str,
             return system, re.split(r"[*?[]", root)[0].rpartition("/")[0], matches, skipped
     info = system.get_file_info(root)
     if info.type == fs.FileType.Directory:
-        below = fs.FileSelector(root, recursive=True) if is_remote(source) else list(_local_files(root, skipped))
-        return system, root, _not_folders(system.get_file_info(below)), skipped
+        inside = fs.FileSelector(root, recursive=True) if is_remote(source) else list(_local_files(root, skipped))
+        return system, root, _not_folders(system.get_file_info(inside)), skipped
     return system, root, [] if info.type == fs.FileType.NotFound else [info], skipped
 
 

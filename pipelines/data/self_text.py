@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 import torch
 
@@ -27,11 +26,12 @@ from kforcing.distillation.self_text import ChatFrame, TextSettings, TextWriter
 from kforcing.engine import Engine, EngineConfig
 from kforcing.engine.config import context_limit
 from kforcing.loading import eos_token_ids, load_tokenizer
+from kforcing.remote import fetch, local
 from pipelines.config.fingerprint import fingerprint
 from pipelines.config.schema import SelfTextConfig
 from pipelines.config.section import node_selector
 from pipelines.config.stages import model_digest
-from pipelines.data.token_store import is_complete, shard_entries, write_manifest, write_shard
+from pipelines.data.token_store import is_complete, read_shard, shard_entries, write_manifest, write_shard
 from pipelines.log import log
 
 SCHEMA = pa.schema([("number", pa.int64()), ("temperature", pa.float32()), ("text", pa.string())])
@@ -50,14 +50,14 @@ class TextJob:
     gguf_file: str | None
     seed: int
     config: SelfTextConfig
-    cache: Path
-    """Folder of such corpora."""
+    cache: str
+    """Folder or URI of such corpora."""
 
     @property
     def folder(self) -> Path:
         """Where the corpus is."""
         name = fingerprint("self", model_digest(self.teacher, self.gguf_file), self.seed, self.config)
-        return self.cache / f"self-{name}"
+        return local(self.cache) / f"self-{name}"
 
     @property
     def shards(self) -> int:
@@ -114,12 +114,12 @@ def _name(shard: int) -> str:
 
 def _with_facts(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
     """A shard's entry in the manifest, with the `tokens`, `dropped` and `seconds` that its file holds."""
-    return {**entry, **json.loads(pq.read_schema(folder / entry["file"]).metadata[FACTS])}
+    return {**entry, **read_shard(folder, entry["file"], lambda shard: json.loads(shard.schema_arrow.metadata[FACTS]))}
 
 
 def write_self_text(job: TextJob) -> Path:
     """Write the corpus, unless it exists already; returns its folder."""
-    folder = job.folder
+    folder = fetch(job.folder, whole=False)
     if is_complete(folder):
         log.info(f"text  {folder} is up to date")
         return folder

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +25,9 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from kforcing.conventions import CONVENTIONS
 from kforcing.loading import load_tokenizer, save_tokenizer
+from kforcing.remote import address, fetch, local, read_bytes, uri_of
 from pipelines.config.fingerprint import fingerprint
 from pipelines.config.schema import DataConfig, TokenizerConfig
 from pipelines.config.section import ConfigError
@@ -38,6 +39,7 @@ from pipelines.data.packing import PACKED, SplitWriter, pack, write_blocks
 from pipelines.data.token_store import MANIFEST, is_complete
 from pipelines.files import atomic_folder, content_digest
 from pipelines.log import log, without_passwords
+from pipelines.storage import held, remove
 
 _SAY_EVERY_S = 2.0
 END_OF_TEXT = "<|endoftext|>"
@@ -73,7 +75,7 @@ class Prepared:
     def facts(self) -> dict[str, Any]:
         """Rows, tokens, documents and tokens/s of both splits."""
         keep = ("rows", "tokens", "documents", "seconds")
-        records = {s: json.loads((self.split(s) / MANIFEST).read_text()) for s in ("train", "heldout")}
+        records = {s: json.loads(read_bytes(self.split(s) / MANIFEST)) for s in SPLITS}
         return {name: {key: record[key] for key in keep} for name, record in records.items()}
 
 
@@ -84,7 +86,7 @@ def prepare(spec: CorpusSpec) -> Prepared:
     places = [Prepared(spec.cache / name) for name in _names(spec, listing)]
     for prepared in places:
         if _is_whole(prepared):
-            log.info(f"corpus  {prepared.folder} is up to date")
+            log.info(f"corpus  {address(prepared.folder)} is up to date")
             if prepared != places[-1]:
                 log.info(
                     "corpus  an earlier release made it, with blank documents and special tokens as they are in the text"
@@ -92,20 +94,22 @@ def prepare(spec: CorpusSpec) -> Prepared:
             return prepared
     prepared = places[-1]
     prepared.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(prepared.folder / ".lock"), plain_errors():
+    with FileLock(prepared.folder / ".lock"), held(prepared.folder, "", wait=True), plain_errors():
+        fetch(prepared.folder)
         _make(spec, prepared, listing)
     return prepared
 
 
 def _is_whole(prepared: Prepared) -> bool:
     """Whether a corpus is complete and on disk as it was made. Its tokenizer is removed if it is not, to be made again."""
+    fetch(prepared.folder, whole=False)
     if not (prepared.split(SPLITS[-1]) / MANIFEST).is_file():
         return False
     try:
         load_tokenizer(prepared.tokenizer)
     except Exception as error:  # files that are cut raise many kinds
         log.warning(f"{prepared.tokenizer} is cut or changed and is made again ({cut(' '.join(str(error).split()))})")
-        shutil.rmtree(prepared.tokenizer, ignore_errors=True)
+        remove(prepared.tokenizer)
         return False
     return all(is_complete(prepared.split(name)) for name in SPLITS)
 
@@ -122,11 +126,11 @@ def _with_source(spec: CorpusSpec) -> CorpusSpec:
     from pipelines.data.self_text import TextJob, write_self_text
 
     assert spec.given_tokenizer, "validated"
-    job = TextJob(spec.given_tokenizer, spec.gguf_file, spec.seed, spec.self_text, spec.cache)
+    job = TextJob(spec.given_tokenizer, spec.gguf_file, spec.seed, spec.self_text, address(spec.cache))
     folder = write_self_text(job)
     data = dataclasses.replace(
         spec.data,
-        source=f"{folder}/*.parquet",
+        source=f"{address(folder)}/*.parquet",
         text_column="text",
         id_column="number",
         special_tokens=_special_tokens(spec.data),
@@ -166,13 +170,16 @@ def _make(spec: CorpusSpec, prepared: Prepared, listing: Listing | None) -> None
         documents(spec.data)  # a hub corpus that cannot be read is an error here, not in a remote task
     else:
         log.info(f"corpus  {check_source(spec.data, listing)}")
+    if uri_of(prepared.folder) and not (prepared.tokenizer / CONVENTIONS).is_file():
+        remove(prepared.tokenizer)  # its last file was not uploaded
     if not prepared.tokenizer.is_dir():
-        with atomic_folder(prepared.tokenizer) as partial:
-            if spec.given_tokenizer:
+        if spec.given_tokenizer:
+            with atomic_folder(prepared.tokenizer) as partial:
                 save_tokenizer(load_tokenizer(spec.given_tokenizer, spec.gguf_file), partial)
-            else:
-                log.info(f"corpus  training a byte-level BPE of {spec.tokenizer.vocab_size} tokens")
-                ray.get(_train_tokenizer.remote(spec.data, spec.tokenizer, str(partial)))
+        else:
+            log.info(f"corpus  training a byte-level BPE of {spec.tokenizer.vocab_size} tokens")
+            ray.get(_train_tokenizer.remote(spec.data, spec.tokenizer, address(prepared.tokenizer)))
+            fetch(prepared.tokenizer)
     _write_splits(spec.data, prepared, listing)
 
 
@@ -201,17 +208,20 @@ def _train_tokenizer(data: DataConfig, config: TokenizerConfig, folder: str) -> 
     )
     tokenizer.train_from_iterator(texts(), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
-    save_tokenizer(fast, folder)
+    local(folder).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(local(folder)) as partial:
+        save_tokenizer(fast, partial)
 
 
 @functools.lru_cache(maxsize=1)
 def _worker_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    return load_tokenizer(folder)
+    return load_tokenizer(fetch(folder))
 
 
-def _pack_shard(table: pa.Table, data: DataConfig, prepared: Prepared) -> pa.Table:
+def _pack_shard(table: pa.Table, data: DataConfig, folder: str) -> pa.Table:
     """Tokenise and pack some documents; one row for each split, as in `PACKED`."""
-    tokenizer = _worker_tokenizer(str(prepared.tokenizer))
+    prepared = Prepared(local(folder))
+    tokenizer = _worker_tokenizer(address(prepared.tokenizer))
     eos, spellings = eos_id(tokenizer), special_spellings(tokenizer)
     texts, docs = np.array(table["text"].to_pylist(), object), table["doc"].to_numpy()
     heldout = is_heldout(docs, data.heldout_fraction)
@@ -239,7 +249,7 @@ def _write_splits(data: DataConfig, prepared: Prepared, listing: Listing | None)
         .repartition(target_num_rows_per_block=data.docs_per_shard)
         .map_batches(
             _pack_shard,
-            fn_kwargs={"data": data, "prepared": prepared},
+            fn_kwargs={"data": data, "folder": address(prepared.folder)},
             batch_format="pyarrow",
             batch_size=data.docs_per_shard,
         )

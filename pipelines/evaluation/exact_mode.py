@@ -18,6 +18,7 @@ import torch
 from kforcing.device import pick_device
 from kforcing.engine import Completion, Engine, EngineConfig, Request, SamplingParams
 from kforcing.modeling import PushForwardLM
+from kforcing.remote import fetch
 from pipelines.config.schema import EvalConfig
 from pipelines.data.rows import tokens_of
 from pipelines.data.token_store import TokenStore
@@ -49,7 +50,7 @@ def measure_exact_mode(job: ExactJob) -> dict[str, Any]:
         tokens, and `speed` by the number of prompts at a time, where the engine chooses the width of each step: tokens a
         second over those of the AR model, median over rounds. Keys are strings, as in JSON.
     """
-    student: Any = PushForwardLM.from_pretrained(job.student).to(pick_device())
+    student: Any = PushForwardLM.from_pretrained(fetch(job.student)).to(pick_device())
     threads = torch.get_num_threads()
     torch.set_num_threads(min(16, len(os.sched_getaffinity(0))))  # Ray gives a task of one CPU one thread
     try:

@@ -23,6 +23,7 @@ from kforcing.metrics.fidelity import window_scores
 from kforcing.metrics.intervals import over_clusters
 from kforcing.modeling import PushForwardLM
 from kforcing.noise import sample_anchors, window_noise
+from kforcing.remote import address, fetch
 from pipelines.config.schema import EvalConfig
 from pipelines.data.rows import fixed_list, sequences_of, to_numpy, tokens_of
 from pipelines.data.token_store import TokenStore
@@ -51,8 +52,8 @@ class EvalActor:
 
     def __init__(self, job: EvalJob):
         self.job, self.device = job, pick_device()
-        self.teacher = load_ar(job.teacher).to(self.device)
-        self.student = PushForwardLM.from_pretrained(job.student).to(self.device)
+        self.teacher = load_ar(str(fetch(job.teacher))).to(self.device)
+        self.student = PushForwardLM.from_pretrained(fetch(job.student)).to(self.device)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Rows of tokens → for each block one row of sums."""
@@ -85,7 +86,7 @@ def evaluate_student(stage: Stage, prepared: Prepared, job: EvalJob, config: Eva
     blocks = min(config.blocks, store.rows_per_epoch)
     chunks = -(-blocks // job.batch)
     # The steps of this plan are batches of held-out rows. `limit` cuts the last batch to the wanted number of blocks.
-    read = ReadChunk(str(store.folder), job.seed, StepPlan(job.batch, 1, chunks, 0, 1))
+    read = ReadChunk(address(store.folder), job.seed, StepPlan(job.batch, 1, chunks, 0, 1))
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     scored = (
         ray.data.range(chunks, override_num_blocks=chunks)
@@ -138,11 +139,11 @@ class SampleJob:
 
 def continue_prompts(job: SampleJob) -> list[dict[str, str]]:
     """Continuations of held-out prompts by teacher and students under the same noise; one record for each prompt."""
-    tokenizer = load_tokenizer(job.tokenizer)
+    tokenizer = load_tokenizer(fetch(job.tokenizer))
     store = TokenStore(job.heldout, job.seed)
     prompts = store.read(np.arange(job.config.prompts))
     device = pick_device()
-    students = {name: PushForwardLM.from_pretrained(path).to(device) for name, path in job.students.items()}
+    students = {name: PushForwardLM.from_pretrained(fetch(path)).to(device) for name, path in job.students.items()}
     design = next(iter(students.values())).config.design
     sampling = SamplingParams(temperature=design.noise.clamp(1.0))
     tokens = tokens_of(prompts)[:, : job.config.prompt_tokens].tolist()
@@ -153,7 +154,7 @@ def continue_prompts(job: SampleJob) -> list[dict[str, str]]:
         max_num_seqs=len(requests), max_model_len=len(tokens[0]) + job.config.new_tokens, coupling=design.coupling
     )
     records = [{"prompt": str(tokenizer.decode(row))} for row in tokens]
-    for name, model in {"teacher": load_ar(job.teacher).to(device), **students}.items():
+    for name, model in {"teacher": load_ar(str(fetch(job.teacher))).to(device), **students}.items():
         for record, completion in zip(records, Engine(model, engine_config).generate(requests), strict=True):
             record[name] = str(tokenizer.decode(completion.tokens))
     return records

@@ -27,6 +27,7 @@ from kforcing.distillation.teachers import ARTeacher, StudentTeacher
 from kforcing.keys import derive_key
 from kforcing.modeling import PushForwardLM
 from kforcing.noise import sample_anchors, uniform, window_noise
+from kforcing.remote import fetch
 from pipelines.data.rows import (
     epochs_of,
     positions_of,
@@ -50,10 +51,11 @@ class RolloutActor:
         self.job = job
         self.device = pick_device()
         self.teacher: ARTeacher | StudentTeacher
+        teacher = str(fetch(job.teacher))
         if job.ar:
-            self.teacher = ARTeacher(load_ar(job.teacher).to(self.device), COUPLINGS[job.design.coupling])
+            self.teacher = ARTeacher(load_ar(teacher).to(self.device), COUPLINGS[job.design.coupling])
         else:
-            self.teacher = StudentTeacher(PushForwardLM.from_pretrained(job.teacher).to(self.device))
+            self.teacher = StudentTeacher(PushForwardLM.from_pretrained(teacher).to(self.device))
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Token rows → the same rows with their rollouts and the cost of making them (see `pipelines.data.rows`)."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from kforcing.remote import address, local
 from pipelines.config.schema import RolloutConfig, TrainConfig
 from pipelines.data.rows import positions_of, without_place
 from pipelines.data.token_store import (
@@ -26,7 +27,7 @@ from pipelines.runs.stages import Stage
 def cache_rollouts(
     stage: Stage, store: str, seed: int, train: TrainConfig, rollout: RolloutConfig, job: RolloutJob
 ) -> str:
-    """Write the rollouts of `steps · batch / cache_epochs` rows to Parquet, unless they exist. Returns the store's folder.
+    """Write the rollouts of `steps · batch / cache_epochs` rows to Parquet, unless they exist. Returns the store.
 
     Shards are written atomically under names that follow from their rows, so an interrupted run writes only the missing ones,
     and a shard that was changed is written again.
@@ -34,7 +35,7 @@ def cache_rollouts(
     folder = stage.folder / "rollouts"
     folder.mkdir(exist_ok=True)
     if is_complete(folder):
-        return str(folder)
+        return address(folder)
     per_epoch = TokenStore(store, seed).rows_per_epoch
     rows = min(per_epoch, -(-train.steps * train.batch // rollout.cache_epochs))
     epochs = train.steps * train.batch / rows
@@ -50,7 +51,7 @@ def cache_rollouts(
         entries.append(entry)
         log.info(f"{stage.name}  cached rollouts  {len(entries)}/{plan.chunks} shards")
     write_manifest(folder, entries, seconds=round(time.monotonic() - started, 2), written=len(missing))
-    return str(folder)
+    return address(folder)
 
 
 def _shard_name(chunk: int) -> str:
@@ -60,14 +61,14 @@ def _shard_name(chunk: int) -> str:
 def _write_shards(chunks: list[int], folder: Path, read: ReadChunk, job: RolloutJob, rollout: RolloutConfig) -> Any:
     import ray.data
 
-    batch = read.plan.batch
+    batch, place = read.plan.batch, address(folder)
 
     def write(table: pa.Table) -> pa.Table:
         shards = []
         for start in range(0, len(table), batch):
             rows = table.slice(start, batch)
             name = _shard_name(int(positions_of(rows)[0]) // batch)
-            shards.append(write_shard(folder, name, without_place(rows)))
+            shards.append(write_shard(local(place), name, without_place(rows)))
         return pa.Table.from_pylist(shards)
 
     rows = ray.data.from_items([{"id": i} for i in chunks], override_num_blocks=len(chunks)).map_batches(

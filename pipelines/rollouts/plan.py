@@ -71,7 +71,7 @@ class RolloutJob:
     """All that determines the rows of a rollout, so that every actor makes the same ones."""
 
     teacher: str
-    """Folder of the teacher: a `PushForwardLM`, or a Hugging Face causal LM when `ar`."""
+    """Folder or URI of the teacher: a `PushForwardLM`, or a Hugging Face causal LM when `ar`."""
     ar: bool
     k: int
     """Target tokens of a window."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kforcing.remote import is_uri, local
 from pipelines.config.schema import Config, EvalConfig, TrainConfig
 from pipelines.config.section import ConfigError, node_selector
 from pipelines.config.stages import StageSpec, TeacherSpec, resolve, teacher_spec
@@ -68,10 +69,28 @@ def attached() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
-def with_lasting_root(config: Config) -> Config:
-    """An absolute `output_dir`. A job's current directory is a temporary copy, so there a relative one is below `~`."""
-    if "://" in config.output_dir:
-        raise ConfigError(f"output_dir={config.output_dir}: give a path on a file system every node sees, not a URI")
+def with_lasting_root(config: Config, remote: bool = False) -> Config:
+    """An absolute `output_dir`, or a URI as it is.
+
+    A job's current directory is a temporary copy, so there a relative one is below `~`.
+
+    Args:
+        remote: whether it may be a URI.
+    Raises:
+        ConfigError: for a URI that may not be one, or that names no folder.
+    """
+    for name, place in (("output_dir", config.output_dir), ("data.cache_dir", config.data.cache_dir or "")):
+        try:
+            local(place)
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}") from None
+    if is_uri(config.output_dir):
+        if not remote:
+            raise ConfigError(
+                f"{config.output_dir}: evaluations and comparisons work on local folders; copy the run directory to one that "
+                "every node sees, and give its path"
+            )
+        return config
     base = JOBS_ROOT if attached() else Path.cwd()
     return dataclasses.replace(config, output_dir=str(base / config.relative_root))
 

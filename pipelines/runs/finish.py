@@ -8,8 +8,10 @@ from pathlib import Path
 
 from kforcing.conventions import CONVENTIONS
 from kforcing.loading import load_tokenizer, save_tokenizer
+from kforcing.remote import fetch
 from pipelines.data.tokenise import Prepared
 from pipelines.runs.stages import Stage, StageError
+from pipelines.storage import push, remove, remove_file
 from pipelines.tracking.registry import model_files
 
 
@@ -26,6 +28,7 @@ def finish_stage(stage: Stage, prepared: Prepared, teacher: Path | None = None) 
     Raises:
         StageError: when the student's tokenizer or EOS ids do not fit them.
     """
+    fetch(stage.folder, without="checkpoints")  # another node may have written the model
     save_tokenizer(load_tokenizer(prepared.tokenizer), stage.folder)
     if teacher and (teacher / CONVENTIONS).is_file():  # an AR model of an earlier release has no record
         shutil.copy(teacher / CONVENTIONS, stage.folder)
@@ -34,6 +37,10 @@ def finish_stage(stage: Stage, prepared: Prepared, teacher: Path | None = None) 
         except ValueError as error:
             raise StageError(f"stage {stage.name}: {error}") from None
     for leftover in ("checkpoints", "ray_train", "stacks"):
-        shutil.rmtree(stage.folder / leftover, ignore_errors=True)
-    (stage.folder / "failed.txt").unlink(missing_ok=True)
-    stage.finish(files=[file.name for file in model_files(stage.folder)], finished=time.time())
+        remove(stage.folder / leftover)
+    remove_file(stage.folder / "failed.txt")
+    files = model_files(stage.folder)
+    for file in files:
+        if file.suffix != ".safetensors":  # `write_model` has uploaded the weights
+            push(file)
+    stage.finish(files=[file.name for file in files], finished=time.time())

@@ -13,6 +13,7 @@ from ray.exceptions import RayTaskError
 
 from kforcing.device import peak_rss_mb
 from kforcing.loading import load_tokenizer
+from kforcing.remote import address
 from pipelines.config.saved import save_config
 from pipelines.config.schema import Config
 from pipelines.config.stages import StageSpec, evaluation_fingerprint, resolve_run
@@ -97,13 +98,13 @@ class Pipeline:
     def _copy_teacher(self, stage: Stage) -> None:
         spec, config = self.teacher_stage, self.teacher_stage.config
         log.info(f"teacher  copying {config.path} in float32")
-        _in_a_task(spec.name, copy_teacher, *config.located(), str(stage.folder))
+        _in_a_task(spec.name, copy_teacher, *config.located(), address(stage.folder))
 
     def _train_teacher(self, stage: Stage, prepared: Prepared) -> None:
         spec, tokenizer = self.teacher_stage, load_tokenizer(prepared.tokenizer)
         init = AR(spec.config, len(tokenizer), eos_id(tokenizer), spec.seed)
-        store, train = str(prepared.split("train")), spec.config.train
-        self._train(TrainJob(spec.name, str(stage.folder), store, spec.seed, train, spec.rollout, None, init))
+        store, train = address(prepared.split("train")), spec.config.train
+        self._train(TrainJob(spec.name, address(stage.folder), store, spec.seed, train, spec.rollout, None, init))
 
     def student(self, spec: StageSpec, prepared: Prepared, teacher: Model, previous: Model | None) -> Model:
         """The student of a stage, from that of the stage before: rollouts, training, evaluation, registration."""
@@ -128,8 +129,8 @@ class Pipeline:
     def _train_student(
         self, spec: StageSpec, stage: Stage, prepared: Prepared, teacher: Model, previous: Model | None
     ) -> None:
-        store, before = str(prepared.split("train")), str(previous.folder) if previous else None
-        job = stage_job(spec, str(stage.folder), store, str(teacher.folder), before)
+        store, before = address(prepared.split("train")), address(previous.folder) if previous else None
+        job = stage_job(spec, address(stage.folder), store, address(teacher.folder), before)
         if not spec.learns:
             log.info(f"{spec.name}  is the teacher itself: nothing to train")
             _in_a_task(spec.name, begin, job)
@@ -147,7 +148,7 @@ class Pipeline:
     def _evaluate(self, spec: StageSpec, scores: Stage, prepared: Prepared, teacher: Model, stage: Stage) -> None:
         windows = self.eval.windows
         log.info(f"{spec.name}  evaluating {self.eval.blocks * windows:,} held-out windows")
-        job = EvalJob(str(teacher.folder), str(stage.folder), spec.k, windows, self.seed, self.eval.batch)
+        job = EvalJob(address(teacher.folder), address(stage.folder), spec.k, windows, self.seed, self.eval.batch)
         figures = evaluate_student(scores, prepared, job, self.eval)
         flat = {"eval/block_match": figures["block_match"]["value"]}
         for name in ("match", "student_nll", "teacher_nll", "target_nll"):
@@ -172,10 +173,10 @@ class Pipeline:
         """Samples, `report.json`, `report.md`, plots; all of it also in MLflow."""
         log.info("report  continuing prompts")
         students = [m for m in self.models if m.k]
-        heldout, tokenizer = str(prepared.split("heldout")), str(prepared.tokenizer)
-        paths = {m.name: str(m.folder) for m in students}
+        heldout, tokenizer = address(prepared.split("heldout")), address(prepared.tokenizer)
+        paths = {m.name: address(m.folder) for m in students}
         samples = write_samples(
-            self.root, SampleJob(str(teacher.folder), paths, tokenizer, heldout, self.seed, self.eval)
+            self.root, SampleJob(address(teacher.folder), paths, tokenizer, heldout, self.seed, self.eval)
         )
         last = self.student_stages[-1]
         exact = self._exact_mode(students[-1], heldout) if last.design.exact_trunk and last.k > 1 else None
@@ -184,7 +185,7 @@ class Pipeline:
             "seconds": round(seconds, 1),
             "driver_rss_mb": round(peak_rss_mb()),
             "corpus": prepared.facts(),
-            "stages": [{"name": m.name, "k": m.k, "path": str(m.folder), **m.figures} for m in students],
+            "stages": [{"name": m.name, "k": m.k, "path": paths[m.name], **m.figures} for m in students],
             "costs": [{"name": m.name, **m.cost} for m in self.models if m.cost.get("steps")],
             "exact_mode": exact,
             "samples": samples,
@@ -202,7 +203,7 @@ class Pipeline:
         if found := read_json(kept):
             return found
         log.info("report  comparing exact mode with the AR model")
-        job = ExactJob(str(student.folder), heldout, self.seed, self.eval)
+        job = ExactJob(address(student.folder), heldout, self.seed, self.eval)
         task = ray.remote(num_cpus=self.eval.cpus_per_actor, num_gpus=self.eval.gpus_per_actor)(measure_exact_mode)
         figures = {"student": student.name, **ray.get(task.remote(job))}
         steps = {f"exact/tokens_a_step_T{t}": value for t, value in figures["tokens_a_step"].items()}

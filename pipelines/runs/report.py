@@ -11,8 +11,10 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from kforcing.remote import is_uri
 from pipelines.evaluation.exact_mode import headline
 from pipelines.files import atomic_write, write_json
+from pipelines.storage import push
 
 Record = dict[str, Any]
 
@@ -22,6 +24,8 @@ def write_report(root: Path, report: Record, training: dict[str, list[Record]]) 
     write_json(root / "report.json", report)
     plot_match(report["stages"], root / "match.png")
     plot_training(training, root / "training.png")
+    push(root / "match.png")
+    push(root / "training.png")
     atomic_write(root / "report.md", markdown(report))
     return root / "report.md"
 
@@ -95,6 +99,7 @@ def markdown(report: Record) -> str:
         samples.append("")
     corpus, exact = report["corpus"], report.get("exact_mode")
     verdict = f"**{headline(exact['student'], exact)}.**\n\n" if exact else ""
+    last = report["stages"][-1]["path"]
     rate = corpus["train"]["tokens"] / corpus["train"]["seconds"]
     return f"""# {report["recipe"]}: AR → {" → ".join(f"k={s['k']}" for s in report["stages"])}
 
@@ -128,7 +133,7 @@ the text is the same.
 ## Look further
 
 * MLflow: `{report["mlflow"]}`
-* Load a student: `PushForwardLM.from_pretrained("{report["stages"][-1]["path"]}")`
+* Load a student: `{"LLM" if is_uri(last) else "PushForwardLM.from_pretrained"}("{last}")`
 """
 
 

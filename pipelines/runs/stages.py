@@ -11,6 +11,7 @@ evaluation whose files have changed as `<stage>-changed`.
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Iterator
@@ -22,11 +23,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from kforcing.remote import address, fetch, listing, read_bytes, uri_of
 from pipelines.config.recipes import FORMER_NAMES
 from pipelines.config.section import ConfigError
 from pipelines.failures import Exit, Failure
 from pipelines.files import changed, checksum, read_json, write_json
 from pipelines.log import log
+from pipelines.storage import held, move, probe
 
 
 class StageError(Failure, RuntimeError):
@@ -71,7 +74,7 @@ def open_stage(root: Path, name: str, fingerprint: str) -> Stage:
                 )
         earlier = archive / f"{name}-{fingerprint}"
         if earlier.exists():
-            earlier.rename(folder)
+            move(earlier, folder)
         else:
             folder.mkdir(parents=True)
             write_json(folder / "stage.json", {"stage": name, "fingerprint": fingerprint})
@@ -97,7 +100,7 @@ def _move_away(folder: Path, archive: Path, found: str) -> Path:
     name = f"{folder.name}-{found}"
     places = (archive / (name if number == 1 else f"{name}-{number}") for number in count(1))
     place = next(place for place in places if not place.exists())
-    folder.rename(place)
+    move(folder, place)
     return place
 
 
@@ -113,15 +116,34 @@ def claim(root: Path, recipe: str) -> None:
         _check_place(root)
     except OSError as error:
         raise ConfigError(f"output_dir={root}: {error.strerror}; choose another output_dir", Exit.STORAGE) from None
-    if (root / "run.json").is_file():
-        owner = (read_json(root / "run.json") or {}).get("recipe", recipe)
-        if owner not in (recipe, FORMER_NAMES.get(recipe)):
-            raise ConfigError(
-                f"output_dir={root} belongs to a run of recipe {owner!r}, not {recipe!r}; its stages would be "
-                "archived one by one. Choose another output_dir"
-            )
+    if uri := uri_of(root):
+        _check_uri(uri, recipe)
+    elif (root / "run.json").is_file():
+        _check_owner(root, read_json(root / "run.json"), recipe)
     elif root.exists() and (not root.is_dir() or any(f.name != ".lock" for f in root.iterdir())):
         raise ConfigError(f"output_dir={root} exists and is not a run directory; choose an empty or new one")
+
+
+def _check_uri(uri: str, recipe: str) -> None:
+    """`claim`, of what is in object storage; nothing is fetched, because a run may be going on."""
+    try:
+        record = json.loads(read_bytes(f"{uri}/run.json") or b"null")
+    except FileNotFoundError:
+        if any(not name.startswith(("lease/", ".")) for name in listing(uri)):
+            raise ConfigError(
+                f"output_dir={uri} exists and is not a run directory; choose an empty or new one"
+            ) from None
+    else:
+        _check_owner(uri, record, recipe)
+
+
+def _check_owner(root: Path | str, record: dict[str, Any] | None, recipe: str) -> None:
+    owner = (record or {}).get("recipe", recipe)
+    if owner not in (recipe, FORMER_NAMES.get(recipe)):
+        raise ConfigError(
+            f"output_dir={root} belongs to a run of recipe {owner!r}, not {recipe!r}; its stages would be "
+            "archived one by one. Choose another output_dir"
+        )
 
 
 def _check_place(root: Path) -> None:
@@ -150,8 +172,14 @@ def hold(folder: Path, busy: str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def locked(root: Path, recipe: str) -> Iterator[None]:
-    """Hold the run directory for this process. Raises ConfigError while another run holds it."""
-    with hold(root, f"output_dir={root} is in use by another run; wait for it or choose another"):
+    """Hold the run directory for this process. Raises ConfigError while another run holds it.
+
+    In object storage it is held by a lease too, and its copy is brought up to date, without weights and checkpoints.
+    """
+    busy = f"output_dir={address(root)} is in use by another run; wait for it or choose another"
+    probe(root)
+    with hold(root, busy), held(root, busy):
+        fetch(root, whole=False)
         write_json(root / "run.json", {"recipe": recipe, "id": run_id(root) or f"{root.name}-{uuid.uuid4().hex[:6]}"})
         yield
 

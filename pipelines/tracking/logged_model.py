@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from kforcing.remote import fetch
 from pipelines.tracking.flavour import write_flavour
 from pipelines.tracking.registry import model_files
 
@@ -42,7 +43,7 @@ def upload(client: Any, run: str, folder: Path, model: Any) -> None:
     from mlflow.entities import LoggedModelOutput
 
     with tempfile.TemporaryDirectory() as place:
-        for file in model_files(folder):
+        for file in model_files(fetch(folder)):
             Path(place, file.name).symlink_to(file.absolute())
         if model is None:
             write_flavour(Path(place), run, None)

@@ -14,15 +14,20 @@ from urllib.parse import unquote
 
 from filelock import FileLock
 
+from kforcing.remote import uri_of
 from pipelines.config.section import ConfigError
 
 SQLITE = "sqlite:///"
 
 
 def tracking_uri(given: str | None, folder: Path) -> str:
-    """The MLflow server or store: the given one, else `MLFLOW_TRACKING_URI`, else the file `mlflow.db` in a folder."""
+    """The MLflow server or store: the given one, else `MLFLOW_TRACKING_URI`, else the file `mlflow.db` in a folder.
+
+    In object storage there can be no such file, so the last of these is `off` there.
+    """
+    given = given or os.environ.get("MLFLOW_TRACKING_URI") or ("off" if uri_of(folder.absolute()) else None)
     place = str(folder.absolute()).replace("%", "%25").replace("?", "%3F")  # SQLAlchemy decodes the path of a URI
-    return given or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{place}/mlflow.db"
+    return given or f"{SQLITE}{place}/mlflow.db"
 
 
 def mlflow_client(uri: str) -> Any:

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kforcing.remote import address, local
 from pipelines.config.overrides import leaves
 from pipelines.config.saved import CONFIG_FILE
 from pipelines.config.stages import RunSpec
@@ -56,7 +57,7 @@ class Debt:
     kind: str
     """`status` of a run, `artifact` of a run, or registered `model` of a stage."""
     value: str
-    """The status, or the path of the file or of the student's folder."""
+    """The status, or the path or URI of the file or of the student's folder."""
     stage: OpenStage | None
     """Whose run it belongs to; None for the parent."""
 
@@ -114,7 +115,7 @@ class PipelineRuns:
             self._unsaved = None
         except OSError as error:
             first, self._unsaved = self._unsaved is None, state
-            problem = f"{self.run.root / STATE_FILE} cannot be written ({error.strerror})"
+            problem = f"{self.run.root / STATE_FILE} cannot be written ({error.strerror or error})"
             self.failed(f"{problem}: if the run ends now, the next start does not know its MLflow runs", first)
 
     @property
@@ -207,9 +208,9 @@ class PipelineRuns:
             client.set_terminated(run, debt.value)
         elif debt.kind == "model":
             assert debt.stage is not None
-            self._register(client, run, Path(debt.value), debt.stage)
-        elif Path(debt.value).is_file():
-            client.log_artifact(run, debt.value)
+            self._register(client, run, local(debt.value), debt.stage)
+        elif (file := local(debt.value)).is_file():
+            client.log_artifact(run, str(file))
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Log metrics to the open child run, or to the parent when no stage is open."""
@@ -224,14 +225,14 @@ class PipelineRuns:
 
     def artifact(self, path: Path) -> None:
         """Copy a file to the open child run, or to the parent when no stage is open."""
-        self._owe(Debt("artifact", str(path), self.stage))
+        self._owe(Debt("artifact", address(path), self.stage))
 
     def register(self, folder: Path, k: int, fingerprint: str) -> None:
         """Register a finished student as a version of the run's model, with alias `k<k>`, unless it is already."""
         stage = OpenStage(f"k{k}", fingerprint, {"k": k})
         known = {*self.children, *(debt.stage.key for debt in self._owed if debt.stage)}
         if stage.key in known and fingerprint not in self._state.get("registered", {}):
-            self._owe(Debt("model", str(folder), stage))
+            self._owe(Debt("model", address(folder), stage))
 
     def _register(self, client: Any, run: str, folder: Path, stage: OpenStage) -> None:
         from mlflow.exceptions import MlflowException

@@ -24,10 +24,13 @@ from pipelines.data.tokenise import Prepared
 from pipelines.files import strict_json
 from pipelines.log import ids, log, without_passwords
 from pipelines.runs.stages import run_id
+from pipelines.storage import push
 from pipelines.tracking.metrics import RunMetrics
 from pipelines.tracking.pipeline_runs import OpenStage, PipelineRuns
 
 LOG = "log.jsonl"
+PUSH_S = 60.0
+"""Seconds between two uploads of the log of a run directory in object storage."""
 KEPT = {"kept": True}
 """For `extra` of a log line whose content the JSONL log has already."""
 Record = dict[str, Any]
@@ -46,7 +49,7 @@ class Tracker:
         self.params, self.drain, self.log = params, drain, run.root / LOG
         self.mlflow = PipelineRuns(run, params, self._mlflow_failed)
         self.prometheus = RunMetrics(run.root.name)
-        self._cut = _is_cut(self.log)
+        self._cut, self._pushed = _is_cut(self.log), time.monotonic()
         ids.update(run=run_id(run.root) or run.root.name)
         self._lines = LogLines(self)
         log.addHandler(self._lines)
@@ -61,11 +64,14 @@ class Tracker:
             with open(self.log, "a") as file:
                 file.write("\n" + line if self._cut else line)  # after a failure the last line may be cut
             self._cut = False
+            if record.get("event") in ("stage_ended", "run_ended") or time.monotonic() > self._pushed + PUSH_S:
+                self._pushed = time.monotonic()
+                push(self.log)
         except OSError as error:
             first, self._cut = not self._cut, True
             if first:
                 log.warning(
-                    f"{self.log} cannot be written ({error.strerror}); records are missing from it until it can be",
+                    f"{self.log} cannot be written ({error.strerror or error}); records are missing from it until it can be",
                     extra=KEPT,
                 )
 

@@ -6,13 +6,15 @@
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
+from kforcing.remote import address, fetch, read_bytes, uri_of
 from pipelines.files import changed, read_json, warn_once
 from pipelines.log import log
+from pipelines.storage import move, remove, remove_file, sizes
 
 LATEST = "latest.json"
 
@@ -24,13 +26,13 @@ def set_changed_aside(folder: Path) -> None:
     """
     while latest := latest_checkpoint(folder):
         place = folder / latest["tag"]
-        wrong = changed(place, latest.get("crc32", {}))
+        wrong = changed(fetch(place), latest.get("crc32", {}))
         if not wrong:
             break
         aside = folder / f"changed-{place.name}"
-        shutil.rmtree(aside, ignore_errors=True)
-        place.rename(aside)
-        (folder / LATEST).unlink(missing_ok=True)
+        remove(aside)
+        move(place, aside)
+        remove_file(folder / LATEST)
         log.warning(
             f"{place / wrong[0]} does not hold what was written to it; the checkpoint is now {aside}, and an earlier one is "
             "used if there is one"
@@ -39,24 +41,27 @@ def set_changed_aside(folder: Path) -> None:
 
 def latest_checkpoint(folder: Path) -> dict[str, Any] | None:
     """`{"tag", "step", "world_size", …}` of the newest checkpoint whose files are all there and whole, or None."""
-    places = [folder, *sorted(folder.glob("step-????????"), reverse=True)]
-    for record in (read_json(place / LATEST) for place in places):
-        if (
-            record
-            and re.fullmatch(r"step-\d{8}", record["tag"])
-            and _whole(folder / record["tag"], record.get("bytes", {}))
-        ):
+    there = sizes(folder)
+    marks = sorted((name for name in there if re.fullmatch(rf"(step-\d{{8}}/)?{LATEST}", name)), reverse=True)
+    for name in sorted(marks, key=lambda name: name != LATEST):
+        record = _record(folder / name)
+        if record and re.fullmatch(r"step-\d{8}", record["tag"]) and _whole(folder, record, there):
             return record
     return None
 
 
-def _whole(checkpoint: Path, sizes: dict[str, int]) -> bool:
-    """Whether a checkpoint has files of these sizes; a warning names one that has not."""
-    for name, size in sizes.items():
-        file = checkpoint / name
-        if not file.is_file() or file.stat().st_size != size:
+def _record(file: Path) -> Any:
+    """`read_json`; of the copy of an object the object itself, which rank 0 may have written on another node."""
+    return json.loads(read_bytes(file)) if uri_of(file) else read_json(file)
+
+
+def _whole(folder: Path, record: dict[str, Any], there: dict[str, int]) -> bool:
+    """Whether the checkpoint of a record has files of its sizes; a warning names one that has not."""
+    for name, size in record.get("bytes", {}).items():
+        if there.get(f"{record['tag']}/{name}") != size:
             warn_once(
-                f"{file} is missing or cut; the checkpoint is left aside, and an earlier one is used if there is one"
+                f"{address(folder / record['tag'] / name)} is missing or cut; the checkpoint is left aside, and an earlier "
+                "one is used if there is one"
             )
             return False
-    return checkpoint.is_dir()
+    return (folder / record["tag"]).is_dir() or any(name.startswith(f"{record['tag']}/") for name in there)

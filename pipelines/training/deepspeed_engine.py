@@ -22,9 +22,11 @@ from torch.nn.functional import linear
 from torch.nn.utils import get_total_norm
 
 from kforcing.distillation.losses import LossSums
+from kforcing.remote import fetch, uri_of
 from pipelines.config.schema import TrainConfig
 from pipelines.files import atomic_folder, checksum, write_json
 from pipelines.runs.stages import StageError
+from pipelines.storage import push, remove, sizes
 from pipelines.training.checkpoints import LATEST, latest_checkpoint
 from pipelines.training.guard import StepFigures
 from pipelines.training.schedule import ema_decay
@@ -182,29 +184,36 @@ def save_checkpoint(engine: Any, average: MovingAverage | None, folder: Path, st
     tag = f"step-{step:08d}"
     if dist.get_rank() == 0:
         before = latest_checkpoint(folder)
-        for old in folder.glob("step-*"):
-            if before is None or old.name != before["tag"]:
-                shutil.rmtree(old)
+        for old in {name.partition("/")[0] for name in sizes(folder) if name.startswith("step-")}:
+            if before is None or old != before["tag"]:
+                remove(folder / old)
     dist.barrier()
     # Frozen weights are those that the stage begins with, so a checkpoint need not hold them.
     engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
     if average:
         save_file(average.average, folder / tag / f"average-{dist.get_rank()}.safetensors")
     dist.barrier()  # until then files of other ranks may have temporary names
-    checksums = _checksums(folder / tag)
+    written = _written(folder / tag)
     if dist.get_rank() == 0:
-        sizes = {name: (folder / tag / name).stat().st_size for name in checksums}
-        record = {"tag": tag, "step": step, "world_size": dist.get_world_size(), "bytes": sizes, "crc32": checksums}
+        bytes_, checksums = ({name: facts[i] for name, facts in written.items()} for i in (0, 1))
+        record = {"tag": tag, "step": step, "world_size": dist.get_world_size(), "bytes": bytes_, "crc32": checksums}
         write_json(folder / tag / LATEST, record)
         write_json(folder / LATEST, record)
     dist.barrier()
+    for copy in folder.glob("step-*") if uri_of(folder) else ():
+        if copy.name != tag:  # the URI has it
+            shutil.rmtree(copy, ignore_errors=True)
 
 
-def _checksums(checkpoint: Path) -> dict[str, int]:
-    """The checksum of every file of a checkpoint, on all ranks. Each rank reads what it has written."""
+def _written(checkpoint: Path) -> dict[str, tuple[int, int]]:
+    """(bytes, checksum) of every file of a checkpoint, on all ranks. Each rank reads, and uploads, what it has written."""
     rank, files = dist.get_rank(), [file for file in checkpoint.iterdir() if file.is_file()]
-    every: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(every, {file.name: checksum(file) for file in files if _writer(file.name) == rank})
+    own = [file for file in files if _writer(file.name) == rank]
+    facts = {file.name: (file.stat().st_size, checksum(file)) for file in own}
+    for file in own:
+        push(file)
+    every: list[dict[str, tuple[int, int]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(every, facts)
     return {name: value for some in every for name, value in some.items()}
 
 
@@ -250,6 +259,7 @@ def load_checkpoint(engine: Any, average: MovingAverage | None, folder: Path) ->
     if latest is None:
         return 0
     tag = latest["tag"]
+    fetch(folder / tag)
     if latest["world_size"] != dist.get_world_size():
         tag = _universal(folder, tag)
     loaded, _ = engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=_load_trained)
@@ -280,6 +290,7 @@ def _universal(folder: Path, tag: str) -> str:
                     f"cannot convert checkpoint {folder / tag} to another number of workers:\n{done.stderr[-2000:]}"
                 )
     dist.barrier()
+    fetch(folder / f"{tag}-universal")
     return f"{tag}-universal"
 
 

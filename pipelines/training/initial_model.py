@@ -14,6 +14,7 @@ from kforcing.design import Design
 from kforcing.distillation.steps import ARStep, StudentStep
 from kforcing.distillation.text import TEXT_LOSSES, TextStep
 from kforcing.modeling import PushForwardLM
+from kforcing.remote import fetch
 from pipelines.config.schema import TeacherConfig
 
 
@@ -62,7 +63,7 @@ class Wrapped:
     def build(self, chunk: int = CHUNK) -> nn.Module:
         """The wrapped teacher, the same on every worker."""
         torch.manual_seed(self.seed)
-        student = PushForwardLM.from_backbone(load_ar(self.teacher), self.k, self.design)
+        student = PushForwardLM.from_backbone(load_ar(str(fetch(self.teacher))), self.k, self.design)
         if self.loss in TEXT_LOSSES:
             return TextStep(student, self.loss, self.sampled_tokens, chunk)
         return StudentStep(student, self.loss, chunk)
@@ -78,6 +79,6 @@ class Grown:
 
     def build(self, chunk: int = CHUNK) -> nn.Module:
         """The previous student, with its new k."""
-        student = PushForwardLM.from_pretrained(self.previous)
+        student = PushForwardLM.from_pretrained(fetch(self.previous))
         student.set_k(self.k)
         return StudentStep(student, self.loss, chunk)

@@ -13,6 +13,7 @@ from kforcing.device import pick_device
 from kforcing.distillation.steps import TokenBatch, WindowBatch
 from kforcing.distillation.text import TextBatch
 from kforcing.modeling import PushForwardLM
+from kforcing.remote import local
 from pipelines.config.schema import RolloutConfig, TrainConfig
 from pipelines.config.stages import StageSpec
 from pipelines.data.rows import tokens_of
@@ -28,6 +29,7 @@ class TrainJob:
 
     stage: str
     folder: str
+    """Folder of the stage; as the folders below a path that every node sees, or a URI, of which each node has a copy."""
     store: str
     """Token store, or rollout store when rollouts are cached."""
     seed: int
@@ -39,6 +41,16 @@ class TrainJob:
     """The model that the stage begins with."""
     text_k: int | None = None
     """Tokens of the blocks that are the text's own (`targets=text`); None for other training."""
+
+    @property
+    def place(self) -> Path:
+        """Folder of the stage on this node."""
+        return local(self.folder)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of its checkpoints on this node."""
+        return self.place / "checkpoints"
 
 
 def stage_job(spec: StageSpec, folder: str, store: str, teacher: str, previous: str | None) -> TrainJob:

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from pipelines.failures import Exit, Failure
@@ -22,7 +21,7 @@ from pipelines.runs.stages import StageError
 from pipelines.training.job import TrainJob
 
 STACKS = "stacks"
-"""Folder in that of a stage with the stacks of the driver and of each rank at a stall."""
+"""Folder in that of a stage with the stacks of the driver and of each rank at a stall; of a URI, on the node of each."""
 WARN_AFTER_S = 600.0
 """Seconds without a step after which a warning says so, and again whenever the time has doubled."""
 GRACE_S = 5.0
@@ -37,8 +36,8 @@ class WorkerWatch:
     def __init__(self, job: TrainJob, rank: int):
         self.limit = job.train.stall_limit_s
         if self.limit:
-            folder = Path(job.folder, STACKS)
-            folder.mkdir(exist_ok=True)
+            folder = job.place / STACKS
+            folder.mkdir(parents=True, exist_ok=True)
             self.file = open(folder / f"rank-{rank}.txt", "w")  # noqa: SIM115  (faulthandler writes to it later)
             self.step()
 
@@ -71,7 +70,7 @@ def ending_stalls(job: TrainJob, relay: Any) -> Iterator[None]:
             raise
         raise StageError(
             f"stage {job.stage}: no step was made for {job.train.stall_limit_s:g} s (train.stall_limit_s); the stacks of its "
-            f"processes are in {Path(job.folder, STACKS)}. Its last checkpoint is kept: run the same command again, with a "
+            f"processes are in {job.place / STACKS}. Its last checkpoint is kept: run the same command again, with a "
             "larger limit if its steps, its first rows or its model take that long",
             Exit.STALLED,
         ) from None
@@ -103,7 +102,7 @@ def _watch(job: TrainJob, relay: Any, done: threading.Event, fired: threading.Ev
 
 def _interrupt(job: TrainJob, done: threading.Event) -> None:
     """Keep the driver's stacks and interrupt it. Ray Train ends at the third interruption, whatever its controller does."""
-    with suppress(OSError), open(Path(job.folder, STACKS, "driver.txt"), "w") as file:
+    with suppress(OSError), open(job.place / STACKS / "driver.txt", "w") as file:
         faulthandler.dump_traceback(file)
     for _ in range(3):
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)

@@ -24,11 +24,13 @@ import torch
 from kforcing.chunking import checkpoint_layers
 from kforcing.keys import derive_key
 from kforcing.loading import save_checked
+from kforcing.remote import address, fetch, open_uri, uri_of
 from pipelines.config.section import node_selector
 from pipelines.data.rows import positions_of
 from pipelines.failures import Exit, cause_of
 from pipelines.files import added_files, atomic_write
 from pipelines.runs.stages import StageError
+from pipelines.storage import remove, remove_file
 from pipelines.tracking.metrics import count
 from pipelines.training import deepspeed_engine as strategy
 from pipelines.training.checkpoints import latest_checkpoint, set_changed_aside
@@ -54,17 +56,18 @@ def fit(job: TrainJob, relay: Any) -> None:
     Raises StageError when training has diverged, makes no step for `train.stall_limit_s`, fails more often than
     `train.max_failures` allows, or was begun by a number of workers that cannot be changed.
     """
-    if Path(job.folder, "config.json").is_file():
+    if (job.place / "config.json").is_file():
         return
-    set_changed_aside(Path(job.folder, "checkpoints"))
-    strategy.check_workers(Path(job.folder, "checkpoints"), job.train)
-    strategy.refuse_code(Path(job.folder, "checkpoints"))
-    diverged = Path(job.folder, DIVERGED)
-    diverged.unlink(missing_ok=True)
-    shutil.rmtree(Path(job.folder, STACKS), ignore_errors=True)
-    Path(job.folder, STACKS).mkdir()
+    set_changed_aside(job.checkpoints)
+    strategy.check_workers(job.checkpoints, job.train)
+    strategy.refuse_code(job.checkpoints)
+    diverged = job.place / DIVERGED
+    remove_file(diverged)
+    shutil.rmtree(job.place / STACKS, ignore_errors=True)
+    (job.place / STACKS).mkdir()
     with ending_stalls(job, relay):
         _fit(job, relay)
+    fetch(job.folder, whole=False)  # rank 0 may be on another node
     if diverged.is_file():
         count("kforcing_diverged_total", 1, Path(job.folder).parent.name, job.stage)
         raise StageError(f"stage {job.stage}: {diverged.read_text()}", Exit.DIVERGED)
@@ -76,14 +79,14 @@ def _fit(job: TrainJob, relay: Any) -> None:
     from ray.train import TrainingFailedError
 
     # Ray Train would resume by the run's name from checkpoints of its own. Ours are in the stage's folder.
-    record = Path(job.folder, "ray_train")
+    record = job.place / "ray_train"
     on_interrupt = signal.getsignal(signal.SIGINT)
-    shutil.rmtree(record, ignore_errors=True)
+    remove(record)
     kept = "Its last checkpoint is kept. Remove the cause and run the same command again: it continues from there"
     try:
         _trainer(job, relay, record).fit()
     except TrainingFailedError as error:
-        cause, report = cause_of(error), Path(job.folder, FAILED)
+        cause, report = cause_of(error), job.place / FAILED
         with suppress(OSError):  # the disk may be what has failed
             atomic_write(report, str(error))
         text = f"stage {job.stage} failed {job.train.max_failures + 1} times; the last error was {cause.text}. {kept}"
@@ -103,7 +106,7 @@ def _trainer(job: TrainJob, relay: Any, record: Path) -> Any:
 
     train, resources = job.train, {"CPU": job.train.cpus_per_worker}
     source = (job.store, job.seed, job.rollout_job, job.rollout)
-    rows = functools.partial(rows_from_checkpoint, Path(job.folder, "checkpoints"), train, *source)
+    rows = functools.partial(rows_from_checkpoint, f"{job.folder}/checkpoints", train, *source)
     if train.gpus_per_worker:
         resources["GPU"] = train.gpus_per_worker
     return TorchTrainer(
@@ -117,13 +120,21 @@ def _trainer(job: TrainJob, relay: Any, record: Path) -> Any:
         ),
         run_config=RunConfig(
             name=job.stage,
-            storage_path=str(record),
+            **_storage(record),
             failure_config=FailureConfig(max_failures=train.max_failures, controller_failure_limit=3),
         ),
         datasets={"train": rows},
         # In order and without a preference for local blocks, worker r gets chunks r, r + workers, r + 2 · workers, …
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
     )
+
+
+def _storage(record: Path) -> dict[str, Any]:
+    """Where Ray Train keeps its state, as arguments of `RunConfig`: all nodes must see the place."""
+    if uri := uri_of(record):
+        system, path = open_uri(uri)
+        return {"storage_path": path, "storage_filesystem": system}
+    return {"storage_path": str(record)}
 
 
 def train_worker(job: TrainJob, relay: Any) -> None:
@@ -137,7 +148,7 @@ def train_worker(job: TrainJob, relay: Any) -> None:
     """
     import ray.train
 
-    train, checkpoints = job.train, Path(job.folder, "checkpoints")
+    train, checkpoints = job.train, job.checkpoints
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(max(1, int(train.cpus_per_worker)))
@@ -183,10 +194,9 @@ def _diverged(job: TrainJob, step: int, figures: StepFigures, rank: int) -> bool
         figures.check(job.train.max_loss)
     except Diverged as error:
         if rank == 0:
-            checkpoints = Path(job.folder, "checkpoints")
-            good = latest_checkpoint(checkpoints)
-            place = str(checkpoints / good["tag"]) if good else None
-            atomic_write(Path(job.folder, DIVERGED), explain(error, step, job.train, (job.store, job.seed), place))
+            good = latest_checkpoint(job.checkpoints)
+            place = address(job.checkpoints / good["tag"]) if good else None
+            atomic_write(job.place / DIVERGED, explain(error, step, job.train, (job.store, job.seed), place))
         return True
     return False
 
@@ -231,5 +241,6 @@ def write_model(job: TrainJob, model: Any) -> None:
 
     `config.json` comes last, so a folder that has one is complete.
     """
-    with added_files(Path(job.folder), last="config.json") as partial:
+    job.place.mkdir(parents=True, exist_ok=True)  # the copy of a URI may not be on this node yet
+    with added_files(job.place, last="config.json") as partial:
         save_checked(model, partial)

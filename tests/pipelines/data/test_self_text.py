@@ -33,7 +33,7 @@ SIZES = {"documents": 10, "docs_per_shard": 4, "user_tokens": 30, "answer_tokens
 
 
 def test_a_killed_run_continues_with_the_missing_shards_and_a_changed_one_is_written_again(ray_here, teacher, tmp_path):
-    job = TextJob(str(teacher), None, 0, SelfTextConfig(**SIZES), tmp_path / "cache")
+    job = TextJob(str(teacher), None, 0, SelfTextConfig(**SIZES), str(tmp_path / "cache"))
     folder = write_self_text(job)
     manifest = json.loads((folder / MANIFEST).read_text())
     names = [shard["file"] for shard in manifest["shards"]]

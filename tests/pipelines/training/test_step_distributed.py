@@ -1,6 +1,7 @@
 """Real DeepSpeed on two gloo ranks against one rank and against plain torch."""
 
 import dataclasses
+import os
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -14,8 +15,10 @@ from kforcing.attention.windows import Windows
 from kforcing.chunking import checkpoint_layers
 from kforcing.distillation.losses import LossSums, hard_target_loss
 from kforcing.distillation.steps import StudentStep, WindowBatch
+from kforcing.remote import local
 from pipelines.config.schema import TrainConfig
 from pipelines.runs.stages import StageError
+from pipelines.storage import sizes
 from pipelines.training import deepspeed_engine as strategy
 from pipelines.training.checkpoints import latest_checkpoint, set_changed_aside
 from pipelines.training.guard import Diverged
@@ -227,6 +230,32 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(tmp_path, plain, zero_
     again = run(tmp_path, "resumed", 2, zero_stage, even_micro_batches, steps=3, resume_at=2)
     again["losses"] = torch.cat([plain["losses"][:2], again["losses"]])
     assert_same(again, plain)
+
+
+def test_ranks_on_two_nodes_resume_from_object_storage_on_two_others(tmp_path, plain, store):
+    """Each node has a copy of its own; the server fails every tenth request."""
+    uri, faults = store
+    faults.fail_every(10)
+    for steps, resume_at, nodes in ((2, None, "a"), (3, 2, "b")):
+        run_ranks(2, _train_on_nodes, tmp_path / nodes, uri, steps, resume_at)
+    again = load_file(next((tmp_path / "b0").rglob("weights.safetensors")))
+    again["losses"] = torch.cat([plain["losses"][:2], again["losses"]])
+    assert_same(again, plain)
+    latest = latest_checkpoint(local(uri) / "checkpoints")
+    assert (latest["step"], set(latest["bytes"])) == (3, set(latest["crc32"]))
+    assert {name.partition("/")[0] for name in sizes(local(uri) / "checkpoints")} == {
+        "latest.json",
+        "step-00000002",
+        "step-00000003",
+    }
+    set_changed_aside(local(uri) / "checkpoints")
+    strategy.refuse_code(local(uri) / "checkpoints")
+    assert faults.failed > 5
+
+
+def _train_on_nodes(rank, world, nodes, uri, steps, resume_at):
+    os.environ["XDG_CACHE_HOME"] = f"{nodes}{rank}"
+    train(rank, world, local(uri), 2, even_micro_batches, steps=steps, resume_at=resume_at)
 
 
 def test_a_flipped_byte_of_a_checkpoint_is_noticed_and_the_checkpoint_before_it_is_the_latest(tmp_path):
