@@ -26,6 +26,7 @@ from kforcing.engine.config import context_limit
 from kforcing.engine.request import ACCEPTANCES
 from kforcing.loading import DTYPES, eos_token_ids, load_model, load_tokenizer, saved_generation_config
 from kforcing.prompts import prompt_ids
+from kforcing.remote import fetch
 
 
 def read_prompts(lines: TextIO, as_json: bool) -> Iterator[dict[str, Any]]:
@@ -101,10 +102,11 @@ def run(given: argparse.Namespace) -> None:
     with ExitStack() as stack:
         source = sys.stdin if given.prompts == "-" else stack.enter_context(open(given.prompts, encoding="utf-8"))
         records = list(read_prompts(source, given.prompts.endswith(".jsonl")))
-        tokenizer = load_tokenizer(given.model)
+        folder = fetch(given.model)
+        tokenizer = load_tokenizer(folder)
         sampling = SamplingParams(temperature=given.temperature, top_p=given.top_p)
         prompts = [prompt_ids(tokenizer, record["prompt"]) for record in records]
-        model = load_model(given.model, given.device, given.dtype)
+        model = load_model(folder, given.device, given.dtype)
         backbone = model.backbone if isinstance(model, PushForwardLM) else model
         # As much context as these prompts need, within what the model has.
         needed = max(map(len, prompts), default=1) + given.max_new_tokens
@@ -120,7 +122,7 @@ def run(given: argparse.Namespace) -> None:
             coupling=given.coupling,
         )
         engine = Engine(model, config)
-        stop = eos_token_ids(saved_generation_config(given.model), tokenizer, engine.vocabulary)
+        stop = eos_token_ids(saved_generation_config(folder), tokenizer, engine.vocabulary)
         requests = [
             Request(ids, given.max_new_tokens, record.get("seed", given.seed), stop, None, sampling)
             for ids, record in zip(prompts, records, strict=True)

@@ -21,6 +21,7 @@ from kforcing.engine import DraftCounts, Engine, EngineConfig, Request, TokenLog
 from kforcing.loading import eos_token_ids, load_model, load_tokenizer, saved_generation_config
 from kforcing.noise import choice_seed
 from kforcing.prompts import prompt_ids
+from kforcing.remote import fetch
 from kforcing.structured import Grammars, StructuredOutputs
 
 Prompt = str | Sequence[int]
@@ -104,7 +105,8 @@ class LLM:
     """A model and its tokenizer, ready to continue prompts.
 
     Args:
-        model: the directory of a student or of a causal LM of transformers, or such a model itself.
+        model: the directory of a student or of a causal LM of transformers, its URI in object storage (see
+            `kforcing.remote`), or such a model itself.
         tokenizer: a tokenizer of transformers; None takes the one in the model's directory.
         device: torch's name of a device; None takes a GPU where there is one. For a directory only.
         dtype: `fp32` or `bf16`; None takes the saved one. For a directory only.
@@ -128,6 +130,7 @@ class LLM:
             raise ValueError(f"unknown option {unknown[0]!r}; there are {', '.join(EngineConfig.__dataclass_fields__)}")
         if tokenizer is None and isinstance(model, nn.Module):
             raise ValueError("a model that is given as an object needs tokenizer=…")
+        model = model if isinstance(model, nn.Module) else fetch(model)
         self.tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer  # type: ignore[arg-type]
         self.detokenizer = Detokenizer(self.tokenizer)
         loaded: Any = model if isinstance(model, nn.Module) else load_model(model, device, dtype)

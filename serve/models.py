@@ -18,6 +18,7 @@ from kforcing.loading import (
     saved_generation_config,
 )
 from kforcing.model_uri import PREFIX, check_path, parse_model_uri, refuse_links
+from kforcing.remote import SCHEMES, fetch, is_uri
 from kforcing.structured import Grammars
 from serve.engine_thread import AsyncEngine, EngineThread
 from serve.metrics import EngineMetrics, Metrics
@@ -48,7 +49,7 @@ class ServedModel:
         self.async_engine = AsyncEngine(self.engine, metrics, max_waiting, thread)
 
 
-REMOTE = (PREFIX, "runs:/")
+REMOTE = (PREFIX, "runs:/", *(f"{scheme}://" for scheme in SCHEMES))
 """How models begin that are not on this node."""
 LOADING = {
     *("model", "name", "teacher", "k", "acceptance", "coupling", "device", "dtype"),
@@ -100,7 +101,7 @@ def load_models(
 def check_deployment(settings: Settings) -> None:
     """Check what can be checked of a deployment without loading weights: `build` refuses it before a replica changes.
 
-    Registered models are checked by the replicas, which download them.
+    Registered models and those in object storage are checked by the replicas, which download them.
 
     Raises:
         FileNotFoundError: for a directory without a model, weights or tokenizer.
@@ -176,10 +177,16 @@ def pinned(model: str) -> str:
 
 
 def resolve(model: str, setting: str = "model") -> Path:
-    """A local directory for a directory, a registered model, or a path `runs:/…` below a run of MLflow.
+    """A local directory for a directory, a folder in object storage, a registered model, or a path `runs:/…` below a run of
+    MLflow. What is not on this node is downloaded; of object storage only what has changed since the last time.
 
-    Raises FileNotFoundError if there is none, and ValueError for a malformed URI.
+    Raises FileNotFoundError if there is none, ValueError for a malformed URI, and RemoteError when object storage refuses.
     """
+    if is_uri(model):
+        folder = fetch(model)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{setting}={model} holds no config.json; give the folder of a model")
+        return folder
     if model.startswith(REMOTE):
         check_path(model)
         if model.startswith(PREFIX):
@@ -196,7 +203,7 @@ def resolve(model: str, setting: str = "model") -> Path:
     if not path.is_dir():
         raise FileNotFoundError(
             f"{setting}={model}: there is no such directory on this node; give an absolute path that every node sees, or a "
-            "registered model as models:/NAME@ALIAS or models:/NAME/VERSION"
+            "registered model as models:/NAME@ALIAS or models:/NAME/VERSION, or a folder in object storage as s3://BUCKET/PATH"
         )
     return path
 

@@ -4,15 +4,18 @@ import asyncio
 import json
 import shutil
 
+import httpx
 import pytest
 
 from kforcing import PushForwardLM
+from kforcing.remote import local
+from pipelines.storage import push
 from serve.app import build
 from serve.engine_thread import EngineThread
 from serve.metrics import Metrics
 from serve.models import default_name, fetch_models, load_models, pinned, resolve
 from serve.settings import Settings
-from tests.endpoint import endpoint, save_model
+from tests.endpoint import complete, endpoint, save_model
 from tests.models import make_backbone
 
 pytestmark = pytest.mark.cluster
@@ -69,6 +72,25 @@ def test_a_registered_model_is_downloaded_before_the_former_one_is_drained(regis
 def test_a_missing_directory_is_named_in_the_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing"):
         resolve(str(tmp_path / "nothing"))
+
+
+def test_a_model_in_object_storage_is_served_and_its_weights_are_fetched_once(store, tmp_path):
+    uri, faults = store
+    saved = save_model(tmp_path / "student")
+    shutil.copytree(saved, local(f"{uri}/k4"))
+    push(local(f"{uri}/k4"))
+    shutil.rmtree(local(f"{uri}/k4"))
+    faults.fail_every(10)
+    settings = {"model": f"{uri}/k4", "max_model_len": 40}
+    build(settings)
+    answers = []
+    for model in (f"{uri}/k4", saved):
+        with endpoint(model, max_model_len=40) as (url, _), httpx.Client(base_url=url, timeout=30) as http:
+            answers.append(complete(http)["choices"])
+    assert answers[0] == answers[1]
+    assert default_name(f"{uri}/k4") == "k4"
+    with pytest.raises(FileNotFoundError, match=f"model={uri}/nothing holds no config.json"):
+        resolve(f"{uri}/nothing")
 
 
 @pytest.mark.parametrize("uri", ["models:/kforcing", "models:/kforcing@k4/2", "models:/kforcing/latest"])
