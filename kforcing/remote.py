@@ -30,6 +30,8 @@ from kforcing.model_uri import check_path
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
 SMALL = 1 << 20
 """Bytes below which a file is fetched anew each time; a larger one is current while its size and time are its object's."""
+WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
+"""Ends of the names of files of weights and checkpoints."""
 WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Longest pauses before a request is tried again, each shortened at random; the AWS SDK retries within each try too."""
 SDK_ATTEMPTS = 4
@@ -37,10 +39,10 @@ THREADS = 8
 OWN = ("lease", "ray_train", "stacks")
 """Folders that belong to one run of a program: they are not fetched."""
 _REFUSED = (
-    (r"NO_SUCH_BUCKET|NoSuchBucket", "there is no such bucket; make it, or correct the name"),
+    (r"NO_SUCH_BUCKET|NoSuchBucket|Bucket '.*' not found", "there is no such bucket; make it, or correct the name"),
     (
         r"ACCESS_DENIED|PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN"
-        r"|EXPIRED_TOKEN|\b40[13]\b",
+        r"|EXPIRED_TOKEN|HTTP status 40[13]",
         "the store refuses these credentials; give ones that may list, read, write and delete there (for S3 "
         "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role of this machine)",
     ),
@@ -70,15 +72,17 @@ def local(place: str | Path) -> Path:
     scheme, found, rest = str(place).partition("://")
     if not found:
         return Path(place)
+    shown = f"{scheme}://{re.sub('^.*@', '***@', rest.partition('?')[0])}"
     if scheme == "file":
         return Path(unquote(rest.removeprefix("localhost")))
     if scheme not in SCHEMES:
-        raise ValueError(f"{place}: {scheme}:// is not known; give a path, or a URI of {', '.join(SCHEMES)} or file")
-    check_path(str(place))
+        raise ValueError(f"{shown}: {scheme}:// is not known; give a path, or a URI of {', '.join(SCHEMES)} or file")
+    check_path(shown)
     bucket, *names = rest.split("/")
-    if not bucket or "?" in rest or "#" in rest or (scheme == "s3" and "@" in bucket):
+    user, at, _ = bucket.rpartition("@")
+    if not bucket or "?" in rest or "#" in rest or ":" in user or (at and scheme not in ("abfs", "abfss")):
         raise ValueError(
-            f"{scheme}://{rest.partition('@')[2] or rest} is no URI of a folder; write {scheme}://BUCKET/PATH, and give "
+            f"{shown} is no URI of a folder; write {scheme}://BUCKET/PATH, and give "
             "endpoint and credentials in the environment"
         )
     return Path(_copies(), _store(scheme), bucket, *(name for name in names if name))
@@ -196,7 +200,7 @@ def fetch(place: str | Path, whole: bool = True, without: str | None = None) -> 
     network, by row group. Several processes may call it at once.
 
     Args:
-        whole: False leaves out files from `SMALL` bytes on, such as weights.
+        whole: False leaves out `WEIGHTS`.
         without: name of a folder in it that is left as it is.
     """
     folder = local(place)
@@ -214,7 +218,7 @@ def fetch(place: str | Path, whole: bool = True, without: str | None = None) -> 
             if inner.name not in OWN:
                 with suppress(OSError):  # it is not empty
                     inner.rmdir()
-        wanted = [name for name, info in objects.items() if whole or info.size < SMALL]
+        wanted = [name for name in objects if whole or not name.endswith(WEIGHTS)]
         missing = [name for name in wanted if objects[name].size < SMALL or not (folder / name).is_file()]
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(lambda name: _download(f"{uri}/{name}", objects[name], folder / name), missing))

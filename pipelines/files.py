@@ -42,11 +42,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, last: str | None = None) -> Iterator[Path]:
     """A new temporary folder to fill, which becomes `path` when the block ends without an error.
 
     `path` must not exist, or be an empty folder. As with `atomic_file`, its files are on disk before it has its name, and a
-    block that raises leaves nothing behind.
+    block that raises leaves nothing behind. In object storage the file named `last` appears when all others are there.
     """
     with _new_folder(path.with_name(f".{path.name}.partial")) as partial:
         yield partial
@@ -54,7 +54,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _sync(part)
         os.replace(partial, path)
     _sync(path.parent)
-    push(path)
+    push(path, last)
 
 
 @contextmanager

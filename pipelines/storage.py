@@ -16,8 +16,9 @@ A lease takes the place of the lock of a folder. A driver writes an object below
 another one is alive, it withdraws. Lists of S3, GCS and Azure show every object that was written before them, so of two
 drivers at most one stays, and no conditional writes are needed; where two withdraw from each other, each tries again after a
 random pause. A thread renews the lease by writing it again. Its age is the difference of two times that the store gave (of
-the own lease and of the other one), so clocks of machines do not count. A driver whose lease was lost is interrupted and
-writes no more.
+the own lease and of the other one), so clocks of machines do not count. A driver whose lease was lost is interrupted. It
+writes no more, and neither do its train workers, which look for the object of the lease before they upload or delete; only an
+upload that has begun by then may still end.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from kforcing.remote import (
     THREADS,
     RemoteError,
+    address,
     copy_whole,
     listing,
     open_uri,
@@ -59,39 +62,91 @@ CLAIMS = 3
 """How often a driver writes a lease before it gives up."""
 MOST_COPIED = 4 << 30
 """Bytes up to which S3 copies an object by itself."""
-_lost: set[str] = set()
-"""URIs whose lease this process has lost."""
+MARKS = ("manifest.json", "stage.json", "config.json", "latest.json", "conventions.json")
+"""Files that say that others are there: a folder is removed without them first."""
 
 
-def push(path: Path) -> None:
-    """Upload a file of a copy, or all files of a folder of it, the one that was written last at the end; other paths are left
-    alone.
+@dataclass
+class Hold:
+    """A lease by which this process may write below a URI."""
+
+    lease: str
+    """URI of its object."""
+    ends: float | None
+    """Time of `_clock` when it ends; None in a worker, which looks for the object."""
+
+    def valid(self) -> bool:
+        """Whether nobody else can have the lease."""
+        if self.ends is not None:
+            return _clock() < self.ends
+        system, path = open_uri(self.lease)
+        return bool(retried(self.lease, lambda: system.get_file_info(path)).is_file)
+
+
+_holds: dict[str, Hold] = {}
+"""By the URI of a folder."""
+
+
+def _clock() -> float:
+    """Seconds that pass while the machine is suspended, too."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def lease_of(path: Path | str) -> str | None:
+    """URI of the object of the lease by which this process may write to a path or URI; for `adopt`."""
+    return next((hold.lease for root, hold in _holds.items() if address(path).startswith(f"{root}/")), None)
+
+
+def adopt(lease: str | None) -> None:
+    """Write below the folder of a lease only while its object is there; for workers of the driver that holds it."""
+    if lease:
+        _holds[lease.rpartition("/lease/")[0]] = Hold(lease, None)
+
+
+def _check(uri: str) -> None:
+    """Raise RemoteError when a URI is below a folder whose lease is lost."""
+    for root, hold in _holds.items():
+        if uri.startswith(f"{root}/") and not hold.valid():
+            raise RemoteError(f"{uri} is not written: the lease of the run directory is lost")
+
+
+def push(path: Path, last: str | None = None) -> None:
+    """Upload a file of a copy, or all files of a folder of it, the one named `last` at the end; other paths are left alone.
 
     Raises RemoteError when that fails, or when the lease of the run directory is lost.
     """
-    uri = uri_of(path)
-    if uri is None:
+    if uri_of(path) is None:
         return
-    if any(uri.startswith(f"{lost}/") for lost in _lost):
-        raise RemoteError(f"{uri} is not written: the lease of the run directory is lost")
-    if path.is_dir():
-        files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
-        *first, last = sorted(files, key=lambda file: file.stat().st_mtime_ns)
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(push, first))
-        return push(last)
+    if not path.is_dir():
+        return upload(path, path)
+    files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(push, [file for file in files if file != path / (last or "")]))
+    if last:
+        push(path / last)
+
+
+def upload(file: Path, path: Path) -> None:
+    """Upload a file as the object whose copy has a path; it may be another file, whose content does not change meanwhile."""
+    uri = uri_of(path)
+    assert uri, "in object storage"
+    _check(uri)
     system, target = open_uri(uri)
 
-    def upload() -> None:
-        copy_whole(None, str(path), system, target, path.stat().st_size)
-        stamp(path, system.get_file_info(target))
+    def copy() -> None:
+        copy_whole(None, str(file), system, target, file.stat().st_size)
+        if file == path:
+            stamp(path, system.get_file_info(target))
 
-    retried(uri, upload)
+    retried(uri, copy)
 
 
 def remove(path: Path) -> None:
-    """Remove a folder, and its objects when it is the copy of a URI; nothing when it is not there."""
+    """Remove a folder, and its objects when it is the copy of a URI, `MARKS` first; nothing when it is not there."""
     if uri := uri_of(path):
+        _check(uri)
+        for name in [name for name in listing(uri) if name.rpartition("/")[2] in MARKS]:
+            _delete(f"{uri}/{name}")
         system, target = open_uri(uri)
         with suppress(FileNotFoundError):
             retried(uri, lambda: system.delete_dir(target))
@@ -101,15 +156,21 @@ def remove(path: Path) -> None:
 def remove_file(path: Path) -> None:
     """Remove a file, and its object when it is the copy of one; nothing when it is not there."""
     if uri := uri_of(path):
-        system, target = open_uri(uri)
-        with suppress(FileNotFoundError):
-            retried(uri, lambda: system.delete_file(target))
+        _check(uri)
+        _delete(uri)
     path.unlink(missing_ok=True)
 
 
+def _delete(uri: str) -> None:
+    system, path = open_uri(uri)
+    with suppress(FileNotFoundError):
+        retried(uri, lambda: system.delete_file(path))
+
+
 def move(old: Path, new: Path) -> None:
-    """Rename a folder, and move its objects when it is the copy of a URI: all are copied before the first is deleted."""
+    """Rename a folder. Of the copy of a URI all objects are copied, `MARKS` last, before the first is deleted."""
     if (uri := uri_of(old)) and (to := uri_of(new)):
+        _check(uri)
         system, _ = open_uri(uri)
 
         def copy(name: str, size: int) -> None:
@@ -120,7 +181,7 @@ def move(old: Path, new: Path) -> None:
                 retried(uri, lambda: system.copy_file(source, target))
 
         found = listing(uri)
-        for name in sorted(found, key=lambda name: "/" not in name and name.endswith(".json")):
+        for name in sorted(found, key=lambda name: name in MARKS):
             copy(name, found[name].size)
     old.rename(new)
     remove(old)
@@ -160,6 +221,7 @@ class Lease:
     def __init__(self, uri: str, life_s: float):
         self.uri, self.life_s = uri, life_s
         self.name = f"{uuid.uuid4().hex}.json"
+        self.place = f"{uri}/lease/{self.name}"
         self.holder = f"{socket.gethostname()}, process {os.getpid()}"
 
     def renew(self) -> None:
@@ -181,17 +243,13 @@ class Lease:
                 if (own.mtime - info.mtime).total_seconds() < self.life_s + CLOCK_S:
                     alive.append(json.loads(read_bytes(f"{self.uri}/lease/{name}") or b"{}").get("holder", name))
                 else:
-                    self._delete(name)
+                    _delete(f"{self.uri}/lease/{name}")
         return alive
 
     def give_up(self) -> None:
-        """Delete the object."""
-        self._delete(self.name)
-
-    def _delete(self, name: str) -> None:
-        system, path = open_uri(f"{self.uri}/lease/{name}")
-        with suppress(FileNotFoundError):
-            retried(self.uri, lambda: system.delete_file(path))
+        """Delete the object. When that fails, the lease ends by itself."""
+        with suppress(RemoteError):
+            _delete(self.place)
 
 
 @contextmanager
@@ -210,15 +268,15 @@ def held(folder: Path, busy: str, life_s: float = LEASE_S, wait: bool = False) -
         yield
         return
     lease = Lease(uri, life_s)
-    began = _take(lease, busy, wait)
-    _lost.discard(uri)
-    done, lost = threading.Event(), threading.Event()
-    thread = threading.Thread(target=_renew, args=(lease, began, done, lost), daemon=True)
-    thread.start()
+    hold = _holds[uri] = Hold(lease.place, _take(lease, busy, wait) + life_s)
+    done = threading.Event()
+    threads = [threading.Thread(target=f, args=(lease, hold, done), daemon=True) for f in (_renew, _watch)]
+    for thread in threads:
+        thread.start()
     try:
         yield
     except BaseException:
-        if lost.is_set():
+        if not hold.valid():
             raise ConfigError(
                 f"the lease of {uri} is lost: it could not be renewed for {life_s:g} s, or another run has taken it. Nothing "
                 "more is written there. Run the same command to continue when no other run does",
@@ -227,18 +285,24 @@ def held(folder: Path, busy: str, life_s: float = LEASE_S, wait: bool = False) -
         raise
     finally:
         done.set()
-        thread.join(timeout=life_s)
-        with suppress(RemoteError):  # then it ends by itself
-            lease.give_up()
+        for thread in threads:
+            thread.join(timeout=life_s)
+        lease.give_up()
+        if hold.valid():
+            del _holds[uri]
 
 
 def _take(lease: Lease, busy: str, wait: bool) -> float:
     """Write a lease until it is the only one, `CLAIMS` times or without end; returns the time at which it was written."""
     claims = 0
     while True:
-        began = time.monotonic()
-        lease.renew()
-        others = lease.others()
+        began = _clock()
+        try:
+            lease.renew()
+            others = lease.others()
+        except BaseException:
+            lease.give_up()
+            raise
         if not others:
             return began
         lease.give_up()
@@ -253,23 +317,26 @@ def _take(lease: Lease, busy: str, wait: bool) -> float:
         time.sleep(random.uniform(0.2, 1.5))
 
 
-def _renew(lease: Lease, began: float, done: threading.Event, lost: threading.Event) -> None:
-    """Renew a lease, which was written at `began`, until the end; when it is lost, interrupt the process as SIGTERM does."""
-    renewed = began
+def _renew(lease: Lease, hold: Hold, done: threading.Event) -> None:
+    """Renew a lease until the end. One that has ended, or whose object is gone, is not renewed: others may have taken it."""
     while not done.wait(lease.life_s / 4):
-        tried, there = time.monotonic(), True
         try:
-            there = tried - renewed < lease.life_s and lease.exists()
-            if there:
+            tried = _clock()
+            there = lease.exists()
+            if there and hold.valid() and not done.is_set():
                 lease.renew()
-        except OSError as error:
-            log.warning(f"the lease of {lease.uri} was not renewed ({error})")
-            tried = renewed
-        # A renewal that took effect after the lease had ended is none: somebody else may have taken it in between.
-        there = there and time.monotonic() - renewed < lease.life_s
-        renewed = tried
-        if not there and not done.is_set():
-            _lost.add(lease.uri)
-            lost.set()
+            # A renewal that took effect after the lease had ended is none.
+            hold.ends = tried + lease.life_s if there and hold.valid() else 0.0
+        except Exception as error:
+            log.warning(f"the lease of {lease.uri} was not renewed ({error})", extra={"kept": True})
+        if not hold.valid():
+            return
+
+
+def _watch(lease: Lease, hold: Hold, done: threading.Event) -> None:
+    """Interrupt the process as SIGTERM does when its lease has ended, whatever the thread that renews it waits for."""
+    while not done.wait(lease.life_s / 20):
+        if not hold.valid():
+            hold.ends = 0.0
             os.kill(os.getpid(), signal.SIGTERM)
             return

@@ -26,13 +26,14 @@ from kforcing.distillation.self_text import ChatFrame, TextSettings, TextWriter
 from kforcing.engine import Engine, EngineConfig
 from kforcing.engine.config import context_limit
 from kforcing.loading import eos_token_ids, load_tokenizer
-from kforcing.remote import fetch, local
+from kforcing.remote import fetch, local, uri_of
 from pipelines.config.fingerprint import fingerprint
 from pipelines.config.schema import SelfTextConfig
 from pipelines.config.section import node_selector
 from pipelines.config.stages import model_digest
 from pipelines.data.token_store import is_complete, read_shard, shard_entries, write_manifest, write_shard
 from pipelines.log import log
+from pipelines.storage import held
 
 SCHEMA = pa.schema([("number", pa.int64()), ("temperature", pa.float32()), ("text", pa.string())])
 """A document: its number, the temperature of its answer, and its text with the tokens of the chat template."""
@@ -124,6 +125,15 @@ def write_self_text(job: TextJob) -> Path:
         log.info(f"text  {folder} is up to date")
         return folder
     folder.mkdir(parents=True, exist_ok=True)
+    with held(folder, "", wait=True):
+        fetch(folder, whole=False)
+        if not (uri_of(folder) and is_complete(folder)):  # another run may have written it while this one waited
+            _write_missing(job, folder)
+    return folder
+
+
+def _write_missing(job: TextJob, folder: Path) -> None:
+    """Write the shards that an interrupted run has not written, and the manifest."""
     entries = [_with_facts(folder, entry) for entry in shard_entries(folder)]
     done = {entry["file"] for entry in entries}
     missing = [shard for shard in range(job.shards) if f"{_name(shard)}.parquet" not in done]
@@ -138,7 +148,6 @@ def write_self_text(job: TextJob) -> Path:
     tokens = sum(entry["tokens"] for entry in entries)
     log.info(f"text  {tokens:,} tokens; dropped: " + (", ".join(f"{n} {why}" for why, n in dropped.items()) or "none"))
     write_manifest(folder, entries, tokens=tokens, dropped=dropped, seconds=round(time.monotonic() - began, 1))
-    return folder
 
 
 def _written(job: TextJob, shards: list[int]) -> Iterator[dict[str, Any]]:

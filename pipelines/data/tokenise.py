@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kforcing.conventions import CONVENTIONS
 from kforcing.loading import load_tokenizer, save_tokenizer
-from kforcing.remote import address, fetch, local, read_bytes, uri_of
+from kforcing.remote import address, fetch, is_uri, local, read_bytes, uri_of
 from pipelines.config.fingerprint import fingerprint
 from pipelines.config.schema import DataConfig, TokenizerConfig
 from pipelines.config.section import ConfigError
@@ -85,6 +85,7 @@ def prepare(spec: CorpusSpec) -> Prepared:
     listing = listing_of(spec)
     places = [Prepared(spec.cache / name) for name in _names(spec, listing)]
     for prepared in places:
+        _fetch(prepared)
         if _is_whole(prepared):
             log.info(f"corpus  {address(prepared.folder)} is up to date")
             if prepared != places[-1]:
@@ -96,22 +97,38 @@ def prepare(spec: CorpusSpec) -> Prepared:
     prepared.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(prepared.folder / ".lock"), held(prepared.folder, "", wait=True), plain_errors():
         fetch(prepared.folder)
-        _make(spec, prepared, listing)
+        if not (uri_of(prepared.folder) and _is_whole(prepared)):  # another run may have made it while this one waited
+            _make(spec, prepared, listing)
     return prepared
 
 
+def _fetch(prepared: Prepared) -> None:
+    """Bring the copy of a corpus in object storage up to date, unless another run on this machine is making it."""
+    if uri_of(prepared.folder):
+        prepared.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(prepared.folder / ".lock"):
+            fetch(prepared.folder)
+
+
 def _is_whole(prepared: Prepared) -> bool:
-    """Whether a corpus is complete and on disk as it was made. Its tokenizer is removed if it is not, to be made again."""
-    fetch(prepared.folder, whole=False)
+    """Whether a corpus is complete and on disk as it was made."""
     if not (prepared.split(SPLITS[-1]) / MANIFEST).is_file():
         return False
+    if problem := _problem_of_tokenizer(prepared):
+        log.warning(f"{prepared.tokenizer} is cut or changed and is made again ({problem})")
+        return False
+    return all(is_complete(prepared.split(name)) for name in SPLITS)
+
+
+def _problem_of_tokenizer(prepared: Prepared) -> str | None:
+    """Why a tokenizer cannot be loaded; in object storage also that its last file was not uploaded."""
+    if uri_of(prepared.folder) and not (prepared.tokenizer / CONVENTIONS).is_file():
+        return f"there is no {CONVENTIONS}"
     try:
         load_tokenizer(prepared.tokenizer)
     except Exception as error:  # files that are cut raise many kinds
-        log.warning(f"{prepared.tokenizer} is cut or changed and is made again ({cut(' '.join(str(error).split()))})")
-        remove(prepared.tokenizer)
-        return False
-    return all(is_complete(prepared.split(name)) for name in SPLITS)
+        return cut(" ".join(str(error).split()))
+    return None
 
 
 def listing_of(spec: CorpusSpec) -> Listing | None:
@@ -144,11 +161,20 @@ def _names(spec: CorpusSpec, listing: Listing | None) -> list[str]:
     The contents of local files name a corpus, and not where they lie. Where an earlier release could not have read or
     tokenised them differently, its name comes first: its corpora are used as they are.
     """
-    data, contents, tokenizer = spec.data, source_digest(spec.data, listing), _tokenizer_digest(spec)
+    data, tokenizer = spec.data, _tokenizer_digest(spec)
+    contents = _digest_of_own(spec) or source_digest(data, listing)
     kind = data.source if listing is None or is_remote(data.source) else listing.kind
     effective = dataclasses.replace(data, source=kind, special_tokens=_special_tokens(data))
     earlier = [fingerprint(data, contents, tokenizer)] if kind == "parquet" and not spec.given_tokenizer else []
     return [*earlier, fingerprint(effective, contents, tokenizer, RULES)]
+
+
+def _digest_of_own(spec: CorpusSpec) -> Any:
+    """What names a text in object storage that the AR model wrote: checksums, where other remote files have times."""
+    folder = spec.data.source.removesuffix("/*.parquet")
+    if not is_uri(folder) or not local(folder).is_relative_to(spec.cache):
+        return None
+    return [[shard["file"], shard["crc32"]] for shard in json.loads(read_bytes(f"{folder}/{MANIFEST}"))["shards"]]
 
 
 def _tokenizer_digest(spec: CorpusSpec) -> Any:
@@ -170,11 +196,11 @@ def _make(spec: CorpusSpec, prepared: Prepared, listing: Listing | None) -> None
         documents(spec.data)  # a hub corpus that cannot be read is an error here, not in a remote task
     else:
         log.info(f"corpus  {check_source(spec.data, listing)}")
-    if uri_of(prepared.folder) and not (prepared.tokenizer / CONVENTIONS).is_file():
-        remove(prepared.tokenizer)  # its last file was not uploaded
+    if prepared.tokenizer.is_dir() and _problem_of_tokenizer(prepared):
+        remove(prepared.tokenizer)
     if not prepared.tokenizer.is_dir():
         if spec.given_tokenizer:
-            with atomic_folder(prepared.tokenizer) as partial:
+            with atomic_folder(prepared.tokenizer, CONVENTIONS) as partial:
                 save_tokenizer(load_tokenizer(spec.given_tokenizer, spec.gguf_file), partial)
         else:
             log.info(f"corpus  training a byte-level BPE of {spec.tokenizer.vocab_size} tokens")
@@ -209,7 +235,7 @@ def _train_tokenizer(data: DataConfig, config: TokenizerConfig, folder: str) -> 
     tokenizer.train_from_iterator(texts(), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
     local(folder).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(local(folder)) as partial:
+    with atomic_folder(local(folder), CONVENTIONS) as partial:
         save_tokenizer(fast, partial)
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kforcing.remote import is_uri, local
+from kforcing.remote import address, is_uri, local
 from pipelines.config.schema import Config, EvalConfig, TrainConfig
 from pipelines.config.section import ConfigError, node_selector
 from pipelines.config.stages import StageSpec, TeacherSpec, resolve, teacher_spec
@@ -90,7 +90,9 @@ def with_lasting_root(config: Config, remote: bool = False) -> Config:
                 f"{config.output_dir}: evaluations and comparisons work on local folders; copy the run directory to one that "
                 "every node sees, and give its path"
             )
-        return config
+        if is_uri(address(local(config.output_dir).parent)):
+            return config
+        raise ConfigError(f"output_dir={config.output_dir} is a whole bucket; give a folder in it, like …/runs/a")
     base = JOBS_ROOT if attached() else Path.cwd()
     return dataclasses.replace(config, output_dir=str(base / config.relative_root))
 

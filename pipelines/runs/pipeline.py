@@ -30,6 +30,7 @@ from pipelines.runs.finish import finish_stage
 from pipelines.runs.report import print_table, write_report
 from pipelines.runs.stages import Stage, StageError, open_stage
 from pipelines.runs.teacher import copy_teacher
+from pipelines.storage import lease_of
 from pipelines.tracking.tracker import Tracker
 from pipelines.training.initial_model import AR
 from pipelines.training.job import TrainJob, stage_job
@@ -143,7 +144,7 @@ class Pipeline:
 
     def _train(self, job: TrainJob) -> None:
         log.info(f"{job.stage}  training {job.train.steps} steps")
-        fit(job, self.relay)
+        fit(dataclasses.replace(job, lease=lease_of(job.folder)), self.relay)
 
     def _evaluate(self, spec: StageSpec, scores: Stage, prepared: Prepared, teacher: Model, stage: Stage) -> None:
         windows = self.eval.windows

@@ -72,8 +72,9 @@ def open_stage(root: Path, name: str, fingerprint: str) -> Stage:
                 log.warning(
                     f"{folder} does not say which settings it was made with; it is now {place}, and the stage starts anew"
                 )
-        earlier = archive / f"{name}-{fingerprint}"
-        if earlier.exists():
+        places = sorted(archive.glob(f"{name}-{fingerprint}*"))  # one that was not moved to its end has no fingerprint
+        earlier = next((place for place in places if _fingerprint_in(place) == fingerprint), None)
+        if earlier:
             move(earlier, folder)
         else:
             folder.mkdir(parents=True)

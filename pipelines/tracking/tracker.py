@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -18,13 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kforcing.remote import uri_of
 from pipelines.config.overrides import leaves
 from pipelines.config.stages import RunSpec
 from pipelines.data.tokenise import Prepared
 from pipelines.files import strict_json
 from pipelines.log import ids, log, without_passwords
 from pipelines.runs.stages import run_id
-from pipelines.storage import push
+from pipelines.storage import upload
 from pipelines.tracking.metrics import RunMetrics
 from pipelines.tracking.pipeline_runs import OpenStage, PipelineRuns
 
@@ -64,9 +66,6 @@ class Tracker:
             with open(self.log, "a") as file:
                 file.write("\n" + line if self._cut else line)  # after a failure the last line may be cut
             self._cut = False
-            if record.get("event") in ("stage_ended", "run_ended") or time.monotonic() > self._pushed + PUSH_S:
-                self._pushed = time.monotonic()
-                push(self.log)
         except OSError as error:
             first, self._cut = not self._cut, True
             if first:
@@ -74,6 +73,17 @@ class Tracker:
                     f"{self.log} cannot be written ({error.strerror or error}); records are missing from it until it can be",
                     extra=KEPT,
                 )
+
+    def _upload_log(self) -> None:
+        """Upload what the log of a run directory in object storage has now; a failure costs a warning."""
+        if uri_of(self.log) is None:
+            return
+        self._pushed, snapshot = time.monotonic(), self.log.with_name(".log.jsonl")
+        try:
+            shutil.copyfile(self.log, snapshot)
+            upload(snapshot, self.log)
+        except OSError as error:
+            log.warning(f"{self.log} is not uploaded ({error}); it will be tried again", extra=KEPT)
 
     def _mlflow_failed(self, problem: str, first: bool) -> None:
         text = f"{without_passwords(problem)}; see {self.log}"
@@ -107,6 +117,7 @@ class Tracker:
             done.set()
             pump.join(timeout=30)
             self.write(event="stage_ended", status=status)
+            self._upload_log()
             ids.pop("stage", None)
             self.prometheus.ended(name)
             self.mlflow.close(status)
@@ -116,6 +127,8 @@ class Tracker:
         while True:
             last = done.wait(0.5)
             self.prometheus.repeat()
+            if time.monotonic() > self._pushed + PUSH_S:
+                self._upload_log()
             try:
                 records = self.drain()
             except Exception as error:  # the mailbox restarts empty; training does not depend on it
@@ -147,6 +160,7 @@ class Tracker:
             self.mlflow.finish(status)
         finally:
             self.write(event="run_ended", status=status, **({"error": error} if error else {}))
+            self._upload_log()
             log.removeHandler(self._lines)
             ids.clear()
 

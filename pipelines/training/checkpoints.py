@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ def set_changed_aside(folder: Path) -> None:
     while latest := latest_checkpoint(folder):
         place = folder / latest["tag"]
         wrong = changed(fetch(place), latest.get("crc32", {}))
+        if wrong and uri_of(place):  # the copy may be what has changed
+            shutil.rmtree(place)
+            wrong = changed(fetch(place), latest.get("crc32", {}))
         if not wrong:
             break
         aside = folder / f"changed-{place.name}"

@@ -32,6 +32,8 @@ from pipelines.training.guard import StepFigures
 from pipelines.training.schedule import ema_decay
 
 MUON_MOMENTUM = 0.95
+CONVERTED = "converted.txt"
+"""File of a converted checkpoint that is there when all others are."""
 SAFE_CLASSES = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
@@ -280,8 +282,9 @@ def _load_trained(src: dict[str, Any], dst: nn.Module) -> None:
 
 def _universal(folder: Path, tag: str) -> str:
     """Convert a checkpoint of another world size; returns the tag of the result."""
-    if dist.get_rank() == 0 and not (folder / f"{tag}-universal").exists():
-        with atomic_folder(folder / f"{tag}-universal") as partial:
+    if dist.get_rank() == 0 and f"{tag}-universal/{CONVERTED}" not in sizes(folder):
+        remove(folder / f"{tag}-universal")
+        with atomic_folder(folder / f"{tag}-universal", CONVERTED) as partial:
             places = ["--input_folder", str(folder / tag), "--output_folder", str(partial)]
             line = [sys.executable, "-m", __name__, *places, "--inject_missing_state", "--num_extract_workers", "1"]
             done = subprocess.run([*line, "--num_merge_workers", "1"], capture_output=True, text=True)
@@ -289,6 +292,7 @@ def _universal(folder: Path, tag: str) -> str:
                 raise StageError(
                     f"cannot convert checkpoint {folder / tag} to another number of workers:\n{done.stderr[-2000:]}"
                 )
+            (partial / CONVERTED).write_text(tag)
     dist.barrier()
     fetch(folder / f"{tag}-universal")
     return f"{tag}-universal"

@@ -42,6 +42,9 @@ class TrainJob:
     text_k: int | None = None
     """Tokens of the blocks that are the text's own (`targets=text`); None for other training."""
 
+    lease: str | None = None
+    """Lease by which workers may write to the URI of the stage (see `pipelines.storage.adopt`)."""
+
     @property
     def place(self) -> Path:
         """Folder of the stage on this node."""

@@ -30,7 +30,7 @@ from pipelines.data.rows import positions_of
 from pipelines.failures import Exit, cause_of
 from pipelines.files import added_files, atomic_write
 from pipelines.runs.stages import StageError
-from pipelines.storage import remove, remove_file
+from pipelines.storage import adopt, remove, remove_file
 from pipelines.tracking.metrics import count
 from pipelines.training import deepspeed_engine as strategy
 from pipelines.training.checkpoints import latest_checkpoint, set_changed_aside
@@ -149,6 +149,7 @@ def train_worker(job: TrainJob, relay: Any) -> None:
     import ray.train
 
     train, checkpoints = job.train, job.checkpoints
+    adopt(job.lease)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(max(1, int(train.cpus_per_worker)))
@@ -185,6 +186,8 @@ def train_worker(job: TrainJob, relay: Any) -> None:
     weights = strategy.whole_weights(engine, average)
     if rank == 0:
         export(job, weights)
+    if uri_of(checkpoints):  # the copies of this node
+        shutil.rmtree(checkpoints, ignore_errors=True)
     watch.close()
 
 

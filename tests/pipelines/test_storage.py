@@ -20,7 +20,7 @@ from pipelines.data.token_store import TokenStore, is_complete, shard_entries, w
 from pipelines.failures import Exit, cause_of
 from pipelines.files import added_files, atomic_folder, atomic_write, write_json
 from pipelines.runs.stages import claim, locked, open_stage
-from pipelines.storage import held, move, probe, push, remove, remove_file, sizes
+from pipelines.storage import adopt, held, lease_of, move, probe, push, remove, remove_file, sizes
 from tests.pipeline_runs import ROOT
 from tests.waiting import wait_until
 
@@ -115,6 +115,28 @@ def test_a_stage_of_other_settings_comes_back_from_the_archive_of_the_uri(store,
     assert {"k2/figures.json", "k2/stage.json", "archive/k2-two/stage.json"} == sizes(local(uri)).keys()
 
 
+def test_a_stage_whose_move_to_the_archive_was_cut_comes_back_whole(store):
+    uri, _ = store
+    local(uri).mkdir(parents=True)
+    write_json(open_stage(local(uri), "k2", "one").folder / "figures.json", [1])
+    cut = local(uri) / "archive" / "k2-one"
+    cut.mkdir(parents=True)
+    atomic_write(cut / "weights", "of a move that was killed")
+    open_stage(local(uri), "k2", "two")
+    assert (open_stage(local(uri), "k2", "one").folder / "figures.json").exists()
+
+
+def test_a_folder_is_removed_without_its_marks_first(store):
+    uri, faults = store
+    local(uri).mkdir(parents=True)
+    for name in ("a.bin", "manifest.json", "z.bin"):
+        atomic_write(local(uri) / name, name)
+    faults.status_of = lambda number, environ: 403 if "delete" in environ["QUERY_STRING"] else None
+    with pytest.raises(RemoteError):
+        remove(local(uri))
+    assert sizes(local(uri)).keys() == {"a.bin", "z.bin"}
+
+
 def write_store(place):
     rng = np.random.default_rng(0)
     entries = []
@@ -175,12 +197,14 @@ def test_the_copy_of_a_locked_directory_has_the_state_and_no_weights(store, tmp_
     with locked(local(uri), "toy"):
         write_json(open_stage(local(uri), "k2", "one").folder / "manifest.json", {"fingerprint": "one"})
         atomic_write(local(uri) / "k2" / "model.safetensors", os.urandom(remote.SMALL))
+        atomic_write(local(uri) / "log.jsonl", b"x" * 2 * remote.SMALL)
         (local(uri) / "k2" / "unfinished").write_text("of a run that died")
     for cache in ("cache", "another machine"):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
         with locked(local(uri), "toy"):
             assert open_stage(local(uri), "k2", "one").manifest == {"fingerprint": "one"}
             assert not (local(uri) / "k2" / "unfinished").exists()
+            assert (local(uri) / "log.jsonl").stat().st_size == 2 * remote.SMALL
     assert not (local(uri) / "k2" / "model.safetensors").exists()
 
 
@@ -235,7 +259,7 @@ def interruptible():
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     yield
     signal.signal(signal.SIGTERM, before)
-    storage._lost.clear()
+    storage._holds.clear()
     remote._file_system.cache_clear()
 
 
@@ -262,6 +286,26 @@ def test_a_driver_whose_lease_is_gone_stops_and_writes_no_more(store, interrupti
         run()
     assert error.value.exit_code == Exit.BUSY
     assert sizes(folder) == {}
+
+
+def test_a_worker_writes_only_while_its_driver_holds_the_lease(store, interruptible):
+    uri, _ = store
+    folder = local(uri)
+    folder.mkdir(parents=True)
+    with held(folder, BUSY, life_s=60):
+        lease = lease_of(f"{uri}/k2")
+        storage._holds.clear()  # a worker is another process
+        adopt(lease)
+        atomic_write(folder / "latest.json", "{}")
+        remove(folder / "lease")  # by a driver that found it ended
+        for write in (
+            lambda: atomic_write(folder / "latest.json", "late"),
+            lambda: remove_file(folder / "latest.json"),
+        ):
+            with pytest.raises(RemoteError, match="the lease of the run directory is lost"):
+                write()
+        storage._holds[uri] = storage.Hold(lease, storage._clock() + 60)
+    assert read_bytes(f"{uri}/latest.json") == b"{}"
 
 
 def test_a_driver_that_cannot_renew_its_lease_in_time_stops(store, interruptible, monkeypatch):

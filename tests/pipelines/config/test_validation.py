@@ -116,6 +116,7 @@ def files(tmp_path):
         (["eval.prompt_tokens=40"], "exceeds data.block=32"),
         (["eval.new_tokens=600"], "exceeds the teacher's 512 positions"),
         (["teacher.path={files}"], "no causal LM there"),
+        (["output_dir=s3://bucket"], "output_dir=s3://bucket is a whole bucket; give a folder in it"),
         (["output_dir=ftp://host/run"], "output_dir: ftp://host/run: ftp:// is not known"),
         (["data.cache_dir=s3://bucket/a?b"], r"data.cache_dir: s3://bucket/a\?b is no URI of a folder"),
         (["output_dir={files}"], "is not a run directory"),
