@@ -72,7 +72,7 @@ def local(place: str | Path) -> Path:
     scheme, found, rest = str(place).partition("://")
     if not found:
         return Path(place)
-    shown = f"{scheme}://{re.sub('^.*@', '***@', rest.partition('?')[0])}"
+    shown = f"{scheme}://{re.sub('^[^/]*@', '***@', rest.partition('?')[0])}"
     if scheme == "file":
         return Path(unquote(rest.removeprefix("localhost")))
     if scheme not in SCHEMES:
@@ -82,7 +82,7 @@ def local(place: str | Path) -> Path:
     user, at, _ = bucket.rpartition("@")
     if not bucket or "?" in rest or "#" in rest or ":" in user or (at and scheme not in ("abfs", "abfss")):
         raise ValueError(
-            f"{shown} is no URI of a folder; write {scheme}://BUCKET/PATH, and give "
+            f"{shown} is no URI of a folder; write {scheme}://BUCKET/PATH without keys and queries, and give "
             "endpoint and credentials in the environment"
         )
     return Path(_copies(), _store(scheme), bucket, *(name for name in names if name))
