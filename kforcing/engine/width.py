@@ -23,7 +23,10 @@ FIRST_LOOK = 2
 LOOK_SOON = 32
 """Steps after which a width that was not chosen is timed again, for one step. They double with each time, up to `LOOK_AGAIN`:
 one step may have been slow by chance, and several seldom are."""
-LOOK_AGAIN = 256
+LOOK_AGAIN = 128
+STALE = 16
+"""Steps of other widths after which a width's former times are forgotten when it is timed again: other work on the machine
+may have begun or ended since."""
 GAIN = 1.03
 """A wider block is taken only if its tokens a second are more than this times those of the narrowest one, because the
 acceptance of drafts is an estimate."""
@@ -79,8 +82,9 @@ class WidthChooser:
         """Note the seconds of a step of this width."""
         timing = self._timings[_bucket(requests), width]
         self._observations += 1
-        if timing.steps == 1:
-            timing.recent.clear()  # the first step of a shape chooses kernels and is not typical
+        # The first step of a shape chooses kernels and is not typical.
+        if timing.steps == 1 or self._observations - timing.last > STALE:
+            timing.recent.clear()
         timing.recent.append(seconds)
         timing.steps += 1
         timing.last = self._observations
