@@ -20,8 +20,8 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _start(rank, function, world, folder, args):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+def _start(rank, function, world, folder, environment, args):
+    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
     # The ranks meet in a file: a port that was free when the parent chose it may be taken when rank 0 listens.
     dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=world)
@@ -33,4 +33,6 @@ def _start(rank, function, world, folder, args):
 def run_ranks(world, function, *args):
     multiprocessing.set_forkserver_preload([function.__module__])
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_start, (function, world, folder, args), nprocs=world, start_method="forkserver")
+        # The server has the environment of the time when it was started.
+        given = (function, world, folder, dict(os.environ), args)
+        mp.start_processes(_start, given, nprocs=world, start_method="forkserver")

@@ -117,7 +117,7 @@ def _append(rows: pa.Table, schema: pa.Schema, *values: np.ndarray | Tensor) -> 
 def _columns(schema: pa.Schema, *values: np.ndarray | Tensor) -> list[pa.Array]:
     columns = []
     for field, value in zip(schema, values, strict=True):
-        array = value if isinstance(value, np.ndarray) else value.cpu().numpy()
+        array = value.cpu().numpy() if hasattr(value, "cpu") else value
         if pa.types.is_fixed_size_list(field.type):
             numbers = array.astype(field.type.value_type.to_pandas_dtype())
             columns.append(fixed_list(numbers.reshape(len(array), field.type.list_size)))

@@ -276,7 +276,12 @@ function verdict(ar, student) {
 function followTheEnd() {
   let atEnd = true;
   const end = () => document.documentElement.scrollHeight;
-  window.onscroll = () => (atEnd = window.scrollY + window.innerHeight > end() - 50);
+  let before = 0;
+  window.onscroll = () => {
+    // The page may have grown between our own scrolling and this event; only a reader scrolls up.
+    atEnd = (atEnd && window.scrollY >= before) || window.scrollY + window.innerHeight > end() - 50;
+    before = window.scrollY;
+  };
   new ResizeObserver(() => atEnd && window.scrollTo(0, end())).observe($("messages"));
 }
 

@@ -113,6 +113,7 @@ def open_requests(model):
 def test_200_concurrent_streams_end_with_a_whole_answer_or_with_429(served):
     """Either a whole answer or a deliberate 429."""
     url, service = served
+    threads = threading.active_count()
 
     async def one(client, seed):
         body = {"prompt": "abc", "max_tokens": 20, "seed": seed, "stream": True, "ignore_eos": True}
@@ -130,4 +131,4 @@ def test_200_concurrent_streams_end_with_a_whole_answer_or_with_429(served):
     assert all(lines[-1] == "data: [DONE]" for code, lines in answers if code == 200)
     assert sum(code == 200 for code, _ in answers) >= 44
     assert service.models["tiny"].async_engine.pending == 0
-    assert threading.active_count() < 50
+    assert threading.active_count() < threads + 48

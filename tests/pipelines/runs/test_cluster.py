@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import re
 import signal
 import socket
@@ -139,7 +140,8 @@ def test_a_run_waits_for_the_nodes_of_a_cluster_that_grows(tmp_path):
         Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}),
         tmp_path / "out.txt",
     )
-    env, line = environment(RAY_ADDRESS=cluster.address), [sys.executable, "-c", JOINING]
+    mode = {name: value for name, value in os.environ.items() if name == "RAY_AUTH_MODE"}  # `ray.init` sets it for good
+    env, line = environment(RAY_ADDRESS=cluster.address, **mode), [sys.executable, "-c", JOINING]
     try:
         refused = subprocess.run([*line, "0"], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120)
         problem = (

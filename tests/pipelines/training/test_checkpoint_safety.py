@@ -47,7 +47,10 @@ def test_a_checkpoint_that_would_run_code_is_refused_in_one_line(tmp_path, form)
         "plain": lambda file: file.write_bytes(pickle.dumps(Evil(marker))),
     }[form]
     file = planted(tmp_path, write)
-    job = SimpleNamespace(folder=str(tmp_path), stage="k2", train=SimpleNamespace(muon_lr=None))
+    train = SimpleNamespace(muon_lr=None)
+    job = SimpleNamespace(
+        folder=str(tmp_path), place=tmp_path, checkpoints=tmp_path / "checkpoints", stage="k2", train=train
+    )
     reason = {"torch": "beside tensors it holds ", "plain": "it is not a file that torch.save wrote ("}[form]
     with pytest.raises(StageError, match="could run code") as error:
         fit(job, None)
