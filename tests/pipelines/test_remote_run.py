@@ -11,7 +11,7 @@ from kforcing import LLM, SamplingParams
 from kforcing.remote import listing, read_bytes
 from pipelines.failures import Exit
 from pipelines.storage import LEASE_S
-from tests.pipeline_runs import command, environment, run_command
+from tests.pipeline_runs import LONG_K2, command, environment, run_command
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
@@ -23,7 +23,7 @@ def test_a_run_in_object_storage_gives_the_weights_of_a_local_one_and_goes_on_on
     """The server fails every tenth request. The first driver is killed in the middle of k4."""
     uri, faults = store
     faults.fail_every(10)
-    line = command("distill.py", "--recipe", "smoke", f"output_dir={uri}/runs/a", "train.checkpoint_every=4")
+    line = command("distill.py", "--recipe", "smoke", LONG_K2, f"output_dir={uri}/runs/a", "train.checkpoint_every=4")
     first, second = ({"XDG_CACHE_HOME": str(tmp_path / name)} for name in ("machine 1", "machine 2"))
     output = tmp_path / "output.txt"
     with open(output, "w") as file:
