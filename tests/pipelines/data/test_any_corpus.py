@@ -217,6 +217,7 @@ def cases(count):
     return settings(max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=quiet)
 
 
+@pytest.mark.long
 @cases(100)
 @given(corpora())
 def test_any_corpus_is_read_as_written_or_refused_in_one_line(case):

@@ -52,6 +52,7 @@ def trained(folder, steps=40):
     return losses, step.model.eval()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_student_of_each_family_learns_from_text_and_gives_the_ar_models_text(family, tmp_path):
     torch.manual_seed(0)
