@@ -88,7 +88,7 @@ def gumbel_max(logits: Tensor, z: Tensor, temperature: Tensor | float = 1.0, ids
     """
     if ids is None:
         return _by_rows(_gumbel_max, logits, z, temperature, RACE_ENTRIES if can_race(logits) else None)
-    return ids[first_largest(_scores(logits, race_words(z, ids), temperature)[0])]
+    return ids[first_largest(_scores(logits, race_words(z.to(torch.float64), ids), temperature)[0])]
 
 
 @dataclass(frozen=True)
@@ -118,36 +118,30 @@ def gumbel_candidates(logits: Tensor, z: Tensor, temperature: Tensor | float, m:
         logits, z, temperature: see `gumbel_max`.
         m: how many, at most V.
     """
-    left = _may_win(logits, z, temperature, m)
-    if left is None:
-        ids = torch.arange(logits.shape[-1], device=z.device)
-        scores, race = _scores(logits, race_words(z, ids), temperature)
-        places = scores.topk(m, dim=-1, sorted=False).indices.sort(dim=-1).values
-        return Candidates(places, race.gather(-1, places))
+    left = _left(logits, z, temperature, m)
     scores, race = _scores(left.logits, left.words, temperature)
     places = scores.topk(m, dim=-1, sorted=False).indices.sort(dim=-1).values
     return Candidates(left.ids.gather(-1, places), race.gather(-1, places))
 
 
 def _gumbel_max(logits: Tensor, z: Tensor, temperature: Tensor | float) -> Tensor:
-    left = _may_win(logits, z, temperature, 1)
-    if left is None:
-        ids = torch.arange(logits.shape[-1], device=z.device)
-        return first_largest(_scores(logits, race_words(z, ids), temperature)[0])
+    left = _left(logits, z, temperature, 1)
     if left.ids.shape[-1] == 1:
         return left.ids.squeeze(-1)
     scores, _ = _scores(left.logits, left.words, temperature)
-    return left.ids.gather(-1, scores.argmax(dim=-1, keepdim=True)).squeeze(-1)
+    return left.ids.gather(-1, first_largest(scores)[..., None]).squeeze(-1)
 
 
-def _may_win(logits: Tensor, z: Tensor, temperature: Tensor | float, best: int) -> Left | None:
-    """The tokens that may be among the `best`, (..., n) each; None where that would be all tokens."""
-    if not can_race(logits, best):
-        return None
-    V, shape = logits.shape[-1], logits.shape[:-1]
-    temperature_R = torch.as_tensor(temperature, dtype=torch.float64).expand(shape).reshape(-1)
-    found = may_win(logits.reshape(-1, V), z.to(torch.float64).expand(shape).reshape(-1), temperature_R, best)
-    return found and Left(*(x.view(*shape, -1) for x in found))
+def _left(logits: Tensor, z: Tensor, temperature: Tensor | float, best: int) -> Left:
+    """The tokens that may be among the `best`, (..., n) each: all tokens where the kernel cannot tell."""
+    V, shape, z = logits.shape[-1], logits.shape[:-1], z.to(torch.float64)
+    if can_race(logits, best):
+        temperature_R = torch.as_tensor(temperature, dtype=torch.float64).expand(shape).reshape(-1)
+        found = may_win(logits.reshape(-1, V), z.expand(shape).reshape(-1), temperature_R, best)
+        if found:
+            return Left(*(x.view(*shape, -1) for x in found))
+    ids = torch.arange(V, device=z.device)
+    return Left(ids.expand(logits.shape), race_words(z, ids), logits)
 
 
 def _scores(logits: Tensor, words: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor]:

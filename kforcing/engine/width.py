@@ -24,6 +24,7 @@ LOOK_SOON = 32
 """Steps after which a width that was not chosen is timed again, for one step. They double with each time, up to `LOOK_AGAIN`:
 one step may have been slow by chance, and several seldom are."""
 LOOK_AGAIN = 128
+"""The most steps after which a width that was not chosen is timed again."""
 STALE = 16
 """Steps of other widths after which a width's former times are forgotten when it is timed again: other work on the machine
 may have begun or ended since."""

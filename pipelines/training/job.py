@@ -29,7 +29,7 @@ class TrainJob:
 
     stage: str
     folder: str
-    """Folder of the stage; as the folders below a path that every node sees, or a URI, of which each node has a copy."""
+    """Folder of the stage: a path that every node sees, or a URI, of which each node has a copy."""
     store: str
     """Token store, or rollout store when rollouts are cached."""
     seed: int

@@ -4,6 +4,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from kforcing.chunking import CHUNK
 from pipelines.config.fingerprint import fingerprint, material
 from pipelines.config.help import describe_fields
 from pipelines.config.overrides import apply, override
@@ -173,3 +174,7 @@ def test_the_papers_recipes_carry_the_papers_settings():
         assert (config.data.block, config.teacher.hidden, config.teacher.layers) == (length, 768, 12)
         assert (t.batch, t.lr, t.steps, t.ema, t.clip, t.eps) == (512, 1e-4, 500_000, 0.999, 1.0, 1e-6)
         assert (t.schedule, t.weight_decay, t.beta2) == ("constant", 0.0, 0.999)
+
+
+def test_the_default_of_loss_chunk_is_the_one_of_the_losses():
+    assert TrainConfig().loss_chunk == CHUNK
