@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,18 +12,26 @@ from torch import Tensor
 from kforcing.engine.runner import ModelRunner, StepShape
 
 Replay = Callable[[], Tensor]
+CAPTURE_AT = 3
+"""A shape's graph is captured at this use. A capture takes as long as some ten steps without a graph, and shapes between two
+widths or at the edge of a bucket occur once."""
 
 
 class Graphs:
-    """`ModelRunner.step` with the same arguments; the first call of each shape captures a graph."""
+    """`ModelRunner.step` with the same arguments; a shape that occurs often is captured as a graph."""
 
     def __init__(self, runner: ModelRunner, capture: Callable[[Callable[[], Tensor]], Replay]):
         self.runner, self.capture = runner, capture
         self.replays: dict[StepShape, Replay] = {}
+        self.uses = Counter[StepShape]()
+        """Of each shape, the steps that were no replay: they take much longer."""
 
     def __call__(self, shape: StepShape) -> Tensor:
         """See `ModelRunner.step`. The result is a copy, because the next replay writes to the same memory."""
         if shape not in self.replays:
+            self.uses[shape] += 1
+            if self.uses[shape] < CAPTURE_AT:
+                return self.runner.step(shape)
             # Warming up and capturing run the step, so what it changes is put back. Keys and values are not: the real
             # step writes the same columns before it reads them.
             state = self.runner.step_state()

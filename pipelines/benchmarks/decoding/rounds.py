@@ -134,7 +134,8 @@ class EngineRounds:
             first = engine.stats.slot_steps
             self._start()
             ids = [sequence.id for sequence in engine.scheduler.running]
-            self._advance(self.work.tokens * (self.work.rounds + 1))
+            for _ in range(self.work.rounds + 1):  # in the steps of the rounds, so that lengths do not go beyond these
+                self._advance(self.work.tokens)
             for id in ids:
                 engine.cancel(id)
             engine.step()

@@ -6,7 +6,9 @@ import random
 import pytest
 
 from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
+from kforcing.engine.graphs import CAPTURE_AT, Graphs
 from kforcing.engine.width import ENOUGH_BLOCKS, FIRST_LOOK, LOOK_AGAIN, LOOK_SOON, WidthChooser
+from tests.kforcing.engine.scenes import run_eagerly
 from tests.kforcing.engine.test_exact import alone, student
 
 
@@ -151,3 +153,19 @@ def test_fixed_requests_keep_their_block_length_whatever_the_width_of_others():
     done = engine.generate([fixed, *(Request([i, 2], 20, seed=i) for i in range(3))])
     assert done[0].tokens == alone(m, fixed, "gumbel", 3)
     assert done[0].steps == 6
+
+
+def test_a_shape_is_captured_at_its_third_use_and_only_replays_are_timed():
+    engine = Engine(student("all hints"), EngineConfig(max_model_len=200, acceptance="exact"))
+    graphs, timed = Graphs(engine.runner, capture=run_eagerly), []
+    engine._step, engine._buckets = graphs, True
+    engine.widths.step = lambda requests, width, seconds: timed.append(graphs.uses.total())
+    engine.submit(Request([1, 2, 3], 150))
+    calls = []  # whether each call replayed a graph, and whether it was timed
+    while not engine.idle:
+        uses, times = graphs.uses.total(), len(timed)
+        engine.step()
+        calls.append((graphs.uses.total() == uses, len(timed) > times))
+    assert set(graphs.replays) == {shape for shape, uses in graphs.uses.items() if uses == CAPTURE_AT == 3}
+    assert (True, True) in calls
+    assert (False, True) not in calls
