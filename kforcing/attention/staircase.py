@@ -135,7 +135,7 @@ def staircase_attention(
 ) -> Tensor:
     """Attention of block entries to their context and to their own window: (B, S, H, E) in the dtype of the queries.
 
-    Differentiable once, in all five tensors.
+    Differentiable once, in all five tensors. Under autocast the tensors are cast to its dtype, as stock kernels do.
 
     Args:
         q_BHSE: queries, window by window.
@@ -146,9 +146,11 @@ def staircase_attention(
         staircase: which context each window sees.
         scale: factor of the scores.
     """
-    return _StaircaseAttention.apply(  # type: ignore[no-untyped-call]
-        q_BHSE, keys_BJNE, values_BJNE, own_keys_BJWTE, own_values_BJWTE, staircase, scale
-    )
+    tensors, device = [q_BHSE, keys_BJNE, values_BJNE, own_keys_BJWTE, own_values_BJWTE], q_BHSE.device.type
+    if torch.is_autocast_enabled(device):
+        tensors = [x.to(torch.get_autocast_dtype(device)) for x in tensors]
+    with torch.autocast(device, enabled=False):
+        return _StaircaseAttention.apply(*tensors, staircase, scale)  # type: ignore[no-untyped-call]
 
 
 class _StaircaseAttention(torch.autograd.Function):

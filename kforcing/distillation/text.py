@@ -29,7 +29,7 @@ from kforcing.distillation.losses import LossSums
 from kforcing.modeling import PushForwardLM
 from kforcing.noise import race_words
 
-TEXT_LOSSES = ("kl", "tv", "blend")
+TEXT_LOSSES = ("kl", "tv", "blend", "length")
 LIKELIEST = 32
 """Of a position's tokens, how many are among those that matter when the loss is computed on some of them."""
 MATCH_STRIDE = 32
@@ -81,7 +81,9 @@ class TextStep(nn.Module):
         model: a sequential student with a frozen trunk.
         loss: `kl`, the divergence of the student from the AR model; `tv`, 0.9 times their total variation plus 0.1
             times the divergence (acceptance under a coupling is a function of the total variation); `blend`, the
-            divergence where they are far apart and the total variation where they are near (LK losses, arXiv 2602.23881).
+            divergence where they are far apart and the total variation where they are near (LK losses, arXiv 2602.23881);
+            `length`, 0.9 times the share of drafts that a maximal coupling rejects, where a draft counts only if those
+            before it are accepted, plus 0.1 times the divergence.
         sampled: how many tokens of the vocabulary, drawn at random for each chunk, stand for all that the AR model finds
             unlikely; 0 for the whole vocabulary. The LM head of the student is most of the arithmetic of a step.
         chunk: number of tokens whose logits exist at the same time.
@@ -200,6 +202,8 @@ class _ChunkLoss:
         tv = (logq.exp() - p).abs().sum(dim=-1) / 2
         if self.step.loss == "tv":
             return 0.9 * tv + 0.1 * kl, kl.detach()
+        if self.step.loss == "length":
+            return 0.9 * (1 - (1 - tv).cumprod(dim=-1)) + 0.1 * kl, kl.detach()
         weight = torch.exp(-3 * (1 - tv.detach()))
         return weight * kl + (1 - weight) * tv, kl.detach()
 

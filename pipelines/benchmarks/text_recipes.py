@@ -58,9 +58,7 @@ CURVE = 50
 """Points of an arm's curve at most."""
 
 
-EFFECTIVE = (
-    r"student\..+|loss|seed|train\.(?!workers|precision|zero_stage|loss_chunk|checkpoint|log_every|max_failures).+"
-)
+EFFECTIVE = r"student\..+|loss|seed|train\.(?!workers|zero_stage|loss_chunk|checkpoint|log_every|max_failures).+"
 """What an arm may change."""
 
 

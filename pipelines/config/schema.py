@@ -308,10 +308,11 @@ class Config:
     """Where the targets come from. `self` and `ar` roll out windows, the former from stage k=2 on by two passes of the
     previous student (the paper's self-forcing), the latter by the AR teacher. With `text` the blocks are the tokens of the
     text itself, labelled by the AR model inside a sequential student, and the run has the one stage of student.k."""
-    loss: Literal["hard", "soft", "kl", "tv", "blend"] = "hard"
+    loss: Literal["hard", "soft", "kl", "tv", "blend", "length"] = "hard"
     """Of rolled-out targets: `hard`, −log p of the target token, or `soft`, KL divergence from the teacher's distribution
     given the tokens before it (for read-outs whose logits are distributions). With targets=text: `kl`, `tv` (total
-    variation and a tenth of the divergence) or `blend` (divergence far from the teacher, total variation near it)."""
+    variation and a tenth of the divergence), `blend` (divergence far from the teacher, total variation near it) or `length`
+    (how many drafts are rejected, and a tenth of the divergence)."""
     data: DataConfig = field(default_factory=DataConfig)
     """Corpus."""
     self_text: SelfTextConfig = field(default_factory=SelfTextConfig)

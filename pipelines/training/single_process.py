@@ -86,6 +86,8 @@ def train_here(
 ) -> float:
     """Make `train.steps` optimiser steps, and set the weights to their moving average. Returns the seconds that it took.
 
+    With `train.precision=bf16`, products are computed in bf16; weights and their optimiser states stay in fp32.
+
     Args:
         module: maps a batch to `LossSums`; it is moved to the device of this process.
         batches: the micro-batches of each step.
@@ -106,7 +108,7 @@ def train_here(
         for optimizer in optimizers:
             set_learning_rates(optimizer.param_groups, step, train, muon=isinstance(optimizer, torch.optim.Muon))
             optimizer.zero_grad()
-        total = _backward(module, batches(step, train.steps))
+        total = _backward(module, batches(step, train.steps), bf16=train.precision == "bf16")
         loss, tokens = total.loss.item(), total.tokens
         for parameter in trained:
             if parameter.grad is not None:
@@ -133,11 +135,12 @@ def train_here(
     return earlier + time.monotonic() - started
 
 
-def _backward(module: nn.Module, micro_batches: list[Any]) -> LossSums:
+def _backward(module: nn.Module, micro_batches: list[Any], bf16: bool) -> LossSums:
     """Add the gradients of all micro-batches of a step to the parameters; returns their sums."""
     total: LossSums | None = None
     for batch in micro_batches:
-        sums = module(batch)
+        with torch.autocast(pick_device().type, torch.bfloat16, enabled=bf16):
+            sums = module(batch)
         sums.loss.backward()
         sums.loss = sums.loss.detach()
         total = sums if total is None else total + sums

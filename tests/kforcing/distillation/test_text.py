@@ -48,7 +48,13 @@ def test_loss_is_the_sum_over_tokens_after_the_first(backbone, loss, chunk):
     kl = (logp.exp() * (logp - logq)).sum(-1)
     tv = (logp.exp() - logq.exp()).abs().sum(-1) / 2
     weight = torch.exp(-3 * (1 - tv))
-    expected = {"kl": kl, "tv": 0.9 * tv + 0.1 * kl, "blend": weight * kl + (1 - weight) * tv}[loss]
+    rejected = 1 - (1 - tv).cumprod(dim=-1)
+    expected = {
+        "kl": kl,
+        "tv": 0.9 * tv + 0.1 * kl,
+        "blend": weight * kl + (1 - weight) * tv,
+        "length": 0.9 * rejected + 0.1 * kl,
+    }[loss]
     torch.testing.assert_close(sums.loss, expected.sum(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sums.nll_K, torch.cat([torch.zeros(1), kl.sum(0)]), rtol=1e-4, atol=1e-4)
     assert sums.windows == 8
@@ -112,7 +118,7 @@ def test_a_step_of_training_lowers_the_loss():
         (lambda: PushForwardLM.from_backbone(make_backbone(), 4), "kl", "readout=argmax"),
         (lambda: make_sequential(make_backbone(), 4, freeze_trunk=False), "kl", "frozen trunk"),
         (lambda: make_sequential(make_backbone(), 1), "kl", "k=1"),
-        (lambda: make_sequential(make_backbone(), 4), "ce", "loss=ce: choose one of kl, tv, blend"),
+        (lambda: make_sequential(make_backbone(), 4), "ce", "loss=ce: choose one of kl, tv, blend, length"),
     ],
 )
 def test_unfit_students_and_unknown_losses_are_refused(model, loss, message):

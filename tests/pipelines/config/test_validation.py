@@ -133,8 +133,8 @@ def files(tmp_path):
         (["student.design.readout=argmax", "student.design.coupling=inverse_cdf"], "loss=soft with .*readout=argmax"),
         (["student.design.sequential.hints=some"], "hints=some: choose one of none, copy, adapter"),
         (["student.design.sequential.hint_layers=3"], "the teacher has 2 layers"),
-        (["loss=medium"], "loss=medium: choose one of hard, soft, kl, tv, blend"),
-        (["targets=text"], "targets=text with loss=soft: targets=text goes with loss=kl, tv, blend"),
+        (["loss=medium"], "loss=medium: choose one of hard, soft, kl, tv, blend, length"),
+        (["targets=text"], "targets=text with loss=soft: targets=text goes with loss=kl, tv, blend, length"),
         (["loss=kl"], "targets=ar with loss=kl"),
         (
             ["targets=text", "loss=kl", "student.design.sequential.freeze_trunk=false"],

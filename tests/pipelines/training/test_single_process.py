@@ -70,3 +70,20 @@ def test_a_damaged_file_is_named_and_the_training_ends_as_an_undisturbed_one_doe
     assert torch.equal(again, whole)
     assert seen == list(range(6))
     assert f"{file} does not hold what was written to it; its training starts anew" in caplog.text
+
+
+class Recording(Squares):
+    """Keeps the type of its products."""
+
+    def forward(self, x):
+        self.products = (x @ self.weight.T).dtype
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("precision", "products"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_with_bf16_products_are_rounded_and_weights_stay_in_fp32(precision, products):
+    module = Recording(64, 2)
+    train = dataclasses.replace(TRAIN, steps=1, warmup=0, precision=precision)
+    train_here(module, lambda *_: [torch.ones(4, 64)], train, "squares", ("store", 0))
+    assert module.products == products
+    assert module.weight.dtype == torch.float32
