@@ -139,15 +139,15 @@ def hf() -> Config:
 
 def quickstart() -> Config:
     """A k=4 student of SmolLM2-135M-Instruct in 30 minutes of two cores, trained on conversations that it wrote itself."""
-    return _smollm2("quickstart", steps=400)
+    return _smollm2("quickstart", steps=400, hint_layers=1)
 
 
 def smollm2() -> Config:
-    """`quickstart` with an evening of two cores."""
-    return _smollm2("smollm2", steps=4000)
+    """`quickstart` with an evening of two cores, and three hint layers."""
+    return _smollm2("smollm2", steps=4000, hint_layers=3)
 
 
-def _smollm2(name: str, steps: int) -> Config:
+def _smollm2(name: str, steps: int, hint_layers: int) -> Config:
     config = Config(
         name,
         data=DataConfig(source="smollm2-chat", block=256, docs_per_shard=64),
@@ -170,8 +170,8 @@ def _smollm2(name: str, steps: int) -> Config:
         ),
         eval=EvalConfig(blocks=16, windows=16, prompt_tokens=48, new_tokens=96, batch=8),
     )
-    config = sequential(config, hint_layers=1, shortlist=64, draft_rank=128)
-    return dataclasses.replace(config, targets="text", loss="tv")
+    config = sequential(config, hint_layers=hint_layers, shortlist=64, draft_rank=128)
+    return dataclasses.replace(config, targets="text", loss="length")
 
 
 RECIPES: dict[str, Callable[[], Config]] = {
