@@ -156,11 +156,11 @@ def test_fixed_requests_keep_their_block_length_whatever_the_width_of_others():
 
 
 def test_a_shape_is_captured_at_its_third_use_and_only_replays_are_timed():
-    engine = Engine(student("all hints"), EngineConfig(max_model_len=200, acceptance="exact"))
+    engine = Engine(student("all hints"), EngineConfig(max_model_len=60, acceptance="exact"))
     graphs, timed = Graphs(engine.runner, capture=run_eagerly), []
     engine._step, engine._buckets = graphs, True
     engine.widths.step = lambda requests, width, seconds: timed.append(graphs.uses.total())
-    engine.submit(Request([1, 2, 3], 150))
+    engine.submit(Request([1, 2, 3], 55))
     calls = []  # whether each call replayed a graph, and whether it was timed
     while not engine.idle:
         uses, times = graphs.uses.total(), len(timed)
