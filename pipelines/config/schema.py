@@ -74,6 +74,8 @@ class SelfTextConfig:
     """The longest answer; a longer one is cut."""
     repetition: Share = 0.5
     """A document is dropped when more than this share of its 8-token phrases occurred before in it."""
+    student: Annotated[str | None, RUNTIME] = None
+    """Folder or URI of a sequential student of the AR model that writes in exact mode: the same text, in fewer steps."""
     slots: Annotated[Count, RUNTIME] = 16
     """Documents that an actor writes at the same time."""
     actors: Annotated[Count, RUNTIME] = 1

@@ -12,11 +12,13 @@ from typing import Any
 from transformers import AutoConfig
 
 from kforcing.backbone import quantised, text_config
+from kforcing.configuration import PushForwardConfig
 from kforcing.design import Design
 from kforcing.distillation.text import TEXT_LOSSES
 from kforcing.engine.config import context_limit
 from kforcing.families import GOOD, find_obstacle
 from kforcing.loading import load_tokenizer
+from kforcing.remote import fetch
 from pipelines.config.overrides import leaves
 from pipelines.config.schema import Config, TrainConfig
 from pipelines.config.section import ConfigError, refuse_passwords
@@ -53,8 +55,24 @@ def validate(config: Config) -> None:
             f"data.source=self with teacher.path={config.teacher.path}, tokenizer.path={config.tokenizer.path}: the text is "
             "written by a given AR model with its own tokenizer; set teacher.path alone, or another data.source"
         )
+    if config.data.source == SELF and config.self_text.student:
+        _check_writer(config.self_text.student)
     _check_lengths(config)
     _check_teacher(config)
+
+
+def _check_writer(student: str) -> None:
+    """Text may be written by a student whose exact mode has the AR model's draws. Actors compare the weights."""
+    try:
+        design = PushForwardConfig.from_pretrained(fetch(student, whole=False)).design
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"self_text.student={student} is no student: {_first_line(error)}") from None
+    if not design.exact_trunk or design.coupling != "gumbel":
+        raise ConfigError(
+            f"self_text.student={student} has readout={design.readout}, coupling={design.coupling}, freeze_trunk="
+            f"{design.sequential.freeze_trunk}: only a sequential student with a frozen trunk and coupling=gumbel writes "
+            "what the AR model writes; name another one, or leave it out"
+        )
 
 
 def _check_exceptions(config: Config) -> None:

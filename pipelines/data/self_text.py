@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 import torch
+from transformers import PreTrainedModel
 
 from kforcing.backbone import load_ar
 from kforcing.device import pick_device
@@ -26,6 +27,7 @@ from kforcing.distillation.self_text import ChatFrame, TextSettings, TextWriter
 from kforcing.engine import Engine, EngineConfig
 from kforcing.engine.config import context_limit
 from kforcing.loading import eos_token_ids, load_tokenizer
+from kforcing.modeling import PushForwardLM
 from kforcing.remote import fetch, local, uri_of
 from pipelines.config.fingerprint import fingerprint
 from pipelines.config.schema import SelfTextConfig
@@ -77,14 +79,17 @@ class TextActor:
     def __init__(self, job: TextJob):
         config = job.config
         torch.set_num_threads(max(1, int(config.cpus_per_actor)))
-        model = load_ar(job.teacher, job.gguf_file).to(pick_device())
+        model = load_ar(job.teacher, job.gguf_file)
         self.job, self.tokenizer = job, load_tokenizer(job.teacher, job.gguf_file)
         stops = eos_token_ids(model.generation_config, self.tokenizer, model.config.vocab_size)
         slots = min(config.slots, config.docs_per_shard)
         frame = ChatFrame.of(self.tokenizer) or ChatFrame([0], [])
         length = len(frame.opening) + config.user_tokens + len(frame.middle) + config.answer_tokens
         length = min(length, context_limit(model.config) or length)
-        self.engine = Engine(model, EngineConfig(slots, length, coupling="gumbel", max_num_batched_tokens=512))
+        writer: Any = student_of(model, config.student) if config.student else model
+        exact = "exact" if config.student else "fixed"
+        engine = EngineConfig(slots, length, coupling="gumbel", max_num_batched_tokens=512, acceptance=exact)
+        self.engine = Engine(writer.to(pick_device()), engine)
         settings = TextSettings(job.seed, config.user_tokens, config.answer_tokens, repetition=config.repetition)
         self.writer = TextWriter(self.engine, self.tokenizer, stops, settings)
 
@@ -107,6 +112,19 @@ class TextActor:
         facts = json.dumps({"tokens": tokens, "dropped": dropped, "seconds": seconds})
         table = pa.table(columns, schema=SCHEMA.with_metadata({FACTS: facts}))
         return _with_facts(self.job.folder, write_shard(self.job.folder, _name(shard), table))
+
+
+def student_of(model: PreTrainedModel, place: str) -> PushForwardLM:
+    """The student in a folder or at a URI, whose trunk must be this AR model. Raises ValueError where it is another one."""
+    student = PushForwardLM.from_pretrained(fetch(place))
+    own, given = student.backbone.state_dict(), model.state_dict()
+    differ = [name for name in given if name not in own or not torch.equal(own[name], given[name])]
+    if differ:
+        raise ValueError(
+            f"self_text.student={place} is not a student of this AR model: {len(differ)} of {len(given)} tensors differ, "
+            f"{differ[0]} first; name a student of teacher.path, or leave it out"
+        )
+    return student
 
 
 def _name(shard: int) -> str:

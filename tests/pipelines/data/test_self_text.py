@@ -5,17 +5,18 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
+from kforcing.backbone import load_ar
 from pipelines.config.overrides import apply
 from pipelines.config.recipes import recipe
 from pipelines.config.schema import SelfTextConfig
 from pipelines.config.section import ConfigError
 from pipelines.config.stages import corpus_spec
 from pipelines.config.validation import validate
-from pipelines.data.self_text import TextJob, write_self_text
+from pipelines.data.self_text import TextJob, student_of, write_self_text
 from pipelines.data.token_store import MANIFEST
 from pipelines.data.tokenise import prepare
 from tests.endpoint import save_model
-from tests.models import make_backbone
+from tests.models import make_backbone, make_sequential
 
 pytestmark = pytest.mark.cluster
 
@@ -59,6 +60,42 @@ def test_a_killed_run_continues_with_the_missing_shards_and_a_changed_one_is_wri
     write_self_text(job)
     assert pq.read_table(folder / names[2]).equals(tables[names[2]])
     assert (folder / names[0]).stat().st_mtime_ns == before
+
+
+def written(cache, teacher, **changes):
+    """The texts of a corpus by their numbers."""
+    folder = write_self_text(TextJob(str(teacher), None, 0, SelfTextConfig(**SIZES, **changes), str(cache)))
+    rows = [row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+    return {row["number"]: (row["temperature"], row["text"]) for row in rows}
+
+
+def test_a_student_writes_the_text_of_its_ar_model(ray_here, teacher, tmp_path):
+    backbone = load_ar(str(teacher))
+    student = make_sequential(backbone, 4, coupling="gumbel")
+    student.save_pretrained(tmp_path / "student")
+    texts = written(tmp_path / "by AR", teacher)
+    assert texts
+    assert written(tmp_path / "by a student", teacher, student=str(tmp_path / "student")) == texts
+
+
+def test_a_student_of_another_model_writes_nothing(teacher, tmp_path):
+    make_sequential(make_backbone(scale=3.0), 4, coupling="gumbel").save_pretrained(tmp_path / "student")
+    with pytest.raises(ValueError, match=r"is not a student of this AR model: .* tensors differ"):
+        student_of(load_ar(str(teacher)), str(tmp_path / "student"))
+
+
+def refused(tmp_path, teacher, student):
+    words = ["data.source=self", f"teacher.path={teacher}", f"self_text.student={student}"]
+    config = apply(recipe("smoke"), {}, [*words, f"output_dir={tmp_path / 'run'}"])
+    with pytest.raises(ConfigError) as error:
+        validate(config)
+    return str(error.value)
+
+
+def test_a_writer_that_is_no_student_or_has_another_coupling_is_refused(teacher, tmp_path):
+    assert refused(tmp_path, teacher, tmp_path / "nothing").startswith("self_text.student=")
+    make_sequential(make_backbone(), 4, coupling="inverse_cdf").save_pretrained(tmp_path / "student")
+    assert "coupling=inverse_cdf" in refused(tmp_path, teacher, tmp_path / "student")
 
 
 def test_a_run_prepares_text_of_its_teacher(ray_here, teacher, tmp_path):
