@@ -8,7 +8,7 @@ Physics. With W = N windows of k hints a step passes N (1 + k) entries through e
 dense mask adds N² (1 + k)² scores a head and layer and computes them all, seen or not: it grows with k². The staircase
 computes N² (1 + k) / 2 of them and k (k + 1) / 2 a window, so a step is a context pass plus k equal parts. Logits are
 N · k · V numbers, and the loss holds several copies of them unless they are made in chunks, each with its gradients at once
-(`kforcing.recompute.loss_in_chunks`). A step is arithmetic almost alone, so its roofline is what a large
+(`kforcing.chunking.loss_in_chunks`). A step is arithmetic almost alone, so its roofline is what a large
 square matrix product reaches in the same type on the same device; FLOPs are counted on the real code, where the causal
 kernels of GPUs count whole though they leave out half.
 

@@ -13,6 +13,7 @@ from pipelines.config.schema import (
     DataConfig,
     EvalConfig,
     RolloutConfig,
+    SelfTextConfig,
     StudentConfig,
     TeacherConfig,
     TokenizerConfig,
@@ -111,30 +112,31 @@ def owt() -> Config:
 
 
 def hf() -> Config:
-    """Distil a given Hugging Face causal LM: set `teacher.path` (and `data.source`)."""
+    """A k=4 student of a given Hugging Face causal LM, trained on text that it writes itself: set `teacher.path`."""
+    actors = {"actors": 2, "cpus_per_actor": 4, "gpus_per_actor": 1}
     train = TrainConfig(
-        steps=20_000,
+        steps=2_000,
         batch=128,
         micro_batch=4,
-        lr=1e-4,
-        warmup=500,
         precision="bf16",
         zero_stage=2,
         workers=8,
         cpus_per_worker=4,
         gpus_per_worker=1,
-        checkpoint_every=1_000,
-        log_every=50,
+        checkpoint_every=200,
+        log_every=20,
+        **TEXT_TRAINING,
     )
     config = Config(
         "hf",
-        data=DataConfig(block=512, docs_per_shard=256),
-        teacher=TeacherConfig(path="HuggingFaceTB/SmolLM2-135M"),
-        rollout=RolloutConfig(windows=64, actors=2, cpus_per_actor=4, gpus_per_actor=1),
+        data=DataConfig(source="self", block=512, docs_per_shard=256),
+        self_text=SelfTextConfig(documents=100_000, docs_per_shard=512, slots=512, **actors),
+        teacher=TeacherConfig(path="HuggingFaceTB/SmolLM2-135M-Instruct"),
+        rollout=RolloutConfig(windows=508),
         train=train,
         eval=EvalConfig(blocks=512, gpus_per_actor=1),
     )
-    return sequential(config, hint_layers=4)  # copies of a few layers are enough to train and to serve
+    return _on_text(config, hint_layers=3)
 
 
 def quickstart() -> Config:
@@ -158,18 +160,29 @@ def _smollm2(name: str, steps: int, hint_layers: int) -> Config:
             batch=2,
             micro_batch=1,
             cpus_per_worker=0.5,
-            lr=2e-3,
-            muon_lr=0.02,
-            warmup=30,
-            beta2=0.95,
-            weight_decay=0.01,
-            ema=0.99,
-            sampled_tokens=2048,
             checkpoint_every=100,
             log_every=10,
+            **TEXT_TRAINING,
         ),
         eval=EvalConfig(blocks=16, windows=16, prompt_tokens=48, new_tokens=96, batch=8),
     )
+    return _on_text(config, hint_layers)
+
+
+TEXT_TRAINING: dict[str, Any] = {
+    "lr": 2e-3,
+    "muon_lr": 0.02,
+    "warmup": 30,
+    "beta2": 0.95,
+    "weight_decay": 0.01,
+    "ema": 0.99,
+    "sampled_tokens": 2048,
+}
+"""How students are trained on text."""
+
+
+def _on_text(config: Config, hint_layers: int) -> Config:
+    """A config turned to training a sequential student on text that the AR model inside it labels."""
     config = sequential(config, hint_layers=hint_layers, shortlist=64, draft_rank=128)
     return dataclasses.replace(config, targets="text", loss="length")
 

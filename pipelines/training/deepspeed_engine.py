@@ -120,7 +120,7 @@ class FrozenLinear(nn.Linear):
     """A linear map that is not trained, whose weights autograd keeps by an alias.
 
     ZeRO 3 empties parameters as soon as their module has run. A pass that is computed again in a backward pass
-    (`kforcing.recompute`) needs them a little longer; torch sees to that for trained parameters alone.
+    (`kforcing.chunking`) needs them a little longer; torch sees to that for trained parameters alone.
     """
 
     def forward(self, x: Tensor) -> Tensor:

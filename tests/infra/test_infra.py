@@ -29,7 +29,7 @@ def config_of(job):
 
 def test_the_jobs_command_line_parses(job):
     config = config_of(job)
-    assert config.data.source == "hf:Skylion007/openwebtext"
+    assert config.data.source == "self"
     assert config.root == Path("/shared/runs/smollm2")
 
 
@@ -44,7 +44,7 @@ def test_the_jobs_pools_hold_the_run(job):
         have["GPU"] += group["replicas"] * float(limits["nvidia.com/gpu"])
         labels |= {f"{key}={value}" for key, value in group["labels"].items()}
     preflight(work_of_run(config), have, "the job's cluster")
-    assert labels == {config.train.label, config.rollout.label}
+    assert labels == {config.train.label, config.self_text.label}
 
 
 def test_makefile_has_the_promised_commands():
