@@ -113,7 +113,6 @@ def owt() -> Config:
 
 def hf() -> Config:
     """A k=4 student of a given Hugging Face causal LM, trained on text that it writes itself: set `teacher.path`."""
-    actors = {"actors": 2, "cpus_per_actor": 4, "gpus_per_actor": 1}
     train = TrainConfig(
         steps=2_000,
         batch=128,
@@ -130,7 +129,9 @@ def hf() -> Config:
     config = Config(
         "hf",
         data=DataConfig(source="self", block=512, docs_per_shard=256),
-        self_text=SelfTextConfig(documents=100_000, docs_per_shard=512, slots=512, **actors),
+        self_text=SelfTextConfig(
+            documents=100_000, docs_per_shard=512, slots=512, actors=2, cpus_per_actor=4, gpus_per_actor=1
+        ),
         teacher=TeacherConfig(path="HuggingFaceTB/SmolLM2-135M-Instruct"),
         rollout=RolloutConfig(windows=508),
         train=train,

@@ -28,8 +28,8 @@ BATCHES = (1, 4)
 """Prompts at a time of which speed is measured, at temperature 1."""
 PROMPTS = 8
 """Prompts of which texts and tokens a step are compared."""
-ROUNDS = 3
-"""AR model and student take turns in each; one more warms up."""
+ROUNDS = 6
+"""AR model and student take turns in each, which has prompts of its own; two more warm up."""
 
 
 @dataclass(frozen=True)
@@ -67,31 +67,30 @@ def _measure(job: ExactJob, student: Any) -> dict[str, Any]:
     exact = Engine(student, EngineConfig(max(BATCHES), longest, acceptance="exact"))
     full = Engine(student, EngineConfig(max(BATCHES), longest, acceptance="exact", adapt_width=False))
 
-    def run(engine: Engine, n: int, temperature: float) -> list[Completion]:
+    def run(engine: Engine, temperature: float, first: int = 0, n: int = len(prompts)) -> list[Completion]:
         sampling = SamplingParams(temperature=temperature)
-        return engine.generate(
-            [
-                Request(prompt, job.config.new_tokens, seed=job.seed + i, sampling=sampling)
-                for i, prompt in enumerate(prompts[:n])
-            ]
-        )
+        requests = [
+            Request(prompts[i % len(prompts)], job.config.new_tokens, seed=job.seed + i, sampling=sampling)
+            for i in range(first, first + n)
+        ]
+        return engine.generate(requests)
 
     equal, tokens_a_step = 0, {}
     for temperature in TEMPERATURES:
-        texts, done = (run(engine, len(prompts), temperature) for engine in (ar, full))
+        texts, done = (run(engine, temperature) for engine in (ar, full))
         equal += sum(a.tokens == b.tokens for a, b in zip(texts, done, strict=True))
         tokens_a_step[f"{temperature:g}"] = statistics.fmean(c.tokens_a_step for c in done)
     speed = {}
     for n in BATCHES:
         ratios = []
-        for _ in range(1 + ROUNDS):
+        for number in range(2 + ROUNDS):
             seconds = []
             for engine in (ar, exact):
                 start = time.perf_counter()
-                run(engine, n, 1.0)
+                run(engine, 1.0, number * n, n)
                 seconds.append(time.perf_counter() - start)
             ratios.append(seconds[0] / seconds[1])
-        speed[str(n)] = statistics.median(ratios[1:])
+        speed[str(n)] = statistics.median(ratios[2:])
     return {"texts": len(TEMPERATURES) * len(prompts), "equal": equal, "tokens_a_step": tokens_a_step, "speed": speed}
 
 

@@ -151,6 +151,7 @@ def test_distill_line_passes_validation(line, folder, monkeypatch):
         loading, "locate_model", lambda name: ("models/Qwen3-0.6B" if name == "smollm2" else name, None)
     )
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    line = line.replace("/shared/models/", "models/").replace("models/MINE", "models/Qwen3-0.6B")
     _, words = read_plan_options(options_of(line, "distill"))
     assert read_command_line("", words).recipe in RECIPES
 

@@ -119,7 +119,7 @@ def test_the_endpoints_limits_are_those_of_the_code():
         f"| stop strings, stop token ids | {MAX_STOPS} each; {longest_stop.max_length} characters a string |",
         f"| `logprobs`, `top_logprobs` | {MAX_LOGPROBS} |",
         f"| tools | {MAX_TOOLS} |",
-        f"`max_num_seqs` ({settings.max_num_seqs}), `max_waiting` ({settings.max_waiting}) a replica",
+        f"`max_num_seqs` ({settings.max_num_seqs}), `max_waiting` ({settings.max_waiting}) for each model of a replica",
         f"`drain_s` ({settings.drain_s:g})",
     ):
         assert row in table
