@@ -21,6 +21,17 @@ from pipelines.config.schema import (
 )
 from pipelines.config.section import ConfigError
 
+TEXT_TRAINING: dict[str, Any] = {
+    "lr": 2e-3,
+    "muon_lr": 0.02,
+    "warmup": 30,
+    "beta2": 0.95,
+    "weight_decay": 0.01,
+    "ema": 0.99,
+    "sampled_tokens": 2048,
+}
+"""How students are trained on text."""
+
 
 def sequential(config: Config, **parts: Any) -> Config:
     """A config turned to the sequential recipe: exact AR trunk, parallel hints, a small head, soft AR targets."""
@@ -168,18 +179,6 @@ def _smollm2(name: str, steps: int, hint_layers: int) -> Config:
         eval=EvalConfig(blocks=16, windows=16, prompt_tokens=48, new_tokens=96, batch=8),
     )
     return _on_text(config, hint_layers)
-
-
-TEXT_TRAINING: dict[str, Any] = {
-    "lr": 2e-3,
-    "muon_lr": 0.02,
-    "warmup": 30,
-    "beta2": 0.95,
-    "weight_decay": 0.01,
-    "ema": 0.99,
-    "sampled_tokens": 2048,
-}
-"""How students are trained on text."""
 
 
 def _on_text(config: Config, hint_layers: int) -> Config:

@@ -118,7 +118,8 @@ def student_of(model: PreTrainedModel, place: str) -> PushForwardLM:
     """The student in a folder or at a URI, whose trunk must be this AR model. Raises ValueError where it is another one."""
     student = PushForwardLM.from_pretrained(fetch(place))
     own, given = student.backbone.state_dict(), model.state_dict()
-    differ = [name for name in given if name not in own or not torch.equal(own[name], given[name])]
+    same = [n for n, x in given.items() if n in own and own[n].dtype == x.dtype and torch.equal(own[n], x)]
+    differ = [name for name in given if name not in same]
     if differ:
         raise ValueError(
             f"self_text.student={place} is not a student of this AR model: {len(differ)} of {len(given)} tensors differ, "

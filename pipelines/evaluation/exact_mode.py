@@ -28,7 +28,7 @@ BATCHES = (1, 4)
 """Prompts at a time of which speed is measured, at temperature 1."""
 PROMPTS = 8
 """Prompts of which texts and tokens a step are compared."""
-ROUNDS = 6
+ROUNDS = 4
 """AR model and student take turns in each, which has prompts of its own; two more warm up."""
 
 
