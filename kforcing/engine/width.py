@@ -24,7 +24,9 @@ LOOK_SOON = 32
 """Steps after which a width that was not chosen is timed again, for one step. They double with each time, up to `LOOK_AGAIN`:
 one step may have been slow by chance, and several seldom are."""
 LOOK_AGAIN = 128
-"""The most steps after which a width that was not chosen is timed again."""
+"""The most steps after which a width that was not chosen is timed again, unless that costs more than `LOOK_COST`."""
+LOOK_COST = 0.01
+"""The share of the time that looks at a width may cost: in a large batch a wide step takes as long as several narrow ones."""
 STALE = 16
 """Steps of other widths after which a width's former times are forgotten when it is timed again: other work on the machine
 may have begun or ended since."""
@@ -45,6 +47,8 @@ class _Timing:
     steps: int = 0
     last: int = 0
     """The number of the newest observation, counted over all widths."""
+    lost: float = 0.0
+    """What that step lost against one of the best width, in steps of the best width."""
 
     @property
     def seconds(self) -> float:
@@ -106,7 +110,10 @@ class WidthChooser:
         speeds = {width: self.tokens(drafts, width) / timings[width].seconds for width in widths}
         best = max(widths, key=speeds.__getitem__)
         for width, timing in timings.items():
-            if self._observations - timing.last > min(LOOK_AGAIN, LOOK_SOON << min(timing.steps - FIRST_LOOK, 8)):
+            again = min(LOOK_AGAIN, LOOK_SOON << min(timing.steps - FIRST_LOOK, 8))
+            if timing.last == self._observations:  # later, the best width may have other times
+                timing.lost = timing.seconds / timings[best].seconds * (1 - speeds[width] / speeds[best])
+            if self._observations - timing.last > max(again, timing.lost / LOOK_COST):
                 return width
         return best if speeds[best] > GAIN * speeds[least] else least
 

@@ -7,7 +7,7 @@ import pytest
 
 from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
 from kforcing.engine.graphs import CAPTURE_AT, Graphs
-from kforcing.engine.width import ENOUGH_BLOCKS, FIRST_LOOK, LOOK_AGAIN, LOOK_SOON, WidthChooser
+from kforcing.engine.width import ENOUGH_BLOCKS, FIRST_LOOK, LOOK_AGAIN, LOOK_COST, LOOK_SOON, WidthChooser
 from tests.kforcing.engine.scenes import run_eagerly
 from tests.kforcing.engine.test_exact import alone, student
 
@@ -70,7 +70,19 @@ def test_the_time_between_looks_at_a_width_doubles():
         chooser.step(1, width, 3.0 if width == 2 else 1.0)
         looks += [step] if width == 2 else []
     between = [after - before - 2 for before, after in itertools.pairwise(looks[2:])]
-    assert between[:4] == [2 * LOOK_SOON, 4 * LOOK_SOON, LOOK_AGAIN, LOOK_AGAIN]
+    lost = 3 * (1 - 2 / 3)  # a step of three seconds brings two tokens, where one second brings one
+    assert between[:4] == [round(lost / LOOK_COST), LOOK_AGAIN, LOOK_AGAIN, LOOK_AGAIN]
+
+
+def test_looks_cost_little_where_wide_steps_take_as_long_as_several_narrow_ones():
+    chooser, times, spent = experienced(4, accepted=1), {1: 1.0, 2: 1.8, 3: 2.8, 4: 3.85}, []
+    for _ in range(2000):
+        width = chooser.choose([(0, 3)] * 64, 1, 4)
+        chooser.step(64, width, times[width])
+        spent.append((times[width], chooser.tokens([(0, 3)] * 64, width) / 64))
+    seconds, tokens = (sum(column) for column in zip(*spent, strict=True))
+    best = max(chooser.tokens([(0, 3)], width) / times[width] for width in times)
+    assert tokens / seconds > 0.97 * best
 
 
 def test_a_width_that_was_not_chosen_is_timed_again():
