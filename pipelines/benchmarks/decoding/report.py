@@ -76,11 +76,11 @@ def checks(rows: Record) -> list[str]:
     widths = [name for name in exact if name.removeprefix(EXACT).isdigit()]
     lines = [f"* {name}: {spread_of(ratio(rows, name, AR, 'step_ms'), 2)} × the AR step." for name in widths]
     if AUTO in rows:
-        best = max(widths, key=lambda name: statistics.median(rows[name]["tokens_per_s"]))
-        lines.append(
-            f"* {AUTO}: {spread_of(ratio(rows, AUTO, AR), 2)} × AR, {spread_of(ratio(rows, AUTO, best), 2)} × {best}, the "
-            "best fixed width."
-        )
+        line = f"* {AUTO}: {spread_of(ratio(rows, AUTO, AR), 2)} × AR"
+        if widths:
+            best = max(widths, key=lambda name: statistics.median(rows[name]["tokens_per_s"]))
+            line += f", {spread_of(ratio(rows, AUTO, best), 2)} × {best}, the best fixed width"
+        lines.append(f"{line}.")
     return lines
 
 
