@@ -4,7 +4,7 @@
 # make test         everything CI runs, in about 20 minutes on two cores
 # make test-fast    what needs no cluster, no server and no other process, in less than a minute
 # make test-slow    what takes minutes, some of it with a real pretrained model
-# make chaos        real runs with 52 faults, one after the other: what became of each (three hours; finished ones are kept)
+# make chaos        real runs with 54 faults, some of them several to a run: what became of each (two hours; finished ones are kept)
 # make check        lint, format, types
 # make serve        the quickstart's k=4 student behind an OpenAI-compatible endpoint on port 8000
 

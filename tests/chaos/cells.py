@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.chaos.runs import STAGE, paused, replaced, signalled
+from tests.chaos.runs import STAGE, paused, replaced, signalled, slowed
 from tests.pipeline_runs import processes_below, run_command
 
 
@@ -24,6 +24,7 @@ class Cell:
     moment: str
     way: str
     hit: Callable
+    """It may return a text that a warning of the next start must have."""
     remedy: Callable = nothing
     disk_mb: int = 0
     """Size of a file system of its own for the run; 0 for none."""
@@ -31,18 +32,26 @@ class Cell:
     """Whether the run is on a cluster of several nodes, which begins without any."""
 
     @property
+    def alone(self):
+        """Whether no other fault hits the same run: this one needs another moment, a place of its own, or shows late."""
+        late = self.way == "out of memory" or self.component in ("raylet", "GCS")
+        return late or self.moment != "training" or bool(self.disk_mb) or self.nodes
+
+    @property
     def name(self):
         """The name of the cell, also of its folder."""
         return re.sub("[^a-z0-9.]+", "-", f"{self.component} {self.moment} {self.way}".lower())
 
 
-def killed_then(change):
-    """A fault: the driver is killed, and what it left is changed."""
+def powerless_then(change):
+    """A fault: all processes of the run end at once, as on a machine without power, and what they left is changed.
+
+    It returns what `change` does: the name of the file that the next start must name in a warning, if any.
+    """
 
     def hit(run):
-        signalled("", signal.SIGKILL)(run)
-        run.process.wait(timeout=60)
-        change(run)
+        run.end()
+        return change(run)
 
     return hit
 
@@ -52,31 +61,21 @@ def latest_checkpoint(run):
     return max((run.path / STAGE / "checkpoints").glob("step-*/latest.json")).parent
 
 
-def cut(find):
-    """A change: the file loses its second half."""
+def changed(find, content_of, noticed):
+    """A change of the content of a file; it returns the name of the file if somebody must notice it."""
 
     def change(run):
         file = find(run)
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        file.write_bytes(content_of(file.read_bytes()))
+        return file.name if noticed else None
 
     return change
 
 
-def emptied(find):
-    """A change: the file has no byte left."""
-    return lambda run: find(run).write_bytes(b"")
-
-
-def flipped(find):
-    """A change: one bit in the middle of the file is another."""
-
-    def change(run):
-        file = find(run)
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
-
-    return change
+def one_bit_changed(content):
+    """The same bytes but for one bit in the middle."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
 def in_run(*names):
@@ -120,6 +119,16 @@ def remounted(mode):
     return change
 
 
+def lost_head(run):
+    """A fault: the head of the cluster is lost."""
+    run.cluster.lose_head()
+
+
+def new_cluster(run):
+    """The remedy: another cluster."""
+    run.cluster.begin_again()
+
+
 def out_of_memory(title):
     """A fault: a process gets no more memory than it has, so its next large allocation fails."""
 
@@ -157,7 +166,13 @@ KILLS = {
     "evaluation": ("driver", "evaluation actor"),
     "report": ("driver",),
 }
-DAMAGES = {"cut": cut, "empty": emptied, "with one bit changed": flipped}
+DAMAGES = {
+    "cut": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "with one bit changed": one_bit_changed,
+}
+UNNOTICED = ("newest checkpoint, its record", "log.jsonl")
+"""Files without which nothing is lost."""
 FILES = {
     "newest checkpoint, its record": (in_checkpoint("latest.json"), ("cut",)),
     "newest checkpoint, model": (in_checkpoint("*model_states.pt"), ("cut", "with one bit changed")),
@@ -187,12 +202,13 @@ def all_cells():
         Cell("rollout actor", "training", "20 s standstill", paused(COMPONENTS["rollout actor"])),
         Cell("train worker", "training", "out of memory", out_of_memory("ray::RayTrainWorker")),
         Cell("rollout actor", "training", "out of memory", out_of_memory(COMPONENTS["rollout actor"])),
-        Cell("disk", "training", "full", filled, emptied_disk, disk_mb=64),
-        Cell("disk", "evaluation", "full", filled, emptied_disk, disk_mb=64),
-        Cell("disk", "training", "read-only", remounted("ro"), remounted("rw"), disk_mb=64),
+        Cell("disk", "training", "full", filled, emptied_disk, disk_mb=96),
+        Cell("disk", "evaluation", "full", filled, emptied_disk, disk_mb=96),
+        Cell("disk", "training", "30 s slow", slowed, disk_mb=96),
+        Cell("disk", "training", "read-only", remounted("ro"), remounted("rw"), disk_mb=96),
     ]
     cells += [
-        Cell(name, "training", f"file {damage}", killed_then(DAMAGES[damage](find)))
+        Cell(name, "training", f"file {damage}", powerless_then(changed(find, DAMAGES[damage], name not in UNNOTICED)))
         for name, (find, damages) in FILES.items()
         for damage in damages
     ]
@@ -200,5 +216,6 @@ def all_cells():
         Cell(f"node of the {pool}", "training", "lost, another joins", replaced(pool), nodes=True)
         for pool in ("trainers", "rollouts")
     ]
-    cells.append(Cell("checkpoints", "training", "folder gone", killed_then(without_folder(STAGE, "checkpoints"))))
+    cells.append(Cell("head node", "training", "lost, a new cluster starts", lost_head, new_cluster, nodes=True))
+    cells.append(Cell("checkpoints", "training", "folder gone", powerless_then(without_folder(STAGE, "checkpoints"))))
     return cells
