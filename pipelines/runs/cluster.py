@@ -27,6 +27,7 @@ from pipelines.config.stages import StageSpec, TeacherSpec, resolve, teacher_spe
 from pipelines.data.listing import SELF
 from pipelines.failures import Exit
 from pipelines.log import log
+from pipelines.runs.ray_watch import saying_when_ray_dies
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS_ROOT = Path.home() / "kforcing"
@@ -133,7 +134,8 @@ def connected(root: Path, work: Work, wait_s: float = 0.0) -> Iterator[None]:
         _wait_for_nodes(work, wait_s if attached() else 0.0)
         _check_shared(root, len(_nodes()))
         _quieten()
-        yield
+        with saying_when_ray_dies():
+            yield
     except (KeyboardInterrupt, SystemExit):
         raise KeyboardInterrupt from None
     finally:
