@@ -87,8 +87,8 @@ class TextActor:
         length = len(frame.opening) + config.user_tokens + len(frame.middle) + config.answer_tokens
         length = min(length, context_limit(model.config) or length)
         writer: Any = student_of(model, config.student) if config.student else model
-        exact = "exact" if config.student else "fixed"
-        engine = EngineConfig(slots, length, coupling="gumbel", max_num_batched_tokens=512, acceptance=exact)
+        acceptance = "exact" if config.student else "fixed"
+        engine = EngineConfig(slots, length, coupling="gumbel", max_num_batched_tokens=512, acceptance=acceptance)
         self.engine = Engine(writer.to(pick_device()), engine)
         settings = TextSettings(job.seed, config.user_tokens, config.answer_tokens, repetition=config.repetition)
         self.writer = TextWriter(self.engine, self.tokenizer, stops, settings)
@@ -118,8 +118,11 @@ def student_of(model: PreTrainedModel, place: str) -> PushForwardLM:
     """The student in a folder or at a URI, whose trunk must be this AR model. Raises ValueError where it is another one."""
     student = PushForwardLM.from_pretrained(fetch(place))
     own, given = student.backbone.state_dict(), model.state_dict()
-    same = [n for n, x in given.items() if n in own and own[n].dtype == x.dtype and torch.equal(own[n], x)]
-    differ = [name for name in given if name not in same]
+    differ = [
+        name
+        for name, x in given.items()
+        if name not in own or own[name].dtype != x.dtype or not torch.equal(own[name], x)
+    ]
     if differ:
         raise ValueError(
             f"self_text.student={place} is not a student of this AR model: {len(differ)} of {len(given)} tensors differ, "

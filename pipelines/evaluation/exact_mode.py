@@ -28,8 +28,8 @@ BATCHES = (1, 4)
 """Prompts at a time of which speed is measured, at temperature 1."""
 PROMPTS = 8
 """Prompts of which texts and tokens a step are compared."""
-ROUNDS = 4
-"""AR model and student take turns in each, which has prompts of its own; two more warm up."""
+WARM_UP, ROUNDS = 2, 4
+"""Rounds before the clock counts, and after. AR model and student take turns in each, which has prompts of its own."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ def _measure(job: ExactJob, student: Any) -> dict[str, Any]:
     speed = {}
     for n in BATCHES:
         ratios = []
-        for number in range(2 + ROUNDS):
+        for number in range(WARM_UP + ROUNDS):
             seconds = []
             for engine in (ar, exact):
                 start = time.perf_counter()
                 run(engine, 1.0, number * n, n)
                 seconds.append(time.perf_counter() - start)
             ratios.append(seconds[0] / seconds[1])
-        speed[str(n)] = statistics.median(ratios[2:])
+        speed[str(n)] = statistics.median(ratios[WARM_UP:])
     return {"texts": len(TEMPERATURES) * len(prompts), "equal": equal, "tokens_a_step": tokens_a_step, "speed": speed}
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from kforcing.engine import Engine, EngineConfig, Request, SamplingParams
 from kforcing.engine.graphs import CAPTURE_AT, Graphs
-from kforcing.engine.width import ENOUGH_BLOCKS, FIRST_LOOK, LOOK_AGAIN, LOOK_COST, LOOK_SOON, WidthChooser
+from kforcing.engine.width import ENOUGH_BLOCKS, FIRST_LOOK, LOOK_AGAIN, LOOK_SOON, WidthChooser
 from tests.kforcing.engine.scenes import run_eagerly
 from tests.kforcing.engine.test_exact import alone, student
 
@@ -67,11 +67,10 @@ def test_the_time_between_looks_at_a_width_doubles():
     chooser, looks = experienced(2, accepted=1), []
     for step in range(1000):
         width = chooser.choose([(0, 1)], 1, 2)
-        chooser.step(1, width, 3.0 if width == 2 else 1.0)
+        chooser.step(1, width, 2.1 if width == 2 else 1.0)
         looks += [step] if width == 2 else []
     between = [after - before - 2 for before, after in itertools.pairwise(looks[2:])]
-    lost = 3 * (1 - 2 / 3)  # a step of three seconds brings two tokens, where one second brings one
-    assert between[:4] == [round(lost / LOOK_COST), LOOK_AGAIN, LOOK_AGAIN, LOOK_AGAIN]
+    assert between[:4] == [2 * LOOK_SOON, 4 * LOOK_SOON, LOOK_AGAIN, LOOK_AGAIN]
 
 
 def test_looks_cost_little_where_wide_steps_take_as_long_as_several_narrow_ones():
